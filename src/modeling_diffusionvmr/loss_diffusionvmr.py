@@ -1,0 +1,197 @@
+"""The training objective (section 3.5): matching (Eq. 9 and 10) and the terms of the loss (Eq. 11 to 13)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from .spans import iou_and_generalized_iou, relevant_clips
+
+
+@dataclass
+class Targets:
+    """
+    The labels of B samples as tensors. M is the largest number of windows, P of saliency pairs.
+
+    spans (B, M, 2) and window_mask (B, M); saliency_pos, saliency_neg (B, P), indices of clips, and pair_mask (B, P).
+    """
+
+    spans: Tensor
+    window_mask: Tensor
+    saliency_pos: Tensor
+    saliency_neg: Tensor
+    pair_mask: Tensor
+
+    @classmethod
+    def from_labels(cls, labels: list[dict[str, Tensor]], device: torch.device) -> "Targets":
+        """Pads the labels of `DiffusionVMRForMomentRetrieval.forward`."""
+        spans = [label["spans"].float() for label in labels]
+        no_pairs = spans[0].new_zeros(0, dtype=torch.long)
+        positive = [label.get("saliency_pos", no_pairs) for label in labels]
+        negative = [label.get("saliency_neg", no_pairs) for label in labels]
+
+        def mask(rows: list[Tensor]) -> Tensor:
+            lengths = torch.tensor([len(row) for row in rows])
+            return (torch.arange(lengths.max()) < lengths[:, None]).to(device, non_blocking=True)
+
+        def pad(rows: list[Tensor]) -> Tensor:
+            return pad_sequence(rows, batch_first=True).to(device, non_blocking=True)
+
+        return cls(pad(spans), mask(spans), pad(positive), pad(negative), mask(positive))
+
+
+def match(cost: np.ndarray, window_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    Eq. 9 for many problems at once: the assignment of windows to proposals with the least total cost.
+
+    The problems are the blocks of one sparse matrix, which scipy solves in one call. Where there are more windows than
+    proposals, the cheapest ones take part.
+
+    Args:
+        cost: (Q, N, M), finite, of Q problems.
+        window_mask: (Q, M), which windows are real.
+
+    Returns:
+        The matched pairs, as three arrays: problem, proposal, window.
+    """
+    num_problems, num_proposals, num_windows = cost.shape
+    problem, window = np.nonzero(window_mask)
+    if not len(problem):
+        return problem, window, window
+    # The solver takes weights above 0 and matches every row. A row is a window; columns that stand for no proposal, at
+    # a cost above any real one, take those windows that are too many.
+    weights = cost.transpose(0, 2, 1)[problem, window].astype(np.float64)
+    weights -= weights.min() - 1
+    spare = max(num_windows - num_proposals, 0)
+    weights = np.pad(weights, ((0, 0), (0, spare)), constant_values=weights.max() * (num_windows + 1))
+    num_columns = num_proposals + spare
+    columns = problem[:, None] * num_columns + np.arange(num_columns)
+    blocks = csr_array(
+        (weights.ravel(), columns.ravel(), np.arange(len(problem) + 1) * num_columns),
+        shape=(len(problem), num_problems * num_columns),
+    )
+    rows, matched = min_weight_full_bipartite_matching(blocks)
+    proposal = matched % num_columns
+    is_real = proposal < num_proposals
+    return problem[rows][is_real], proposal[is_real], window[rows][is_real]
+
+
+def matching_cost(logits: Tensor, spans: Tensor, targets: Targets, l1_weight: float, iou_weight: float) -> Tensor:
+    """Eq. 10, for logits (B, K, N, 2) and spans (B, K, N, 2) against the windows (B, M): (B, K, N, M)."""
+    foreground = logits.softmax(-1)[..., :1]
+    truth = targets.spans[:, None, None]
+    distance = (spans[..., None, :] - truth).abs().mean(-1)
+    _, generalized_iou = iou_and_generalized_iou(spans[..., None, :], truth)
+    return l1_weight * distance - iou_weight * generalized_iou - foreground
+
+
+def mean_per_sample(values: Tensor, sample: Tensor, num_samples: int) -> Tensor:
+    """The mean of values (R,) within each sample, then over all of `num_samples`; one without values counts as 0."""
+    totals = values.new_zeros(num_samples).index_add(0, sample, values)
+    counts = values.new_zeros(num_samples).index_add(0, sample, torch.ones_like(values))
+    return (totals / counts.clamp(min=1)).mean()
+
+
+def detection_losses(logits: Tensor, spans: Tensor, targets: Targets, config) -> dict[str, Tensor]:
+    """
+    The class, L1 and IoU terms (Eq. 11 and 12), each summed over the decoder's layers, as DETR does it.
+
+    Args:
+        logits: (B, K, N, 2); index 0 is foreground.
+        spans: (B, K, N, 2).
+        targets: the windows.
+        config: for the coefficients.
+    """
+    batch, layers, num_proposals, _ = logits.shape
+    with torch.no_grad():
+        cost = matching_cost(logits, spans, targets, config.l1_loss_coefficient, config.iou_loss_coefficient)
+        # The only transfer to the host of a training step: all layers and samples together. A model that diverged has
+        # costs that are no numbers, which the solver would never return from.
+        host = torch.cat((cost.nan_to_num().flatten(1), targets.window_mask.to(cost.dtype)), dim=1).cpu().numpy()
+        num_windows = targets.window_mask.shape[1]
+        window_mask = host[:, host.shape[1] - num_windows :].astype(bool)
+        cost = host[:, : host.shape[1] - num_windows].reshape(batch * layers, num_proposals, num_windows)
+        matched = match(cost, window_mask.repeat(layers, axis=0))
+        problem, proposal, window = torch.from_numpy(np.stack(matched)).to(logits.device, non_blocking=True)
+        sample, layer = problem // layers, problem % layers
+
+    is_background = torch.ones(batch, layers, num_proposals, dtype=torch.long, device=logits.device)
+    is_background[sample, layer, proposal] = 0
+    weight = logits.new_tensor([1.0, config.background_coefficient])
+    class_loss = F.cross_entropy(logits.flatten(0, 2), is_background.flatten(), weight, reduction="none")
+
+    predicted, truth = spans[sample, layer, proposal], targets.spans[sample, window]
+    _, generalized_iou = iou_and_generalized_iou(predicted, truth)
+    per_layer = batch * layers
+    return {
+        "class": class_loss.view(batch, layers, num_proposals).mean(-1).sum(1).mean(),
+        "l1": layers * mean_per_sample((predicted - truth).abs().mean(-1), problem, per_layer),
+        "iou": layers * mean_per_sample(1 - generalized_iou, problem, per_layer),
+    }
+
+
+def hinge_loss(saliency_scores: Tensor, targets: Targets, margin: float) -> Tensor:
+    """The hinge term of Eq. 13: each clip of high saliency above its partner of low saliency, by the margin."""
+    if not targets.pair_mask.shape[1]:
+        return saliency_scores.sum() * 0
+    high = saliency_scores.gather(1, targets.saliency_pos)
+    low = saliency_scores.gather(1, targets.saliency_neg)
+    loss = (margin + low - high).clamp(min=0) * targets.pair_mask
+    return (loss.sum(1) / targets.pair_mask.sum(1).clamp(min=1)).mean()
+
+
+def contrastive_loss(scores: Tensor, negative_scores: Tensor, targets: Targets, video_mask: Tensor) -> Tensor:
+    """
+    The contrastive term of Eq. 13: a relevant clip of the true pair above all clips of the negative pair.
+
+    The paper gives no formula; this is InfoNCE, the log-likelihood of each relevant clip among itself and the clips of
+    the same video under a sentence of another one.
+
+    Args:
+        scores, negative_scores: (B, Lv), saliency of the video's clips under its own and under the other sentence.
+        targets: the windows, which say what is relevant.
+        video_mask: (B, Lv).
+    """
+    relevant = relevant_clips(targets.spans, targets.window_mask, video_mask.sum(1), scores.shape[1])
+    against = negative_scores.masked_fill(~video_mask.bool(), -torch.inf).logsumexp(1, keepdim=True)
+    loss = F.softplus(against - scores).masked_fill(~relevant, 0)
+    return (loss.sum(1) / relevant.sum(1).clamp(min=1)).mean()
+
+
+def diffusionvmr_loss(
+    logits: Tensor,
+    spans: Tensor,
+    saliency_scores: Tensor,
+    targets: Targets,
+    video_mask: Tensor,
+    config,
+    negative_saliency_scores: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """
+    Eq. 11: the total loss, and its terms without their coefficients (`class`, `l1`, `iou`, `hinge`, `contrastive`).
+
+    Each sample's terms are averaged over its own proposals, windows and pairs, then over samples; so a sample weighs
+    the same in any batch. All is computed in float32.
+
+    Args:
+        logits, spans: (B, K, N, 2) of every decoder layer.
+        saliency_scores: (B, Lv).
+        targets: the labels.
+        video_mask: (B, Lv).
+        config: a `DiffusionVMRConfig`, for coefficients and margin.
+        negative_saliency_scores: (B, Lv), under a sentence of another video; without them the contrastive term is 0.
+    """
+    logits, spans, saliency_scores = logits.float(), spans.float(), saliency_scores.float()
+    terms = detection_losses(logits, spans, targets, config)
+    terms["hinge"] = hinge_loss(saliency_scores, targets, config.saliency_margin)
+    if negative_saliency_scores is None:
+        terms["contrastive"] = saliency_scores.new_zeros(())
+    else:
+        terms["contrastive"] = contrastive_loss(saliency_scores, negative_saliency_scores.float(), targets, video_mask)
+    total = sum(getattr(config, f"{name}_loss_coefficient") * term for name, term in terms.items())
+    return total, terms

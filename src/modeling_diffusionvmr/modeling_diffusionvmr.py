@@ -1,0 +1,682 @@
+"""
+DiffusionVMR (Zhao et al., arXiv 2308.15109): a cross-modal encoder (section 3.3), and a decoder that denoises spans
+(section 3.4). B is the batch, Lv clips, Lt tokens, N proposals, K decoder layers, R RoI bins, D `d_model`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_diffusionvmr import DiffusionVMRConfig
+from .diffusion import DiffusionSchedule, sampling_timesteps, signal_to_spans, spans_to_signal
+from .loss_diffusionvmr import Targets, diffusionvmr_loss
+from .spans import keep_inside, roi_align
+
+
+@dataclass
+class DiffusionVMRMemory(ModelOutput):
+    """
+    What the encoder knows of a video under a sentence (Eq. 7), and all that the decoder is conditioned on.
+
+    last_hidden_state (`torch.Tensor` of shape `(B, Lv + Lt, D)`): clips first, then tokens.
+    video (`torch.Tensor` of shape `(B, Lv, D)`): M_V.
+    text (`torch.Tensor` of shape `(B, Lt, D)`): M_Q.
+    video_mask (`torch.BoolTensor` of shape `(B, Lv)`): the real clips.
+    hidden_states, attentions: of every encoder layer, where asked for.
+    """
+
+    last_hidden_state: Tensor | None = None
+    video: Tensor | None = None
+    text: Tensor | None = None
+    video_mask: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class DiffusionVMRDecoderOutput(ModelOutput):
+    """
+    One call of the denoising decoder (Eq. 6).
+
+    last_hidden_state (`torch.Tensor` of shape `(B, N, D)`): the proposals' features after the last layer.
+    intermediate_logits (`torch.Tensor` of shape `(B, K, N, 2)`): foreground and background of every layer.
+    intermediate_spans (`torch.FloatTensor` of shape `(B, K + 1, N, 2)`): the noisy input, then every layer's spans.
+    hidden_states, attentions: of every decoder layer, where asked for.
+    """
+
+    last_hidden_state: Tensor | None = None
+    intermediate_logits: Tensor | None = None
+    intermediate_spans: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class DiffusionVMRModelOutput(ModelOutput):
+    """
+    One encoding and one denoising step. `last_hidden_state` is the decoder's, (B, N, D); the others are described in
+    [`DiffusionVMRMomentRetrievalOutput`].
+    """
+
+    last_hidden_state: Tensor | None = None
+    intermediate_logits: Tensor | None = None
+    intermediate_spans: Tensor | None = None
+    encoder_last_hidden_state: Tensor | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    encoder_attentions: tuple[Tensor, ...] | None = None
+    decoder_hidden_states: tuple[Tensor, ...] | None = None
+    decoder_attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class DiffusionVMRMomentRetrievalOutput(ModelOutput):
+    """
+    loss (`torch.FloatTensor`): Eq. 11, where there are labels.
+    loss_dict (`dict[str, torch.FloatTensor]`): its terms without their coefficients, summed over the decoder's layers:
+        `class`, `l1`, `iou`, `hinge`, `contrastive`.
+    logits (`torch.Tensor` of shape `(B, N, 2)`): index 0 is foreground; a proposal's score is `softmax[..., 0]`.
+    pred_spans (`torch.FloatTensor` of shape `(B, N, 2)`): (center, width) in [0, 1] of the time covered.
+    saliency_scores (`torch.Tensor` of shape `(B, Lv)`): how well each clip fits the sentence, unbounded; 0 for padding.
+    intermediate_logits (`torch.Tensor` of shape `(B, K, N, 2)`): of every decoder layer.
+    intermediate_spans (`torch.FloatTensor` of shape `(B, K + 1, N, 2)`): index 0 is the noisy input; both are those of
+        the last sampling step.
+    encoder_last_hidden_state (`torch.Tensor` of shape `(B, Lv + Lt, D)`): the memory.
+    encoder_hidden_states, encoder_attentions, decoder_hidden_states, decoder_attentions: tuples with an entry a layer
+        (hidden states begin with the first layer's input), where asked for.
+    """
+
+    loss: Tensor | None = None
+    loss_dict: dict[str, Tensor] | None = None
+    logits: Tensor | None = None
+    pred_spans: Tensor | None = None
+    saliency_scores: Tensor | None = None
+    intermediate_logits: Tensor | None = None
+    intermediate_spans: Tensor | None = None
+    encoder_last_hidden_state: Tensor | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    encoder_attentions: tuple[Tensor, ...] | None = None
+    decoder_hidden_states: tuple[Tensor, ...] | None = None
+    decoder_attentions: tuple[Tensor, ...] | None = None
+
+
+def sine_embedding(position: Tensor, size: int) -> Tensor:
+    """Sines and cosines (..., size) of positions (...) at wavelengths from 2 pi to 20000 pi, in float32."""
+    frequency = torch.exp(torch.arange(0, size, 2, device=position.device) * (-math.log(10000.0) / size))
+    angle = position.float()[..., None] * frequency
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
+
+
+def clip_positions(video_mask: Tensor) -> Tensor:
+    """Start and end of each clip in [0, 1] of its own video, for a mask (B, Lv): (B, Lv, 2), 0 for padding."""
+    end = video_mask.cumsum(1) * video_mask / video_mask.sum(1, keepdim=True)
+    share = video_mask / video_mask.sum(1, keepdim=True)
+    return torch.stack((end - share, end), dim=-1)
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention in plain operations, for those who want to see the weights."""
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class DiffusionVMRSelfAttention(nn.Module):
+    """Multi-head self-attention; positions are added to queries and keys, not to values (as in DETR)."""
+
+    def __init__(self, config: DiffusionVMRConfig, num_heads: int):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.d_model // num_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.q_proj = nn.Linear(config.d_model, config.d_model)
+        self.k_proj = nn.Linear(config.d_model, config.d_model)
+        self.v_proj = nn.Linear(config.d_model, config.d_model)
+        self.o_proj = nn.Linear(config.d_model, config.d_model)
+
+    def forward(self, hidden_states, attention_mask=None, positions=None, **kwargs) -> tuple[Tensor, Tensor | None]:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        placed = hidden_states if positions is None else hidden_states + positions
+        query = self.q_proj(placed).view(shape).transpose(1, 2)
+        key = self.k_proj(placed).view(shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.config.dropout if self.training else 0.0
+        output, weights = attend(
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
+        )
+        return self.o_proj(output.flatten(2)), weights
+
+
+class DiffusionVMRFeedForward(nn.Module):
+    """Two linear layers with a ReLU between."""
+
+    def __init__(self, config: DiffusionVMRConfig, inner_size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(config.d_model, inner_size)
+        self.fc2 = nn.Linear(inner_size, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(self.dropout(F.relu(self.fc1(hidden_states))))
+
+
+class DiffusionVMREncoderLayer(GradientCheckpointingLayer):
+    """Self-attention and a feed-forward network, each with its residual, then normalised (as Moment-DETR)."""
+
+    def __init__(self, config: DiffusionVMRConfig):
+        super().__init__()
+        self.self_attn = DiffusionVMRSelfAttention(config, config.encoder_attention_heads)
+        self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
+        self.feed_forward = DiffusionVMRFeedForward(config, config.encoder_ffn_dim)
+        self.feed_forward_layer_norm = nn.LayerNorm(config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states, attention_mask=None, positions=None, **kwargs) -> Tensor:
+        attended, _ = self.self_attn(hidden_states, attention_mask, positions, **kwargs)
+        hidden_states = self.self_attn_layer_norm(hidden_states + self.dropout(attended))
+        return self.feed_forward_layer_norm(hidden_states + self.dropout(self.feed_forward(hidden_states)))
+
+
+class DiffusionVMRDynamicInteraction(nn.Module):
+    """
+    The dynamic interaction of Sparse R-CNN (Sun et al., arXiv 2011.12450): the proposal's feature generates two
+    filters, D -> dynamic_size -> D, through which its own un-pooled RoI bins pass.
+    """
+
+    def __init__(self, config: DiffusionVMRConfig):
+        super().__init__()
+        self.filter_shape = (config.d_model, config.dynamic_size)
+        self.filter_generator = nn.Linear(config.d_model, 2 * config.d_model * config.dynamic_size)
+        self.inner_layer_norm = nn.LayerNorm(config.dynamic_size)
+        self.bin_layer_norm = nn.LayerNorm(config.d_model)
+        self.out_proj = nn.Linear(config.roi_bins * config.d_model, config.d_model)
+        self.out_layer_norm = nn.LayerNorm(config.d_model)
+
+    def forward(self, proposals: Tensor, bins: Tensor) -> Tensor:
+        """Proposals (B, N, D) and their bins (B, N, R, D) -> (B, N, D)."""
+        narrow, wide = self.filter_generator(proposals).chunk(2, dim=-1)
+        bins = F.relu(self.inner_layer_norm(bins @ narrow.unflatten(-1, self.filter_shape)))
+        bins = F.relu(self.bin_layer_norm(bins @ wide.unflatten(-1, self.filter_shape[::-1])))
+        return F.relu(self.out_layer_norm(self.out_proj(bins.flatten(-2))))
+
+
+class DiffusionVMRDenoisingLayer(GradientCheckpointingLayer):
+    """One layer of the decoder: the denoising head on RoI features, and the two prediction heads."""
+
+    def __init__(self, config: DiffusionVMRConfig):
+        super().__init__()
+        size = config.d_model
+        self.self_attn = DiffusionVMRSelfAttention(config, config.decoder_attention_heads)
+        self.self_attn_layer_norm = nn.LayerNorm(size)
+        self.interaction = DiffusionVMRDynamicInteraction(config)
+        self.interaction_layer_norm = nn.LayerNorm(size)
+        self.feed_forward = DiffusionVMRFeedForward(config, config.decoder_ffn_dim)
+        self.feed_forward_layer_norm = nn.LayerNorm(size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.time_modulation = nn.Sequential(nn.SiLU(), nn.Linear(4 * size, 2 * size))
+        self.class_head = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 2))
+        self.span_head = nn.Sequential(
+            nn.Linear(size, size), nn.ReLU(), nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 2)
+        )
+
+    def forward(
+        self, proposals: Tensor, bins: Tensor, spans: Tensor, time: Tensor, **kwargs
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        Args:
+            proposals: the proposals' features, (B, N, D).
+            bins: what the RoI-align read for each, (B, N, R, D).
+            spans: where, (B, N, 2), float32.
+            time: the embedding of the step, (B, 4 D).
+
+        Returns:
+            The proposals' features (B, N, D), logits (B, N, 2), and the new spans (B, N, 2), float32.
+        """
+        attended, _ = self.self_attn(proposals, **kwargs)
+        proposals = self.self_attn_layer_norm(proposals + self.dropout(attended))
+        proposals = self.interaction_layer_norm(proposals + self.dropout(self.interaction(proposals, bins)))
+        proposals = self.feed_forward_layer_norm(proposals + self.dropout(self.feed_forward(proposals)))
+        scale, shift = self.time_modulation(time)[:, None].chunk(2, dim=-1)
+        modulated = proposals * (scale + 1) + shift
+        return proposals, self.class_head(modulated), self.refine(spans, self.span_head(modulated).float())
+
+    @staticmethod
+    def refine(spans: Tensor, offset: Tensor) -> Tensor:
+        """Moves spans by an offset of their inverse sigmoid; both (B, N, 2), float32."""
+        return (spans.logit(eps=1e-4) + offset).sigmoid()
+
+
+class DiffusionVMRPreTrainedModel(PreTrainedModel):
+    """Initialisation, and what the library has to know of these models."""
+
+    config: DiffusionVMRConfig
+    config_class = DiffusionVMRConfig
+    base_model_prefix = "model"
+    main_input_name = "video_features"
+    input_modalities = ("video", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DiffusionVMREncoderLayer", "DiffusionVMRDenoisingLayer"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """Xavier (section 4.1). The schedule's tables are not saved, and `from_pretrained` leaves them unfilled."""
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, DiffusionSchedule):
+            for name, table in module.tables().items():
+                init.copy_(getattr(module, name), table)
+
+
+class DiffusionVMREncoder(DiffusionVMRPreTrainedModel):
+    """The cross-modal encoder h (Eq. 7), after the projections."""
+
+    _can_record_outputs = {"hidden_states": DiffusionVMREncoderLayer, "attentions": DiffusionVMRSelfAttention}
+
+    def __init__(self, config: DiffusionVMRConfig):
+        super().__init__(config)
+        self.layers = nn.ModuleList([DiffusionVMREncoderLayer(config) for _ in range(config.encoder_layers)])
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor, positions: Tensor, **kwargs) -> BaseModelOutput:
+        """Embeddings (B, L, D), their mask (B, L) and positions (B, L, D) -> hidden states (B, L, D)."""
+        # The library would look for a mask without padding to skip it, which waits for the device
+        attention_mask = create_bidirectional_mask(
+            self.config, inputs_embeds, attention_mask, allow_is_bidirectional_skip=False
+        )
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask, positions, **kwargs)
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+
+class DiffusionVMRDecoder(DiffusionVMRPreTrainedModel):
+    """The denoising decoder g (Eq. 6): cascading layers, each of which starts from the spans of the one before."""
+
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(DiffusionVMRDenoisingLayer, num_hidden_layers_key="decoder_layers"),
+        "attentions": DiffusionVMRSelfAttention,
+    }
+
+    def __init__(self, config: DiffusionVMRConfig):
+        super().__init__(config)
+        size = config.d_model
+        self.time_embedding = nn.Sequential(nn.Linear(size, 4 * size), nn.GELU(), nn.Linear(4 * size, 4 * size))
+        self.layers = nn.ModuleList([DiffusionVMRDenoisingLayer(config) for _ in range(config.decoder_layers)])
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self, noisy_spans: Tensor, timesteps: Tensor, video: Tensor, video_mask: Tensor, **kwargs
+    ) -> DiffusionVMRDecoderOutput:
+        """Signals X_t (B, N, 2), their steps (B,), M_V (B, Lv, D) and its mask (B, Lv)."""
+        time = self.time_embedding(sine_embedding(timesteps, self.config.d_model).to(video.dtype))
+        num_clips = video_mask.sum(1)
+        spans = [signal_to_spans(noisy_spans.float(), self.config.signal_scale)]
+        logits = []
+        proposals = None
+        for layer in self.layers:
+            # A span narrower than a clip has nothing of its own to read, and a width of 0 could never grow
+            layer_spans = keep_inside(spans[-1].detach(), 1 / num_clips[:, None])
+            bins = roi_align(video, num_clips, layer_spans, self.config.roi_bins)  # phi of Eq. 8
+            if proposals is None:
+                proposals = bins.mean(2)  # rho of Eq. 8
+            proposals, layer_logits, layer_spans = layer(proposals, bins, layer_spans, time, **kwargs)
+            logits.append(layer_logits)
+            spans.append(layer_spans)
+        return DiffusionVMRDecoderOutput(
+            last_hidden_state=proposals,
+            intermediate_logits=torch.stack(logits, dim=1),
+            intermediate_spans=torch.stack(spans, dim=1),
+        )
+
+
+class DiffusionVMRProjection(nn.Sequential):
+    """The MLP that brings the features of one modality to the common space (as Moment-DETR's, two layers)."""
+
+    def __init__(self, config: DiffusionVMRConfig, feature_size: int):
+        super().__init__(
+            nn.LayerNorm(feature_size),
+            nn.Dropout(config.input_dropout),
+            nn.Linear(feature_size, config.d_model),
+            nn.ReLU(),
+            nn.LayerNorm(config.d_model),
+            nn.Dropout(config.input_dropout),
+            nn.Linear(config.d_model, config.d_model),
+        )
+
+
+class DiffusionVMRModel(DiffusionVMRPreTrainedModel):
+    """Encoder and denoising decoder. `forward` is [`~DiffusionVMRModel.encode`], then one step of `denoise`."""
+
+    def __init__(self, config: DiffusionVMRConfig):
+        super().__init__(config)
+        self.video_projection = DiffusionVMRProjection(config, config.video_feature_size + 2)
+        self.text_projection = DiffusionVMRProjection(config, config.text_feature_size)
+        self.encoder = DiffusionVMREncoder(config)
+        self.decoder = DiffusionVMRDecoder(config)
+        self.schedule = DiffusionSchedule(config.num_diffusion_steps, config.signal_scale)
+        self.post_init()
+
+    def encode(
+        self,
+        video_features: Tensor,
+        text_features: Tensor,
+        video_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        **kwargs,
+    ) -> DiffusionVMRMemory:
+        """
+        h, Eq. 7: clips and tokens, each projected to D, attend to each other.
+
+        Args:
+            video_features: (B, Lv, Dv). The model appends each clip's start and end position itself.
+            text_features: (B, Lt, Dt).
+            video_mask, text_mask: (B, Lv) and (B, Lt), 1 = real, padding on the right; absent, all is real.
+            kwargs: `output_attentions`, `output_hidden_states`.
+        """
+        self._check_features(video_features, text_features, video_mask, text_mask)
+        if video_mask is None:
+            video_mask = video_features.new_ones(video_features.shape[:2], dtype=torch.bool)
+        if text_mask is None:
+            text_mask = text_features.new_ones(text_features.shape[:2], dtype=torch.bool)
+        video_mask, text_mask = video_mask.bool(), text_mask.bool()
+
+        positions = clip_positions(video_mask)
+        video = self.video_projection(torch.cat((video_features, positions.to(video_features.dtype)), dim=-1))
+        text = self.text_projection(text_features)
+        # Moment-DETR numbers the clips from 1 and stretches the last to 2 pi; words have no positions
+        sine = sine_embedding(positions[..., 1] * (2 * math.pi), self.config.d_model).to(video.dtype)
+        hidden = self.encoder(
+            inputs_embeds=torch.cat((video, text), dim=1),
+            attention_mask=torch.cat((video_mask, text_mask), dim=1),
+            positions=F.pad(sine, (0, 0, 0, text.shape[1])),
+            return_dict=True,
+            **kwargs,
+        )
+        video, text = hidden.last_hidden_state.split((video.shape[1], text.shape[1]), dim=1)
+        return DiffusionVMRMemory(
+            last_hidden_state=hidden.last_hidden_state,
+            video=video,
+            text=text,
+            video_mask=video_mask,
+            hidden_states=hidden.hidden_states,
+            attentions=hidden.attentions,
+        )
+
+    def denoise(
+        self, memory: DiffusionVMRMemory, noisy_spans: Tensor, timesteps: Tensor, **kwargs
+    ) -> DiffusionVMRDecoderOutput:
+        """
+        g, Eq. 6: one call of the decoder.
+
+        Args:
+            memory: from `encode`; one encoding serves any number of calls.
+            noisy_spans: X_t in signal space, (B, N, 2).
+            timesteps: t, (B,).
+            kwargs: `output_attentions`, `output_hidden_states`.
+        """
+        return self.decoder(
+            noisy_spans=noisy_spans,
+            timesteps=timesteps,
+            video=memory.video,
+            video_mask=memory.video_mask,
+            return_dict=True,
+            **kwargs,
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        video_features: Tensor,
+        text_features: Tensor,
+        video_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        noisy_spans: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> DiffusionVMRModelOutput:
+        """As `encode` and `denoise`; without `noisy_spans` it starts from the fixed noise at step T."""
+        flags = recording_flags(output_attentions, output_hidden_states)
+        memory = self.encode(video_features, text_features, video_mask, text_mask, **flags)
+        noisy_spans, timesteps = self.starting_point(len(video_features), None, noisy_spans, timesteps)
+        return DiffusionVMRModelOutput(**combine(memory, self.denoise(memory, noisy_spans, timesteps, **flags)))
+
+    def starting_point(
+        self, batch_size: int, num_proposals: int | None, noisy_spans: Tensor | None, timesteps: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """
+        X_t (B, N, 2) and t (B,) from what the caller gave: the first N rows of `noisy_spans`, or of the fixed noise;
+        `timesteps`, or T.
+
+        Raises:
+            ValueError: for shapes that do not fit, and N below 1 or above the rows that were given.
+        """
+        if num_proposals is None:
+            num_proposals = self.config.num_proposals if noisy_spans is None else noisy_spans.shape[-2]
+        if num_proposals < 1:
+            raise ValueError(f"`num_proposals` must be at least 1, got {num_proposals}")
+        if noisy_spans is None:
+            noisy_spans = self.schedule.initial_noise(num_proposals)[None]
+        elif noisy_spans.ndim != 3 or noisy_spans.shape[0] not in (1, batch_size) or noisy_spans.shape[2] != 2:
+            raise ValueError(f"`noisy_spans` must be ({batch_size} or 1, N, 2), got {tuple(noisy_spans.shape)}")
+        elif noisy_spans.shape[1] < num_proposals:
+            raise ValueError(f"`num_proposals` is {num_proposals}, but `noisy_spans` has {noisy_spans.shape[1]} rows")
+        if timesteps is None:
+            last = self.config.num_diffusion_steps - 1
+            timesteps = torch.full((batch_size,), last, dtype=torch.long, device=noisy_spans.device)
+        elif timesteps.shape != (batch_size,):
+            raise ValueError(f"`timesteps` must be ({batch_size},), got {tuple(timesteps.shape)}")
+        return noisy_spans[:, :num_proposals].float().expand(batch_size, -1, -1), timesteps
+
+    def _check_features(self, video_features, text_features, video_mask, text_mask):
+        for name, features, mask, size, axes in (
+            ("video", video_features, video_mask, self.config.video_feature_size, "(B, Lv, Dv)"),
+            ("text", text_features, text_mask, self.config.text_feature_size, "(B, Lt, Dt)"),
+        ):
+            if features.ndim != 3 or features.shape[-1] != size or not features.shape[1]:
+                raise ValueError(
+                    f"`{name}_features` must be {axes} with {size} numbers a vector, got {tuple(features.shape)}"
+                )
+            if mask is not None and mask.shape != features.shape[:2]:
+                raise ValueError(
+                    f"`{name}_mask` must be {tuple(features.shape[:2])} like the features, got {tuple(mask.shape)}"
+                )
+        if len(video_features) != len(text_features):
+            raise ValueError(f"there are {len(video_features)} videos but {len(text_features)} sentences")
+
+
+def recording_flags(output_attentions: bool | None, output_hidden_states: bool | None) -> dict[str, bool]:
+    """What the caller said of recording; what was left open is the configuration's to say."""
+    flags = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def combine(memory: DiffusionVMRMemory, decoded: DiffusionVMRDecoderOutput) -> dict:
+    """The fields that both models' outputs share."""
+    return {
+        "last_hidden_state": decoded.last_hidden_state,
+        "intermediate_logits": decoded.intermediate_logits,
+        "intermediate_spans": decoded.intermediate_spans,
+        "encoder_last_hidden_state": memory.last_hidden_state,
+        "encoder_hidden_states": memory.hidden_states,
+        "encoder_attentions": memory.attentions,
+        "decoder_hidden_states": decoded.hidden_states,
+        "decoder_attentions": decoded.attentions,
+    }
+
+
+class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
+    """DiffusionVMR with diffusion, sampling, saliency and the loss."""
+
+    def __init__(self, config: DiffusionVMRConfig):
+        super().__init__(config)
+        self.model = DiffusionVMRModel(config)
+        self.saliency_head = nn.Linear(config.d_model, 1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        video_features: Tensor,
+        text_features: Tensor,
+        video_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        noisy_spans: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        num_proposals: int | None = None,
+        num_sampling_steps: int | None = None,
+        labels: list[dict[str, Tensor]] | None = None,
+        negative_text_features: Tensor | None = None,
+        negative_text_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> DiffusionVMRMomentRetrievalOutput:
+        """
+        In train mode with labels: one denoising step from X_t. Otherwise: the sampler (section 3.5, "Inference"), which
+        is deterministic.
+
+        Args:
+            video_features: (B, Lv, Dv). The model appends each clip's start and end position itself.
+            text_features: (B, Lt, Dt).
+            video_mask, text_mask: (B, Lv) and (B, Lt), 1 = real, padding on the right; absent, all is real.
+            noisy_spans: X_t in signal space, (B or 1, N, 2). Absent, it is drawn from the labels in train mode, and the
+                fixed noise otherwise.
+            timesteps: t of `noisy_spans`, (B,), in [0, T). Absent, it is drawn with them, or T - 1.
+            num_proposals: N, by default the rows of `noisy_spans`, or the configuration's. Of longer `noisy_spans` the
+                first N rows are used.
+            num_sampling_steps: S, the DDIM steps of the sampler, by default the configuration's.
+            labels: B dicts with `spans`, float (n, 2), n from 0 up; and optionally `saliency_pos` and `saliency_neg`,
+                long (p,), pairs of clips of which the first fits better (hinge term).
+            negative_text_features, negative_text_mask: a sentence of another video for each video, (B, L, Dt) and
+                (B, L) (contrastive term).
+
+        Raises:
+            ValueError: for shapes that do not fit, another number of labels than samples, N below 1, S below 1 or
+                beyond T.
+        """
+        batch_size = len(video_features)
+        if labels is not None and len(labels) != batch_size:
+            raise ValueError(f"there are {batch_size} samples but {len(labels)} labels")
+        flags = recording_flags(output_attentions, output_hidden_states)
+        targets = None if labels is None else Targets.from_labels(labels, video_features.device)
+        memory, negative_memory = self._encode_with_negative(
+            (video_features, text_features, video_mask, text_mask), negative_text_features, negative_text_mask, flags
+        )
+
+        if self.training and targets is not None:
+            if (noisy_spans is None) != (timesteps is None):
+                raise ValueError("in training `noisy_spans` and `timesteps` are given together, or neither is")
+            if noisy_spans is None:
+                noisy_spans, timesteps = self.model.schedule.corrupt(
+                    targets.spans, targets.window_mask.sum(1), num_proposals or self.config.max_training_proposals
+                )
+            start = self.model.starting_point(batch_size, num_proposals, noisy_spans, timesteps)
+            decoded = self.model.denoise(memory, *start, **flags)
+        else:
+            start = self.model.starting_point(batch_size, num_proposals, noisy_spans, timesteps)
+            decoded = self._sample(memory, *start, num_sampling_steps, flags)
+
+        saliency_scores = self._saliency(memory)
+        loss, loss_dict = None, None
+        if targets is not None:
+            loss, loss_dict = diffusionvmr_loss(
+                decoded.intermediate_logits,
+                decoded.intermediate_spans[:, 1:],
+                saliency_scores,
+                targets,
+                memory.video_mask,
+                self.config,
+                None if negative_memory is None else self._saliency(negative_memory),
+            )
+        fields = combine(memory, decoded)
+        fields.pop("last_hidden_state")
+        return DiffusionVMRMomentRetrievalOutput(
+            loss=loss,
+            loss_dict=loss_dict,
+            logits=decoded.intermediate_logits[:, -1],
+            pred_spans=decoded.intermediate_spans[:, -1],
+            saliency_scores=saliency_scores,
+            **fields,
+        )
+
+    def _sample(self, memory, noisy_spans, timesteps, num_sampling_steps, flags) -> DiffusionVMRDecoderOutput:
+        """The reverse process: DDIM over `num_sampling_steps` calls of the decoder; gives the last one's output."""
+        steps = self.config.num_sampling_steps if num_sampling_steps is None else num_sampling_steps
+        if not 1 <= steps <= self.config.num_diffusion_steps:
+            raise ValueError(
+                f"`num_sampling_steps` must be in 1 to num_diffusion_steps={self.config.num_diffusion_steps}, got {steps}"
+            )
+        schedule = self.model.schedule
+        visited = sampling_timesteps(timesteps, steps)
+        for index in range(steps):
+            decoded = self.model.denoise(memory, noisy_spans, visited[index], **flags)
+            if index + 1 < steps:
+                predicted = spans_to_signal(decoded.intermediate_spans[:, -1], schedule.scale)
+                noisy_spans = schedule.ddim_step(noisy_spans, predicted, visited[index], visited[index + 1])
+        return decoded
+
+    def _saliency(self, memory: DiffusionVMRMemory) -> Tensor:
+        return self.saliency_head(memory.video).squeeze(-1).masked_fill(~memory.video_mask, 0.0)
+
+    def _encode_with_negative(
+        self, inputs, negative_text, negative_mask, flags
+    ) -> tuple[DiffusionVMRMemory, DiffusionVMRMemory | None]:
+        """Encodes the pairs, and the videos with the sentences of others, in one pass."""
+        if negative_text is None:
+            return self.model.encode(*inputs, **flags), None
+        video, text, video_mask, text_mask = inputs
+        video_mask = video.new_ones(video.shape[:2], dtype=torch.bool) if video_mask is None else video_mask
+        text, text_mask = pad_pair(text, text_mask, negative_text, negative_mask)
+        both = self.model.encode(
+            torch.cat((video, video)), text, torch.cat((video_mask, video_mask)), text_mask, **flags
+        )
+
+        def half(value, index):
+            if isinstance(value, tuple):
+                return tuple(half(item, index) for item in value)
+            return value.chunk(2)[index]
+
+        return tuple(DiffusionVMRMemory(**{name: half(v, index) for name, v in both.items()}) for index in (0, 1))
+
+
+def pad_pair(text, text_mask, negative_text, negative_mask) -> tuple[Tensor, Tensor]:
+    """Two batches of sentences (B, L, D) and (B, M, D) with their masks as one of 2 B, padded to the longer."""
+    length = max(text.shape[1], negative_text.shape[1])
+    features, masks = [], []
+    for sentence, mask in ((text, text_mask), (negative_text, negative_mask)):
+        if mask is None:
+            mask = sentence.new_ones(sentence.shape[:2], dtype=torch.bool)
+        features.append(F.pad(sentence, (0, 0, 0, length - sentence.shape[1])))
+        masks.append(F.pad(mask.bool(), (0, length - mask.shape[1])))
+    return torch.cat(features), torch.cat(masks)
+
+
+__all__ = ["DiffusionVMRForMomentRetrieval", "DiffusionVMRModel", "DiffusionVMRPreTrainedModel"]

@@ -1,0 +1,63 @@
+"""Training on `transformers.Trainer`, which gains only what the task needs."""
+
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from .dataset import DiffusionVMRDataCollator
+
+PROPOSAL_SCHEDULES = ("progress", "stable")
+
+
+class DiffusionVMRTrainer(Trainer):
+    """
+    A `Trainer` that lets the number of proposals grow (section 3.2 and Table 6) and logs every term of the loss.
+
+    Args:
+        proposal_schedule: "progress", from 1 to `config.max_training_proposals` in equal parts of the training; or
+            "stable", all of them from the start.
+        args, kwargs: `Trainer`'s.
+
+    Raises:
+        ValueError: for an unknown schedule.
+    """
+
+    def __init__(self, *args, proposal_schedule: str = "progress", **kwargs):
+        if proposal_schedule not in PROPOSAL_SCHEDULES:
+            raise ValueError(f"`proposal_schedule` must be one of {PROPOSAL_SCHEDULES}, got {proposal_schedule!r}")
+        kwargs.setdefault("data_collator", DiffusionVMRDataCollator())
+        super().__init__(*args, **kwargs)
+        self.proposal_schedule = proposal_schedule
+        self.args.remove_unused_columns = False  # the samples hold what the collator needs, under names of its own
+        self._loss_terms: dict[str, torch.Tensor] = {}
+        self._num_loss_terms = 0
+
+    def training_proposals(self) -> int:
+        """N of this step."""
+        most = self.accelerator.unwrap_model(self.model).config.max_training_proposals
+        if self.proposal_schedule == "stable":
+            return most
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        return min(1 + int(progress * most), most)
+
+    def compute_loss(self, model, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None):
+        """Calls `forward` with this step's number of proposals, and keeps the terms of the loss for the next log."""
+        if model.training:
+            inputs = {**inputs, "num_proposals": self.training_proposals()}
+        outputs = model(**inputs)
+        if model.training:
+            # Added up on the device: reading them would wait for it
+            for name, term in outputs.loss_dict.items():
+                self._loss_terms[name] = self._loss_terms.get(name, 0) + term.detach()
+            self._num_loss_terms += 1
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean of every term of the loss since the last log, and N."""
+        if "loss" in logs and self._num_loss_terms:
+            for name, total in self._loss_terms.items():
+                logs[f"loss_{name}"] = round((total / self._num_loss_terms).item(), 4)
+            logs["num_proposals"] = self.training_proposals()
+            self._loss_terms, self._num_loss_terms = {}, 0
+        super().log(logs, start_time)
