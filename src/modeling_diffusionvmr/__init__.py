@@ -1,0 +1,65 @@
+"""
+DiffusionVMR: video moment retrieval by denoising spans, for Hugging Face.
+
+Importing the package registers the Auto classes and `pipeline("video-moment-retrieval")`.
+"""
+
+import importlib
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .configuration_diffusionvmr import DiffusionVMRConfig
+from .modeling_diffusionvmr import TASK, DiffusionVMRForMomentRetrieval, DiffusionVMRModel
+from .pipeline_diffusionvmr import VideoMomentRetrievalPipeline
+from .processing_diffusionvmr import DiffusionVMRProcessor
+
+__version__ = "0.1.0"
+
+DEFAULT_MODEL = str(Path(__file__).parent / "default_model")
+"""The folder of the embedded checkpoint."""
+
+# Resolved when asked for: `transformers.Trainer` loads datasets, and features and metrics are not needed to retrieve
+LAZY = {
+    "DiffusionVMRDataCollator": "dataset",
+    "DiffusionVMRTrainer": "trainer",
+    "MomentRetrievalDataset": "dataset",
+    "evaluate_predictions": "metrics",
+    "load_annotations": "annotations",
+    "open_features": "features",
+    "predict_moments": "prediction",
+}
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "DiffusionVMRConfig",
+    "DiffusionVMRForMomentRetrieval",
+    "DiffusionVMRModel",
+    "DiffusionVMRProcessor",
+    "VideoMomentRetrievalPipeline",
+    *LAZY,
+]
+
+
+def __getattr__(name: str):
+    if name in LAZY:
+        return getattr(importlib.import_module(f".{LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *LAZY})
+
+
+AutoConfig.register(DiffusionVMRConfig.model_type, DiffusionVMRConfig)
+AutoModel.register(DiffusionVMRConfig, DiffusionVMRForMomentRetrieval)
+AutoProcessor.register(DiffusionVMRConfig, DiffusionVMRProcessor)
+PIPELINE_REGISTRY.register_pipeline(
+    TASK, pipeline_class=VideoMomentRetrievalPipeline, pt_model=AutoModel, type="multimodal"
+)
+
+# What is saved carries the code, so that it loads with `trust_remote_code=True` where the package is not installed
+DiffusionVMRConfig.register_for_auto_class()
+DiffusionVMRForMomentRetrieval.register_for_auto_class("AutoModel")
+DiffusionVMRProcessor.register_for_auto_class("AutoProcessor")

@@ -23,6 +23,8 @@ from .diffusion import DiffusionSchedule, sampling_timesteps, signal_to_spans, s
 from .loss_diffusionvmr import Targets, diffusionvmr_loss
 from .spans import keep_inside, roi_align
 
+TASK = "video-moment-retrieval"
+
 
 @dataclass
 class DiffusionVMRMemory(ModelOutput):
@@ -540,6 +542,16 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         self.model = DiffusionVMRModel(config)
         self.saliency_head = nn.Linear(config.d_model, 1)
         self.post_init()
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As every model's; with its code, a checkpoint also names its pipeline."""
+        if self._auto_class is not None:
+            # The import makes the library send the pipeline's files along, too
+            from .pipeline_diffusionvmr import VideoMomentRetrievalPipeline as pipeline_class
+
+            implementation = f"{pipeline_class.__module__.split('.')[-1]}.{pipeline_class.__name__}"
+            self.config.custom_pipelines = {TASK: {"impl": implementation, "pt": ["AutoModel"], "type": "multimodal"}}
+        super().save_pretrained(save_directory, **kwargs)
 
     @can_return_tuple
     def forward(

@@ -1,0 +1,70 @@
+"""`make demo`: renders a video that no model has seen, asks three sentences, and shows moments beside the truth."""
+
+import argparse
+import sys
+from itertools import count
+from pathlib import Path
+
+from transformers import pipeline
+
+from modeling_diffusionvmr import DEFAULT_MODEL
+from modeling_diffusionvmr.plotting import plot_refinement, plot_timeline, save_figure
+from modeling_diffusionvmr.rendered_world import plan_video, write_video
+from modeling_diffusionvmr.video import open_video
+
+FIRST_SEED = 77_000_000  # far from the seeds of training and evaluation
+NUM_QUERIES = 3
+NUM_FRAMES = 12
+
+
+def choose_plan(first_seed: int):
+    """The first plan from this seed on with enough sentences, one of which has several moments."""
+    for seed in count(first_seed):
+        plan = plan_video(seed)
+        queries = sorted(plan.queries, key=lambda query: -len(query.windows))[:NUM_QUERIES]
+        if len(queries) == NUM_QUERIES and len(queries[0].windows) > 1:
+            return plan, queries
+
+
+def main(folder: Path, seed: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    plan, queries = choose_plan(seed)
+    path = folder / "video.mp4"
+    write_video(plan, path)
+    print(f"rendered {path}, {plan.duration:.1f} s")
+
+    retrieve = pipeline("video-moment-retrieval", model=DEFAULT_MODEL)
+    sentences = [query.text for query in queries]
+    results = retrieve(str(path), sentences, return_saliency=True, threshold=0.5, nms_threshold=0.5)
+    for query, result in zip(queries, results):
+        print(f"\n{query.text}")
+        print("  true:      " + ", ".join(f"{start:.1f} - {end:.1f} s" for start, end in query.windows))
+        found = (f"{m['start']:.1f} - {m['end']:.1f} s ({m['score']:.2f})" for m in result["moments"])
+        print("  retrieved: " + (", ".join(found) or "nothing"))
+
+    truth = [query.windows for query in queries]
+    frames = list(open_video(str(path), plan.duration / NUM_FRAMES))
+    save_figure(plot_timeline(sentences, results, plan.duration, frames, truth), folder / "timeline.png")
+
+    features = retrieve.forward(retrieve.preprocess({"video": str(path), "query": sentences[0]}))
+    outputs, video = features["outputs"], features["video"]
+    figure = plot_refinement(
+        outputs.intermediate_spans[0],
+        outputs.logits[0].softmax(-1)[:, 0],
+        video.num_clips * video.clip_seconds,
+        truth[0],
+        f"“{sentences[0]}”: spans refined from noise (green: the truth)",
+    )
+    save_figure(figure, folder / "refinement.png")
+    print(f"\nsaved {folder / 'timeline.png'} and {folder / 'refinement.png'}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output_dir", type=Path, default=Path("demo"), help="default: demo/")
+    parser.add_argument("--seed", type=int, default=FIRST_SEED, help="of the world")
+    arguments = parser.parse_args()
+    try:
+        main(arguments.output_dir, arguments.seed)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,183 @@
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import BertConfig, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+from modeling_diffusionvmr.backbones import Backbones, ClipBackbone, load_backbones
+
+WORDS = ["a", "red", "dog", "runs", "fast"]
+
+
+def tiny_clip(seed=0, projection_dim=12) -> ClipBackbone:
+    """A random CLIP that knows five words, and every letter."""
+    letters = sorted(set("".join(WORDS)))
+    vocab = ["<|startoftext|>", "<|endoftext|>"] + letters + [letter + "</w>" for letter in letters]
+    merges = []
+    for word in WORDS:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            merges.append((pieces[0], pieces[1]))
+            pieces = [pieces[0] + pieces[1], *pieces[2:]]
+            vocab.append(pieces[0])
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(vocab))}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=list(dict.fromkeys(merges)), model_max_length=10)
+    torch.manual_seed(seed)
+    layers = {"intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = CLIPConfig(
+        text_config={"vocab_size": len(vocab), "hidden_size": 8, "max_position_embeddings": 10, **layers, **special},
+        vision_config={"hidden_size": 16, "image_size": 16, "patch_size": 8, **layers},
+        projection_dim=projection_dim,
+    )
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    return ClipBackbone(CLIPModel(config), processor, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def clip() -> ClipBackbone:
+    return tiny_clip()
+
+
+@pytest.fixture(scope="module")
+def frames() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (7, 24, 40, 3), dtype=np.uint8)
+
+
+def description(**changes) -> dict:
+    return {"name": "clip", "id": "clip", "feature_size": 12, "text_feature_size": 8, "clip_seconds": 2.0, **changes}
+
+
+def test_video_features_are_projected_embeddings(clip, frames):
+    features = clip.encode_video(iter(frames), batch_size=3)
+    assert features.shape == (7, 12) == (len(frames), clip.feature_size)
+    assert features.dtype == np.float32
+    mean, std = np.array(clip.image_processor.image_mean), np.array(clip.image_processor.image_std)
+    for frame, feature in zip(frames, features):
+        # CLIP's own transform: shortest side to 16, bicubic by Pillow, the middle, normalised
+        middle = Image.fromarray(frame).resize((26, 16), Image.Resampling.BICUBIC).crop((5, 0, 21, 16))
+        pixels = torch.tensor((np.asarray(middle) / 255 - mean) / std, dtype=torch.float32).permute(2, 0, 1)[None]
+        pooled = clip.model.vision_model(pixel_values=pixels).pooler_output
+        wanted = clip.model.visual_projection(pooled)[0].detach().numpy()
+        np.testing.assert_allclose(feature, wanted, atol=1e-5)
+
+
+def test_no_frames(clip):
+    with pytest.raises(ValueError, match="no frames"):
+        clip.encode_video(iter(()))
+
+
+def test_text_features_are_hidden_states_of_all_tokens(clip):
+    sentences = ["a red dog runs", "dog", "A  RED dog runs"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        features = clip.encode_text(sentences)
+    assert [array.shape for array in features] == [(6, 8), (3, 8), (6, 8)]
+    assert all(array.dtype == np.float32 for array in features)
+    np.testing.assert_array_equal(features[0], features[2])
+    tokens = ["<|startoftext|>", "a</w>", "red</w>", "dog</w>", "runs</w>", "<|endoftext|>"]
+    ids = torch.tensor([clip.tokenizer.convert_tokens_to_ids(tokens)])
+    wanted = clip.model.text_model(input_ids=ids).last_hidden_state[0].detach().numpy()
+    np.testing.assert_allclose(features[0], wanted, atol=1e-6)
+
+
+def test_long_sentence_keeps_its_end(clip):
+    sentence = "a red dog runs " * 5
+    with pytest.warns(UserWarning, match="22 tokens is cut to 10"):
+        (features,) = clip.encode_text([sentence])
+    with pytest.warns(UserWarning, match="22 tokens is cut to 5"):
+        (cut,) = clip.encode_text([sentence], max_tokens=5)
+    assert features.shape == (10, 8)
+    np.testing.assert_allclose(cut, clip.encode_text(["a red dog"])[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("sentence", ["", " \n", None])
+def test_no_sentence(clip, sentence):
+    with pytest.raises(ValueError, match="must be a sentence"):
+        clip.encode_text(["a dog", sentence])
+
+
+def test_frozen_and_movable(clip, frames):
+    assert not clip.model.training
+    assert not any(parameter.requires_grad for parameter in clip.model.parameters())
+    half = tiny_clip().to("cpu", torch.bfloat16)
+    assert half.model.dtype == torch.bfloat16
+    features = half.encode_video(frames)
+    assert features.dtype == np.float32
+    np.testing.assert_allclose(features, clip.encode_video(frames), atol=0.1)
+    assert half.encode_text(["a dog"])[0].dtype == np.float32
+
+
+def test_one_pass_for_all_backbones(clip, frames):
+    other = tiny_clip(seed=1, projection_dim=6)
+    both = Backbones(
+        [description(), {"name": "other", "id": None, "feature_size": 6, "clip_seconds": 2.0}], [clip, other]
+    )
+    passes = []
+
+    def counted():
+        for frame in frames:
+            passes.append(1)
+            yield frame
+
+    features = both.encode_video(counted(), batch_size=2)
+    assert len(passes) == len(frames)
+    np.testing.assert_allclose(features[0], clip.encode_video(frames), atol=1e-5)
+    np.testing.assert_allclose(features[1], other.encode_video(frames), atol=1e-5)
+    texts = both.encode_text(["a dog", "a red dog"])
+    assert [array.shape for array in texts] == [(4, 8), (5, 8)]  # of the first alone, the second reads no text
+    assert both.clip_seconds == 2.0
+    two_texts = Backbones([{"name": name, "id": None, "text_feature_size": 8} for name in "ab"], [clip, other])
+    assert two_texts.encode_text(["a dog"])[0].shape == (4, 16)
+    assert two_texts.clip_seconds is None
+
+
+def test_descriptions_that_do_not_fit(clip):
+    with pytest.raises(ValueError, match="backbone clip: its `feature_size` is 12, but the config says 512"):
+        Backbones([description(feature_size=512)], [clip])
+    with pytest.raises(ValueError, match=r"clips of \[1.0, 2.0\] seconds"):
+        Backbones([description(), description(name="slow", clip_seconds=1.0)], [clip, clip])
+
+
+def test_saved_with_a_checkpoint(clip, frames, tmp_path):
+    descriptions = Backbones([description(id="some/hub-id")], [clip]).save_pretrained(tmp_path)
+    assert descriptions == [description(id="clip")]
+    loaded = load_backbones(SimpleNamespace(backbones=descriptions), tmp_path, device="cpu", dtype=torch.float32)
+    np.testing.assert_array_equal(loaded.encode_video(frames)[0], clip.encode_video(frames))
+    np.testing.assert_array_equal(loaded.encode_text(["a red dog"])[0], clip.encode_text(["a red dog"])[0])
+    assert type(loaded.models[0].image_processor) is CLIPImageProcessorPil
+
+    # Outside the checkpoint, as an id on its own, of which the checkpoint's revision says nothing
+    (tmp_path / "model").mkdir()
+    elsewhere = SimpleNamespace(backbones=[description(id=str(tmp_path / "clip"))])
+    loaded = load_backbones(elsewhere, tmp_path / "model", local_files_only=True, revision="other")
+    np.testing.assert_array_equal(loaded.encode_video(frames)[0], clip.encode_video(frames))
+
+
+def test_folder_inside_a_checkpoint_on_the_hub(clip, tmp_path, monkeypatch):
+    # A Hub repository as it lies in the cache: refs/main names the snapshot
+    repository, commit = tmp_path / "models--someone--diffusionvmr", "0" * 40
+    snapshot = repository / "snapshots" / commit
+    clip.save_pretrained(snapshot / "clip")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    config = SimpleNamespace(backbones=[description()])
+    loaded = load_backbones(config, "someone/diffusionvmr", cache_dir=str(tmp_path), local_files_only=True)
+    assert loaded.models[0].feature_size == 12
+
+
+def test_backbones_that_cannot_be_run_are_named(clip, tmp_path):
+    clip.save_pretrained(tmp_path / "clip")
+    BertConfig().save_pretrained(tmp_path / "bert")
+    backbones = [
+        {"name": "slowfast", "id": None, "feature_size": 2304, "clip_seconds": 2.0},
+        description(),
+        {"name": "bert", "id": "bert", "text_feature_size": 768},
+    ]
+    with pytest.raises(ValueError, match=r"cannot be run here: slowfast \(no `id`\), bert \(bert\);"):
+        load_backbones(SimpleNamespace(backbones=backbones), tmp_path)
+    with pytest.raises(ValueError, match="names no `backbones`"):
+        load_backbones(SimpleNamespace(backbones=None), tmp_path)

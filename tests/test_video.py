@@ -1,0 +1,216 @@
+import io
+import wave
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+
+from modeling_diffusionvmr import video as video_module
+from modeling_diffusionvmr.video import open_video
+
+WIDTH, HEIGHT = 64, 48
+
+
+def picture(index: int) -> np.ndarray:
+    """A frame that tells its index: eight stripes, one a bit."""
+    bits = (index >> np.arange(8)) & 1
+    return np.broadcast_to((bits.repeat(WIDTH // 8) * 255).astype(np.uint8)[None, :, None], (HEIGHT, WIDTH, 3)).copy()
+
+
+def index_of(frame: np.ndarray) -> int:
+    stripes = frame.mean(axis=(0, 2)).reshape(8, -1).mean(axis=1)
+    return int((stripes > 127) @ (1 << np.arange(8)))
+
+
+def write_video(path, times, rate=10, codec="libx264", rotation=None, noise=False, **options):
+    """Frame i of the file is shown from `times[i]` seconds."""
+    random = np.random.default_rng(0)
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=rate, width=WIDTH, height=HEIGHT, pix_fmt="yuv420p")
+        if rotation is not None:
+            stream.set_display_rotation(rotation)
+        for index, time in enumerate(times):
+            pixels = random.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8) if noise else picture(index)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.time_base, frame.pts = Fraction(1, 1000), round(time * 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def expected_indices(path, clip_seconds, num_clips) -> list[int]:
+    """The same by a full decode: which frame is shown at each centre."""
+    with av.open(str(path)) as container:
+        times = np.array([frame.time for frame in container.decode(video=0)])
+    centres = (np.arange(num_clips) + 0.5) * clip_seconds
+    return [max(np.flatnonzero(times - times[0] <= centre)) for centre in centres]
+
+
+@pytest.mark.parametrize(
+    "name, codec",
+    [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.webm", "libvpx"), ("a.avi", "mpeg4"), ("a.ts", "libx264")],
+)
+def test_frames_at_clip_centres_in_every_container(tmp_path, name, codec):
+    path = write_video(tmp_path / name, np.arange(73) / 10, codec=codec)
+    video = open_video(path, 1.0)
+    assert video.duration == pytest.approx(7.3, abs=0.02)
+    assert video.num_clips == 7
+    found = [index_of(frame) for frame in video]
+    assert found == [5, 15, 25, 35, 45, 55, 65] == expected_indices(path, 1.0, 7)
+    assert [index_of(frame) for frame in video] == found  # can be iterated again
+
+
+def test_variable_frame_rate_and_late_start(tmp_path):
+    times = 3.0 + np.array([0, 0.1, 0.2, 1.4, 1.6, 1.9, 4.0, 4.1, 6.6])
+    for name in ("a.mkv", "a.mp4"):
+        path = write_video(tmp_path / name, times)
+        video = open_video(str(path), 1.0)
+        assert 6.6 <= video.duration < 7.5
+        assert [index_of(frame) for frame in video] == [2, 3, 5, 5, 7, 7, 7]
+        assert expected_indices(path, 1.0, 7) == [2, 3, 5, 5, 7, 7, 7]
+
+
+def test_binary_file_object(tmp_path):
+    path = write_video(tmp_path / "a.mp4", np.arange(40) / 10)
+    with open(path, "rb") as file:
+        file.read(10)
+        video = open_video(file, 2.0)
+        assert [index_of(frame) for frame in video] == [10, 30]
+        assert [index_of(frame) for frame in video] == [10, 30]
+    assert [index_of(frame) for frame in open_video(io.BytesIO(path.read_bytes()), 2.0)] == [10, 30]
+
+
+def test_header_without_duration(tmp_path):
+    path = write_video(tmp_path / "a.mkv", np.arange(40) / 10, live="1")
+    with av.open(str(path)) as container:
+        assert container.duration is None
+    assert open_video(path, 1.0).duration == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("seconds, num_clips", [(0.1, 1), (2.9, 1), (3.0, 1), (3.1, 2), (5.0, 2), (6.0, 3)])
+def test_number_of_clips(seconds, num_clips):
+    video = open_video((np.zeros((round(seconds * 10), 2, 2, 3), np.uint8), 10), 2.0)
+    assert video.duration == pytest.approx(seconds)
+    assert video.num_clips == num_clips == len(list(video))
+
+
+def test_decoded_frames():
+    frames = np.arange(25, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+    assert [frame[0, 0, 0] for frame in open_video((frames, 5), 1.0)] == [2, 7, 12, 17, 22]
+    assert [frame[0, 0, 0] for frame in open_video((frames, 12.5), 0.2)] == [1, 3, 6, 8, 11, 13, 16, 18, 21, 23]
+
+
+@pytest.mark.parametrize(
+    "frames, fps, message",
+    [
+        (np.zeros((0, 2, 2, 3), np.uint8), 5, "at least one frame"),
+        (np.zeros((4, 2, 3), np.uint8), 5, r"\(T, H, W, 3\) uint8, got \(4, 2, 3\)"),
+        (np.zeros((4, 2, 2, 4), np.uint8), 5, r"\(T, H, W, 3\)"),
+        (np.zeros((4, 2, 2, 3)), 5, "float64"),
+        (np.zeros((4, 2, 2, 3), np.uint8), 0, "fps"),
+        (np.zeros((4, 2, 2, 3), np.uint8), float("nan"), "fps"),
+    ],
+)
+def test_refused_frames(frames, fps, message):
+    with pytest.raises(ValueError, match=message):
+        open_video((frames, fps), 2.0)
+
+
+def test_refused_clip_seconds():
+    with pytest.raises(ValueError, match="clip_seconds"):
+        open_video((np.zeros((4, 2, 2, 3), np.uint8), 5), 0)
+
+
+@pytest.mark.parametrize("rotation", [90, -90, 180])
+def test_rotation(tmp_path, rotation):
+    path = write_video(tmp_path / "a.mp4", np.arange(10) / 10, rotation=rotation)
+    frame = next(iter(open_video(path, 1.0)))
+    assert index_of(np.rot90(frame, -rotation // 90)) == 5
+    assert frame.shape == ((HEIGHT, WIDTH, 3) if rotation == 180 else (WIDTH, HEIGHT, 3))
+
+
+def test_cut_off_file(tmp_path):
+    whole = write_video(tmp_path / "whole.mp4", np.arange(100) / 10, noise=True, movflags="faststart").read_bytes()
+    path = tmp_path / "cut.mp4"
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut\.mp4: .*cut off.* [45]\.\d+ s"):
+        open_video(path, 2.0)
+    # Between two packets, nothing is left half
+    path = tmp_path / "cut.mkv"
+    whole = write_video(tmp_path / "whole.mkv", np.arange(100) / 10, noise=True).read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut\.mkv: .*cut off.* 4\.\d+ s of 10\.\d+ s"):
+        open_video(path, 2.0)
+    path = tmp_path / "no_index.mp4"
+    whole = write_video(tmp_path / "whole.mp4", np.arange(100) / 10, noise=True).read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"no_index\.mp4: not a video"):
+        open_video(path, 2.0)
+
+
+def test_broken_frame(tmp_path):
+    path = write_video(tmp_path / "broken.mp4", np.arange(100) / 10, noise=True)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 3000] = b"\xff" * 3000
+    path.write_bytes(content)
+    video = open_video(path, 2.0)
+    with pytest.raises(ValueError, match=r"broken\.mp4: (decoding breaks after|the frame at) [345]\.\d+ s"):
+        list(video)
+
+
+def test_files_that_are_no_video(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.mp4: no such file"):
+        open_video(tmp_path / "nothing.mp4", 2.0)
+    for name in ("notes.txt", "notes.mp4"):
+        (tmp_path / name).write_text("no video\n" * 100)
+        with pytest.raises(ValueError, match=f"{name}: not a video"):
+            open_video(tmp_path / name, 2.0)
+    with open(tmp_path / "notes.txt") as text, pytest.raises(ValueError, match="notes.txt: not a video"):
+        open_video(text, 2.0)
+    (tmp_path / "empty.mp4").touch()
+    with pytest.raises(ValueError, match=r"empty\.mp4: not a video"):
+        open_video(tmp_path / "empty.mp4", 2.0)
+    with pytest.raises(ValueError, match="not a video"):
+        open_video(tmp_path, 2.0)
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes(bytes(16000))
+    with pytest.raises(ValueError, match=r"sound\.wav: has no video stream"):
+        open_video(tmp_path / "sound.wav", 2.0)
+    av.VideoFrame.from_ndarray(picture(3), format="rgb24").save(tmp_path / "picture.png")
+    with pytest.raises(ValueError, match=r"picture\.png: not a video"):
+        open_video(tmp_path / "picture.png", 2.0)
+    write_video(tmp_path / "raw.h264", np.arange(10) / 10)
+    with pytest.raises(ValueError, match=r"raw\.h264: its frames have no time stamps"):
+        open_video(tmp_path / "raw.h264", 2.0)
+
+
+def test_without_pyav(tmp_path, monkeypatch):
+    monkeypatch.setattr(video_module, "av", None)
+    with pytest.raises(ImportError, match="pip install av"):
+        open_video(tmp_path / "a.mp4", 2.0)
+    assert open_video((np.zeros((4, 2, 2, 3), np.uint8), 1), 2.0).num_clips == 2
+
+
+def test_only_needed_frames_are_converted(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "a.mp4", np.arange(100) / 10)
+    converted = []
+    convert = video_module.FileVideo._to_rgb
+    monkeypatch.setattr(
+        video_module.FileVideo, "_to_rgb", lambda self, frame: converted.append(frame) or convert(self, frame)
+    )
+    assert len(list(open_video(path, 2.0))) == 5 == len(converted)
+
+
+def test_real_video(shared):
+    path = shared / "videos" / "charades.mp4"
+    video = open_video(path, 2.0)
+    assert video.duration == pytest.approx(30.72, abs=0.05)
+    assert video.num_clips == 15
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    wanted = expected_indices(path, 2.0, 15)
+    for frame, index in zip(video, wanted, strict=True):
+        np.testing.assert_array_equal(frame, frames[index])
