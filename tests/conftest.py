@@ -3,6 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
+
+from modeling_diffusionvmr import DiffusionVMRConfig
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +15,37 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("there is no folder of official files beside the repository")
     return folder
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """Makes the configuration of a tiny model; arguments replace its fields."""
+
+    def make(**changes) -> DiffusionVMRConfig:
+        fields = {
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "video_feature_size": 12,
+            "text_feature_size": 8,
+            "max_clips": 20,
+            "max_tokens": 10,
+            "num_diffusion_steps": 100,
+            "num_proposals": 5,
+            "max_training_proposals": 6,
+            "roi_bins": 4,
+            "dynamic_size": 8,
+        }
+        return DiffusionVMRConfig(**{**fields, **changes})
+
+    return make

@@ -27,7 +27,7 @@ def download_source(folder: Path) -> Path:
     archives = list(folder.glob("*.tar.gz"))
     if done.returncode or not archives:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        raise RuntimeError(lines[-1] if lines else "pip gave no archive")
+        raise RuntimeError(lines[-1].removeprefix("ERROR: ") if lines else "pip gave no archive")
     return archives[0]
 
 

@@ -51,14 +51,18 @@ def description(**changes) -> dict:
     return {"name": "clip", "id": "clip", "feature_size": 12, "text_feature_size": 8, "clip_seconds": 2.0, **changes}
 
 
-def test_video_features_are_projected_embeddings(clip, frames):
+@pytest.mark.parametrize("height", [24, 3])  # three rows are not three colours
+def test_video_features_are_projected_embeddings(clip, frames, height):
+    frames = frames[:, :height]
     features = clip.encode_video(iter(frames), batch_size=3)
     assert features.shape == (7, 12) == (len(frames), clip.feature_size)
     assert features.dtype == np.float32
     mean, std = np.array(clip.image_processor.image_mean), np.array(clip.image_processor.image_std)
     for frame, feature in zip(frames, features):
         # CLIP's own transform: shortest side to 16, bicubic by Pillow, the middle, normalised
-        middle = Image.fromarray(frame).resize((26, 16), Image.Resampling.BICUBIC).crop((5, 0, 21, 16))
+        width = 16 * 40 // height
+        left = (width - 16) // 2
+        middle = Image.fromarray(frame).resize((width, 16), Image.Resampling.BICUBIC).crop((left, 0, left + 16, 16))
         pixels = torch.tensor((np.asarray(middle) / 255 - mean) / std, dtype=torch.float32).permute(2, 0, 1)[None]
         pooled = clip.model.vision_model(pixel_values=pixels).pooler_output
         wanted = clip.model.visual_projection(pooled)[0].detach().numpy()
@@ -150,23 +154,30 @@ def test_saved_with_a_checkpoint(clip, frames, tmp_path):
     np.testing.assert_array_equal(loaded.encode_text(["a red dog"])[0], clip.encode_text(["a red dog"])[0])
     assert type(loaded.models[0].image_processor) is CLIPImageProcessorPil
 
-    # Outside the checkpoint, as an id on its own, of which the checkpoint's revision says nothing
-    (tmp_path / "model").mkdir()
-    elsewhere = SimpleNamespace(backbones=[description(id=str(tmp_path / "clip"))])
-    loaded = load_backbones(elsewhere, tmp_path / "model", local_files_only=True, revision="other")
-    np.testing.assert_array_equal(loaded.encode_video(frames)[0], clip.encode_video(frames))
 
-
-def test_folder_inside_a_checkpoint_on_the_hub(clip, tmp_path, monkeypatch):
-    # A Hub repository as it lies in the cache: refs/main names the snapshot
-    repository, commit = tmp_path / "models--someone--diffusionvmr", "0" * 40
-    snapshot = repository / "snapshots" / commit
-    clip.save_pretrained(snapshot / "clip")
+def put_on_hub(clip, cache, name, subfolder=""):
+    """A Hub repository as it lies in the cache, where refs/main names the snapshot."""
+    repository, commit = cache / f"models--{name.replace('/', '--')}", "0" * 40
+    clip.save_pretrained(repository / "snapshots" / commit / subfolder)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
+
+
+def test_folder_inside_a_checkpoint_on_the_hub(clip, tmp_path):
+    put_on_hub(clip, tmp_path, "someone/diffusionvmr", "clip")
     config = SimpleNamespace(backbones=[description()])
     loaded = load_backbones(config, "someone/diffusionvmr", cache_dir=str(tmp_path), local_files_only=True)
     assert loaded.models[0].feature_size == 12
+
+
+def test_backbone_outside_the_checkpoint(clip, frames, tmp_path):
+    put_on_hub(clip, tmp_path / "cache", "someone/clip")
+    (tmp_path / "checkpoint").mkdir()
+    config = SimpleNamespace(backbones=[description(id="someone/clip")])
+    kwargs = {"cache_dir": str(tmp_path / "cache"), "local_files_only": True, "revision": "the-checkpoint's"}
+    for checkpoint in (tmp_path / "checkpoint", None):
+        loaded = load_backbones(config, checkpoint, **kwargs)
+        np.testing.assert_array_equal(loaded.encode_video(frames)[0], clip.encode_video(frames))
 
 
 def test_backbones_that_cannot_be_run_are_named(clip, tmp_path):

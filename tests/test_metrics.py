@@ -88,6 +88,11 @@ def test_windows_by_hand():
     assert result["brief"]["MR-full-R1@0.7"] == 100.0 and result["brief"]["MR-short-mAP"] == 75.0
 
 
+def test_first_window_is_scored_as_officially_to_the_last_bit():
+    # 0.3 - 1.1 s of 0.0 - 1.6 s: half of the hull, and by the sum of lengths a hair less
+    assert evaluate_pairs(pair(1, [[0.0, 1.1, 1]], [[0.3, 1.6]]))["full"]["MR-R1"]["0.5"] == 100.0
+
+
 def test_only_ten_windows_count():
     misses = [[100, 101, 1 - rank / 100] for rank in range(10)]
     assert evaluate_pairs(pair(1, [*misses[:9], [0, 4, 2]], [[0, 4]]))["brief"]["MR-full-mAP"] == 100.0
@@ -135,6 +140,13 @@ def test_highlights_by_hand():
 def test_predicted_saliency(predicted, precision, hit):
     result = evaluate_pairs(salient_pair(1, predicted, [0], [[4, 4, 4]]))
     assert result["HL-min-VeryGood"] == {"HL-mAP": pytest.approx(precision, abs=0.006), "HL-Hit1": hit}
+
+
+def test_videos_of_different_lengths():
+    # The last clip of the shorter video has the score that pads it
+    short = salient_pair(1, [1, 0], [1], [[4, 4, 4]], duration=4)
+    result = evaluate_pairs(short, salient_pair(2, [0, 0, 0, 9], [3], [[4, 4, 4]]))
+    assert result["HL-min-Fair"] == {"HL-mAP": 75.0, "HL-Hit1": 50.0}
 
 
 def test_saliency_on_one_side_only():

@@ -115,3 +115,50 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         world.write_video(SEEN[0], tmp_path / "video.mp4")
     assert not list(tmp_path.iterdir())
+
+
+def test_stills_in_nameless_colours_show_no_unseen_pair():
+    stills = world.plan_stills(1, 200, nameless=True)
+    shown = {track.pair for still in stills for track in still.tracks}
+    nearest = {(min(world.COLOURS, key=lambda name: np.hypot.reduce(np.subtract(colour, world.COLOURS[name]))), shape) for colour, shape in shown}
+    assert len(nearest) > 50 and nearest.isdisjoint(world.UNSEEN_PAIRS)
+    assert world.render_frame(stills[0], 0.0).shape == (world.FRAME_SIZE, world.FRAME_SIZE, 3)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    from modeling_diffusionvmr import rendered_backbone
+
+    return rendered_backbone
+
+
+def test_every_word_of_the_world_is_one_token_and_every_sentence_has_tokens(backbone):
+    tokenizer = backbone.build_tokenizer()
+    for _, query in EVERY:
+        assert len(tokenizer(query.text).input_ids) == len(query.text.split()) + 2
+    assert tokenizer.unk_token_id not in tokenizer("Über 3 жёлтых xylophones, 漢字!").input_ids[1:-1]
+
+
+def test_truth_of_a_batch_agrees_with_each_statement(backbone):
+    frames, stills = backbone.render_frames(3, 64), world.plan_stills(3, 64)
+    statements, truth, sizes = backbone._statements_for(frames, np.random.default_rng(0))
+    assert len(statements) == sum(sizes) == truth.shape[1] and sizes[0] == len(world.SEEN_PAIRS) and sizes[2] > 10
+    assert truth.tolist() == [[statement.holds(still.tracks) for statement in statements] for still in stills]
+
+
+def test_clip_trains_saves_and_is_measured(backbone, tmp_path):
+    terms = []
+    arguments = dict(seed=1, steps=2, batch_size=16, pool_size=32)
+    clip, tokenizer, processor = backbone.train_rendered_clip(**arguments, progress=lambda step, steps, losses: terms.append((step, steps, losses)))
+    assert [entry[:2] for entry in terms] == [(1, 2), (2, 2)] and all(np.isfinite(value) for value in terms[-1][2].values())
+    for part in (clip, tokenizer, processor):
+        part.save_pretrained(tmp_path)
+    reloaded = type(clip).from_pretrained(tmp_path)
+    table = backbone.measure_clip(reloaded, type(tokenizer).from_pretrained(tmp_path), type(processor).from_pretrained(tmp_path), SEEN[:2])
+    assert table == backbone.measure_clip(reloaded, tokenizer, processor, SEEN[:2]) and 0 < table["all"]["auc"] < 1
+
+
+def test_ranking_figures(backbone):
+    truth = np.array([True, False, True, False])
+    assert backbone._ranking(np.array([4.0, 3, 2, 1]), truth) == pytest.approx((0.75, (1 + 2 / 3) / 2, 0.8))
+    assert backbone._ranking(np.array([4.0, 1, 3, 2]), truth) == pytest.approx((1, 1, 1))

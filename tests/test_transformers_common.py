@@ -352,7 +352,7 @@ class DiffusionVMRCommonTest(SkipsAreAccountedFor, modeling_common.ModelTesterMi
         inputs = self._prepare_for_class(inputs, DiffusionVMRForMomentRetrieval, return_labels=True)
         model = self._model(DiffusionVMRForMomentRetrieval, config).train().requires_grad_(False)
         learns = model.model.encoder.layers[0].self_attn.v_proj.weight.requires_grad_(True)
-        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
         model.enable_input_require_grads()
         model(**inputs).loss.backward()
         self.assertIsNotNone(learns.grad)

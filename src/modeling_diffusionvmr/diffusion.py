@@ -26,13 +26,12 @@ def fixed_noise(num_proposals: int) -> Tensor:
     The noise from which every inference starts: (num_proposals, 2) float32, computed on the CPU so that it is the same
     on every device, and a prefix of itself as num_proposals grows.
 
-    Its rows are the R2 sequence of M. Roberts ("The unreasonable effectiveness of quasirandom sequences", 2018) sent
-    through the inverse normal distribution: Gaussian, but with none of the gaps that a few independent draws leave.
+    Its rows are the Sobol sequence sent through the inverse normal distribution: Gaussian, but with little of the gaps
+    and of the bias that a few independent draws have.
     """
-    plastic_number = 1.32471795724474602596
-    index = torch.arange(1, num_proposals + 1, dtype=torch.float64, device="cpu")
-    steps = torch.tensor([1 / plastic_number, 1 / plastic_number**2], dtype=torch.float64, device="cpu")
-    return torch.special.ndtri((0.5 + index[:, None] * steps) % 1).float()
+    with torch.device("cpu"):  # a model may be under construction on another one
+        uniform = torch.quasirandom.SobolEngine(2).fast_forward(1).draw(num_proposals, dtype=torch.float64)
+    return torch.special.ndtri(uniform).float()
 
 
 def spans_to_signal(spans: Tensor, scale: float) -> Tensor:
@@ -49,10 +48,11 @@ def sampling_timesteps(timesteps: Tensor, num_sampling_steps: int) -> Tensor:
     """
     The steps at which a sampler visits the network on its way from `timesteps` (B,) to 0, evenly spaced and starting
     at `timesteps` itself ("trailing": Lin et al., arXiv 2305.08891). Long (num_sampling_steps + 1, B); the last row is
-    -1, the clean signal.
+    -1, the clean signal. Where fewer steps than that are left, 0 is visited more than once.
     """
-    left = torch.arange(num_sampling_steps, -1, -1, device=timesteps.device)[:, None] / num_sampling_steps
-    return ((timesteps + 1) * left).round().long() - 1
+    left = torch.arange(num_sampling_steps, 0, -1, device=timesteps.device)[:, None] / num_sampling_steps
+    visited = (((timesteps + 1) * left).round().long() - 1).clamp(min=0)
+    return torch.cat((visited, torch.full_like(timesteps[None], -1)))
 
 
 class DiffusionSchedule(nn.Module):

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_diffusionvmr import DiffusionVMRConfig
 from .diffusion import DiffusionSchedule, sampling_timesteps, signal_to_spans, spans_to_signal
@@ -271,6 +271,7 @@ class DiffusionVMRPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "video_features"
     input_modalities = ("video", "text")
+    _input_embed_layer = "video_projection"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DiffusionVMREncoderLayer", "DiffusionVMRDenoisingLayer"]
     _supports_sdpa = True
@@ -318,10 +319,7 @@ class DiffusionVMREncoder(DiffusionVMRPreTrainedModel):
 class DiffusionVMRDecoder(DiffusionVMRPreTrainedModel):
     """The denoising decoder g (Eq. 6): cascading layers, each of which starts from the spans of the one before."""
 
-    _can_record_outputs = {
-        "hidden_states": OutputRecorder(DiffusionVMRDenoisingLayer, num_hidden_layers_key="decoder_layers"),
-        "attentions": DiffusionVMRSelfAttention,
-    }
+    _can_record_outputs = {"hidden_states": DiffusionVMRDenoisingLayer, "attentions": DiffusionVMRSelfAttention}
 
     def __init__(self, config: DiffusionVMRConfig):
         super().__init__(config)

@@ -7,28 +7,29 @@ that are true, that are true with their words swapped, or whose two objects are 
 
 import io
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, get_cosine_schedule_with_warmup
 
-from .rendered_world import APART_GAP, COLOURS, FRAME_SIZE, PAIRS, SEEN_PAIRS, SHAPES, Statement, VideoPlan, gap, plan_stills, render_frame
+from .rendered_world import COLOURS, PAIRS, SEEN_PAIRS, SHAPES, TEMPLATES, Statement, next_to, plan_stills, render_frame
 
 IMAGE_SIZE = 72
 PATCH_SIZE = 12
 PIXEL_MEAN, PIXEL_STD = 0.45, 0.25
-MOST_OBJECTS = 6
+MOST_OBJECTS = 6  # in a frame
+FAMILY = 4  # frames in a row that share their cast
 
 
 def build_tokenizer() -> CLIPTokenizer:
     """CLIP's byte-level BPE with one token for each word of the rendered world; any other word falls apart into pieces, down to bytes."""
     from tokenizers.pre_tokenizers import ByteLevel
 
-    texts = {Statement(kind, (pair, PAIRS[0])[: 2 if kind == "relation" else 1]).text(i) for kind in ("single", "count", "relation") for pair in PAIRS for i in range(6)}
+    texts = {Statement(kind, (pair, pair)).text(i) for kind, templates in TEMPLATES.items() for i in range(len(templates)) for pair in PAIRS}
     words = {word: (*word[:-1], word[-1] + "</w>") for word in sorted({word for text in texts for word in text.split()})}
     merges = []
     while any(len(pieces) > 1 for pieces in words.values()):
@@ -56,22 +57,24 @@ def build_image_processor() -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size, image_mean=[PIXEL_MEAN] * 3, image_std=[PIXEL_STD] * 3)
 
 
-def build_clip(tokenizer, width=192, layers=4, text_layers=2, projection=192) -> CLIPModel:
+def build_clip(tokenizer, width=192, layers=4, text_layers=2) -> CLIPModel:
+    """An untrained CLIP of 2.1 million weights. Images, sentences and their tokens share one space of `width` numbers."""
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    text = dict(vocab_size=len(tokenizer), hidden_size=projection, intermediate_size=2 * projection, num_hidden_layers=text_layers)
-    text |= dict(num_attention_heads=projection // 32, max_position_embeddings=32, hidden_act="relu", **special)
+    text = dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=text_layers)
+    text |= dict(num_attention_heads=width // 32, max_position_embeddings=32, hidden_act="relu", **special)
     vision = dict(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=width // 32)
     vision |= dict(image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, hidden_act="relu")
     # On a CPU in bfloat16, eager attention over so few tokens takes half the time of the fused kernel.
-    clip = CLIPModel._from_config(CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection), attn_implementation="eager")
+    clip = CLIPModel._from_config(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width), attn_implementation="eager")
     # The token states themselves live in the space of the image features, for the model that reads them instead of the projection.
-    clip.text_projection.weight.data.copy_(torch.eye(projection))
+    clip.text_projection.weight.data.copy_(torch.eye(width))
     clip.text_projection.requires_grad_(False)
     _start_vision(clip.vision_model.embeddings)
     # The last layer hands what the patches know to the pooled token: it starts as a plain average of them.
     last = clip.vision_model.encoder.layers[-1].self_attn
     for linear in (last.v_proj, last.out_proj):
         linear.weight.data.copy_(torch.eye(width))
+    clip.logit_scale.data.fill_(math.log(10.0))
     return clip
 
 
@@ -98,15 +101,19 @@ def _start_vision(embeddings) -> None:
 
 @dataclass
 class Frames:
-    """N frames and what they show. `pair` (N, MOST_OBJECTS) indexes `PAIRS`, -1 where there is no object; `box` is (x, y, radius) in frame widths."""
+    """N frames and what they show. Where colours are nameless, `pair` and `neighbour` tell the truth about the shapes only."""
 
     pixels: torch.Tensor  # uint8 (N, 3, IMAGE_SIZE, IMAGE_SIZE)
-    pair: torch.Tensor  # long (N, MOST_OBJECTS)
-    box: torch.Tensor  # float (N, MOST_OBJECTS, 3)
+    pair: torch.Tensor  # long (N, MOST_OBJECTS): indexes `PAIRS`, -1 where there is no object
     neighbour: torch.Tensor  # long (N, MOST_OBJECTS): the pair of the object next to it, -1 where there is none
+    place: torch.Tensor  # float (N, MOST_OBJECTS, 2): the objects' centres (x, y) in frame widths
 
     def __getitem__(self, index) -> "Frames":
-        return Frames(self.pixels[index], self.pair[index], self.box[index], self.neighbour[index])
+        return Frames(self.pixels[index], self.pair[index], self.neighbour[index], self.place[index])
+
+    @staticmethod
+    def concatenated(*several: "Frames") -> "Frames":
+        return Frames(*(torch.cat([getattr(frames, each.name) for frames in several]) for each in fields(Frames)))
 
     def relations(self) -> torch.Tensor:
         """long (N, MOST_OBJECTS): which two pairs are next to each other, as the lower index * len(PAIRS) + the higher; -1 for no neighbour."""
@@ -122,20 +129,24 @@ _PAIR_INDEX = {pair: i for i, pair in enumerate(PAIRS)}
 _SEEN = torch.tensor([_PAIR_INDEX[pair] for pair in SEEN_PAIRS])
 
 
-def render_frames(seed: int, count: int) -> Frames:
-    """`count` frames of seen pairs, degraded as a video codec would."""
+def render_frames(seed: int, count: int, nameless: bool = False) -> Frames:
+    """`count` frames of seen pairs, or of shapes in nameless colours, degraded as a video codec would."""
     rng = np.random.default_rng(seed)
     pixels = np.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    pair, neighbour, box = np.full((count, MOST_OBJECTS), -1), np.full((count, MOST_OBJECTS), -1), np.zeros((count, MOST_OBJECTS, 3), np.float32)
-    for i, still in enumerate(plan_stills(seed, count)):
+    pair, neighbour = (np.full((count, MOST_OBJECTS), -1) for _ in range(2))
+    place = np.zeros((count, MOST_OBJECTS, 2), np.float32)
+    for i, still in enumerate(plan_stills(seed, count, nameless=nameless, family=FAMILY)):
         pixels[i] = _degraded(render_frame(still, 0.0), int(rng.integers(60, 96)))
-        tracks = still.tracks
-        for j, track in enumerate(tracks):
-            pair[i, j], box[i, j] = _PAIR_INDEX[track.pair], (*track.centre(0.0), track.radius)
-            for other in tracks:
-                if other is not track and gap(track, other) < APART_GAP / 2:
-                    neighbour[i, j] = _PAIR_INDEX[other.pair]
-    return Frames(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(pair), torch.from_numpy(box), torch.from_numpy(neighbour))
+        for j, track in enumerate(still.tracks):
+            pair[i, j], place[i, j] = _index(track), track.centre(0.0)
+            for other in still.tracks:
+                if other is not track and next_to(track, other):
+                    neighbour[i, j] = _index(other)
+    return Frames(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), *map(torch.from_numpy, (pair, neighbour, place)))
+
+
+def _index(track) -> int:
+    return _PAIR_INDEX.get(track.pair, SHAPES.index(track.pair[1]))
 
 
 def _degraded(picture: np.ndarray, quality: int) -> np.ndarray:
@@ -146,27 +157,34 @@ def _degraded(picture: np.ndarray, quality: int) -> np.ndarray:
 
 
 def _augmented(frames: Frames, generator) -> tuple:
-    """(pixel values float (B, 3, size, size), boxes moved along): flips, shifts and light. No name of a shape depends on left or right."""
+    """(pixel values float (B, 3, size, size), places moved along): flips, shifts and light. No shape's name depends on left or right."""
+
     def uniform(low, high, *shape):
         return torch.rand(shape, generator=generator) * (high - low) + low
 
-    pixels, box = frames.pixels.float() / 255, frames.box.clone()
+    pixels, place = frames.pixels.float() / 255, frames.place.clone()
     if uniform(0, 1, 1) < 0.5:
-        pixels, box[..., 0] = pixels.flip(3), 1 - box[..., 0]
+        pixels, place[..., 0] = pixels.flip(3), 1 - place[..., 0]
     right, down = (int(torch.randint(-3, 4, (1,), generator=generator)) for _ in range(2))
     pixels = F.pad(pixels, (3, 3, 3, 3), mode="replicate")[..., 3 - down : 3 - down + IMAGE_SIZE, 3 - right : 3 - right + IMAGE_SIZE]
-    box[..., :2] += torch.tensor([right, down]) / IMAGE_SIZE
+    place += torch.tensor([right, down]) / IMAGE_SIZE
     size = len(pixels)
-    pixels = pixels * uniform(0.92, 1.08, size, 1, 1, 1) + uniform(-0.04, 0.04, size, 3, 1, 1) * 0.5
-    return (pixels - PIXEL_MEAN) / PIXEL_STD, box
+    pixels = pixels * uniform(0.92, 1.08, size, 1, 1, 1) + uniform(-0.02, 0.02, size, 3, 1, 1)
+    return (pixels - PIXEL_MEAN) / PIXEL_STD, place
 
 
-def _at_objects(patches: torch.Tensor, there: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
+def _at_objects(patches: torch.Tensor, there: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     """Features (objects, width) of the patch at each object's centre; `patches` is (B, patches, width), `there` bool (B, MOST_OBJECTS)."""
     side = IMAGE_SIZE // PATCH_SIZE
-    column, row = (box[..., :2] * side).long().clamp(0, side - 1).unbind(-1)
+    column, row = (place * side).long().clamp(0, side - 1).unbind(-1)
     batch = torch.arange(len(there))[:, None].expand_as(there)
     return patches[batch[there], (row * side + column)[there]]
+
+
+def _families(pool: Frames, count: int, rng) -> Frames:
+    """`count` frames, drawn with the whole of their families."""
+    chosen = torch.from_numpy(rng.choice(len(pool.pair) // FAMILY, count // FAMILY, replace=False))
+    return pool[(chosen[:, None] * FAMILY + torch.arange(FAMILY)).flatten()]
 
 
 # --- Sentences of a batch ------------------------------------------------------------------------------------------------------------------
@@ -176,7 +194,7 @@ def _relations_for(frames: Frames, rng, count: int) -> list:
     """(a, b) indices of `PAIRS`, to ask in one batch: relations that hold in its frames, the same words swapped, and objects that are apart."""
     true = {(int(code) // len(PAIRS), int(code) % len(PAIRS)) for code in frames.relations().unique() if code >= 0}
     shapes, allowed = len(SHAPES), {_PAIR_INDEX[pair] for pair in SEEN_PAIRS}
-    swapped = {(a // shapes * shapes + b % shapes, b // shapes * shapes + a % shapes) for a, b in true}
+    swapped = {tuple(sorted((a // shapes * shapes + b % shapes, b // shapes * shapes + a % shapes))) for a, b in true}
     apart = {tuple(sorted({int(p) for p in row if p >= 0})[:2]) for row in frames.pair}
     chosen = []
     for relations, share in ((true, 0.5), (swapped - true, 0.3), (apart - true - swapped, 0.2)):
@@ -190,9 +208,8 @@ def _statements_for(frames: Frames, rng, each: int = 60) -> tuple:
     counts = frames.counts()
     statements, truth, sizes = [], [], []
     for kind, holds, number in (("single", counts >= 1, len(SEEN_PAIRS)), ("count", counts >= 2, each)):
-        # Those that hold come first; the order of the others is random.
-        order = np.argsort(rng.random(len(SEEN_PAIRS)) - 2 * holds.any(0)[_SEEN].numpy())[:number]
-        order = np.sort(order)
+        # Those that hold somewhere come first; which others do is random.
+        order = np.sort(np.argsort(rng.random(len(SEEN_PAIRS)) - 2 * holds.any(0)[_SEEN].numpy())[:number])
         statements += [Statement(kind, (SEEN_PAIRS[i],)) for i in order]
         truth.append(holds[:, _SEEN[order]])
         sizes.append(len(order))
@@ -206,77 +223,103 @@ def _statements_for(frames: Frames, rng, each: int = 60) -> tuple:
 # --- Training ------------------------------------------------------------------------------------------------------------------------------
 
 
-def train_rendered_clip(seed=0, steps=2000, batch_size=128, pool_size=40_000, learning_rate=1e-3, minutes=None, progress=None, shape=None, hook=None):
-    """(CLIPModel, CLIPTokenizer, CLIPImageProcessorPil), trained on frames of seen pairs. `progress(step, steps, losses)` is called each step."""
+def train_rendered_clip(seed=0, steps=6000, batch_size=128, pool_size=32_000, learning_rate=1.5e-3, progress=None) -> tuple:
+    """(CLIPModel, CLIPTokenizer, CLIPImageProcessorPil), trained on frames of seen pairs.
+
+    A batch is `batch_size` frames, and a quarter more in nameless colours. `progress(step, steps, losses)` is called after each step with one
+    float a term.
+    """
     torch.manual_seed(seed)
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     tokenizer, processor = build_tokenizer(), build_image_processor()
-    clip = build_clip(tokenizer, **(shape or {}))
-    # Two helpers that only training needs: where each colour and each shape is, and the offset of the pairwise loss.
-    where = nn.Linear(clip.config.vision_config.hidden_size, 2 * (len(COLOURS) + len(SHAPES)) + 2)
-    bias = nn.Parameter(torch.tensor(-6.0))
-    factors = nn.Parameter(torch.randn(len(COLOURS) + len(SHAPES), clip.config.projection_dim))
-    clip.logit_scale.data.fill_(math.log(10.0))
-    parameters = [*(p for p in clip.parameters() if p.requires_grad), *where.parameters(), bias, factors]
-    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05}, {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
-    pool = render_frames(seed, pool_size)
+    clip = build_clip(tokenizer)
+    helpers = _Helpers(clip.config.vision_config.hidden_size, clip.config.projection_dim)
+    parameters = [parameter for parameter in (*clip.parameters(), *helpers.parameters()) if parameter.requires_grad]
+    weights, others = ([p for p in parameters if (p.ndim > 1) == is_weight] for is_weight in (True, False))
+    optimizer = torch.optim.AdamW(
+        [{"params": weights, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], lr=learning_rate, betas=(0.9, 0.98)
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, min(100, steps // 10), steps)
+    pool, nameless_pool = render_frames(seed, pool_size), render_frames(seed, pool_size // 2, nameless=True)
     clip.train()
-    import time
-    began = time.time()
-    done = 0.0
-    step = 0
-    while done < 1:
-        if minutes:
-            done = min(1.0, (time.time() - began) / 60 / minutes)
-        else:
-            done = (step + 1) / steps
-        rate = learning_rate * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * done))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        families = torch.from_numpy(rng.choice(pool_size // 4, batch_size // 4, replace=False))
-        frames = pool[(families[:, None] * 4 + torch.arange(4)).flatten()]
-        losses = _losses(clip, where, bias, factors, tokenizer, frames, rng, generator)
+    for step in range(steps):
+        frames, nameless = _families(pool, batch_size, rng), _families(nameless_pool, batch_size // 4, rng)
+        losses = _losses(clip, helpers, tokenizer, frames, nameless, rng, generator)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        step += 1
+        schedule.step()
         if progress:
-            progress(step, steps, {name: float(value.detach()) for name, value in losses.items()})
-        if hook:
-            hook(step, clip, tokenizer, processor)
+            progress(step + 1, steps, {name: loss.item() for name, loss in losses.items()})
     return clip.eval(), tokenizer, processor
 
 
-def _losses(clip, where, bias, factors, tokenizer, frames, rng, generator) -> dict:
-    pixels, box = _augmented(frames, generator)
+class _Helpers(nn.Module):
+    """What only training needs: it describes the object of a patch in words, and says what a pair's vector should be."""
+
+    def __init__(self, width: int, projection: int):
+        super().__init__()
+        # The object's colour and shape, and its neighbour's, where 0 is none.
+        self.describe = nn.ModuleDict(
+            {
+                "colour": nn.Linear(width, len(COLOURS)),
+                "shape": nn.Linear(width, len(SHAPES)),
+                "neighbour_colour": nn.Linear(width, len(COLOURS) + 1),
+                "neighbour_shape": nn.Linear(width, len(SHAPES) + 1),
+            }
+        )
+        self.colours = nn.Parameter(torch.randn(len(COLOURS), projection))
+        self.shapes = nn.Parameter(torch.randn(len(SHAPES), projection))
+        self.bias = nn.Parameter(torch.tensor(-6.0))
+
+    def products(self) -> torch.Tensor:
+        """(seen pairs, projection): colour times shape, for what a product says of ninety pairs it says of the other ten as well."""
+        return F.normalize(self.colours[_SEEN // len(SHAPES)] * self.shapes[_SEEN % len(SHAPES)], dim=-1)
+
+
+def _losses(clip, helpers, tokenizer, frames: Frames, nameless: Frames, rng, generator) -> dict:
+    # The nameless follow the named ones: whatever is said of colours and of sentences stops before them.
+    both, named = Frames.concatenated(frames, nameless), len(frames.pair)
+    pixels, place = _augmented(both, generator)
     statements, truth, sizes = _statements_for(frames, rng)
     tokens = tokenizer([statement.text(int(rng.integers(6))) for statement in statements], padding=True, return_tensors="pt")
     with torch.autocast("cpu", torch.bfloat16):
-        seen = clip.vision_model(pixel_values=pixels, output_hidden_states=True)
-        images = clip.visual_projection(seen.pooler_output)
+        vision = clip.vision_model(pixel_values=pixels, output_hidden_states=True)
+        images = clip.visual_projection(vision.pooler_output[:named])
         texts = clip.text_projection(clip.text_model(**tokens).pooler_output)
-        objects = _at_objects(seen.hidden_states[-2][:, 1:], frames.pair >= 0, box)
-        described = where(objects).float().split([len(COLOURS), len(SHAPES), len(COLOURS) + 1, len(SHAPES) + 1], -1)
-        objects = F.normalize(clip.visual_projection(clip.vision_model.post_layernorm(objects)).float(), dim=-1)
-    images, texts = F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
-    logits = clip.logit_scale.exp() * images @ texts.T + bias
-    pairwise = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    losses = {kind: part.sum() / true.sum().clamp(min=1) for kind, part, true in zip(("single", "count", "relation"), pairwise.split(sizes, 1), truth.split(sizes, 1))}
-    pair, neighbour = frames.pair[frames.pair >= 0], frames.neighbour[frames.pair >= 0]
+        # The patches that the last layer pools already know what they show, one object each: binding is settled before objects are mixed.
+        patches = _at_objects(vision.hidden_states[-2][:, 1:], both.pair >= 0, place)
+        described = {name: head(patches) for name, head in helpers.describe.items()}
+        objects = clip.visual_projection(clip.vision_model.post_layernorm(patches))
+    images, texts, objects = (F.normalize(vectors.float(), dim=-1) for vectors in (images, texts, objects))
+
+    pairwise = F.binary_cross_entropy_with_logits(clip.logit_scale.exp() * images @ texts.T + helpers.bias, truth, reduction="none")
+    by_kind = zip(("single", "count", "relation"), pairwise.split(sizes, 1), truth.split(sizes, 1))
+    losses = {kind: loss.sum() / true.sum().clamp(min=1) for kind, loss, true in by_kind}
+
+    shown = both.pair >= 0
+    pair, neighbour, known = both.pair[shown], both.neighbour[shown], int((frames.pair >= 0).sum())
     alone = neighbour < 0
-    labels = pair // len(SHAPES), pair % len(SHAPES), (neighbour // len(SHAPES) + 1).masked_fill(alone, 0), (neighbour % len(SHAPES) + 1).masked_fill(alone, 0)
-    names = "colour", "shape", "neighbour_colour", "neighbour_shape"
-    losses |= {name: F.cross_entropy(guess, label) for name, guess, label in zip(names, described, labels)}
-    # What an object and its name should be: colour times shape. A product is what carries over to the pairs that nobody showed.
-    colours, shapes = factors.split([len(COLOURS), len(SHAPES)])
-    products = F.normalize(colours[_SEEN // len(SHAPES)] * shapes[_SEEN % len(SHAPES)], dim=-1)
-    which = torch.searchsorted(_SEEN, pair)
-    losses["object"] = F.cross_entropy(20 * objects @ products.T, which) + 2 * (1 - (objects * products[which]).sum(-1)).mean()
-    names = texts[: len(SEEN_PAIRS)]
-    losses["name"] = F.cross_entropy(20 * names @ products.T, torch.arange(len(names))) + 2 * (1 - (names * products).sum(-1)).mean()
+    labels = {
+        "colour": pair // len(SHAPES),
+        "shape": pair % len(SHAPES),
+        "neighbour_colour": (neighbour // len(SHAPES) + 1).masked_fill(alone, 0),
+        "neighbour_shape": (neighbour % len(SHAPES) + 1).masked_fill(alone, 0),
+    }
+    for name, label in labels.items():
+        end = known if "colour" in name else len(label)
+        losses[name] = F.cross_entropy(described[name][:end].float(), label[:end])
+
+    products, names = helpers.products(), texts[: len(SEEN_PAIRS)]
+    losses["object"] = _match(objects[:known], products, torch.searchsorted(_SEEN, pair[:known]))
+    losses["name"] = _match(names, products, torch.arange(len(names)))
     return losses
+
+
+def _match(vectors: torch.Tensor, products: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+    """Each unit vector (n, size) should be nearest to its own product, and there."""
+    return F.cross_entropy(20 * vectors @ products.T, which) + 2 * (1 - (vectors * products[which]).sum(-1)).mean()
 
 
 # --- Measuring -----------------------------------------------------------------------------------------------------------------------------
@@ -291,23 +334,20 @@ def measure_clip(clip, tokenizer, processor, plans, folder=None, clip_seconds=2.
     """
     scores = []
     for plan in plans:
-        times = np.arange(clip_seconds / 2, plan.duration, clip_seconds)
+        times = [i * clip_seconds + clip_seconds / 2 for i in range(int(plan.duration / clip_seconds))]
         frames = _decoded(f"{folder}/{plan.vid}.mp4", times) if folder else [render_frame(plan, time) for time in times]
         images = clip.get_image_features(**processor(images=[Image.fromarray(frame) for frame in frames], return_tensors="pt"))
         texts = clip.get_text_features(**tokenizer([query.text for query in plan.queries], padding=True, return_tensors="pt"))
-        images, texts = (getattr(output, "pooler_output", output) for output in (images, texts))
-        similarity = (F.normalize(texts, dim=-1) @ F.normalize(images, dim=-1).T).numpy()
+        similarity = (F.normalize(texts.pooler_output, dim=-1) @ F.normalize(images.pooler_output, dim=-1).T).numpy()
         for query, row in zip(plan.queries, similarity):
             truth = np.array([any(start <= time < end for start, end in query.windows) for time in times])
             if truth.any() and not truth.all():
                 scores.append((query, row, truth))
     every, true = np.concatenate([row for _, row, _ in scores]), np.concatenate([truth for *_, truth in scores])
     threshold = max(np.quantile(every, np.linspace(0.5, 0.99, 99)), key=lambda value: _f1(every >= value, true))
-    tags = {
-        "all": lambda q: True, "seen": lambda q: not q.unseen, "unseen": lambda q: q.unseen, "swapped": lambda q: q.swapped,
-        **{kind: lambda q, kind=kind: q.kind == kind for kind in ("single", "relation", "count")},
-        **{f"unseen {kind}": lambda q, kind=kind: q.unseen and q.kind == kind for kind in ("single", "relation", "count")},
-    }
+    tags = {"all": lambda q: True, "seen": lambda q: not q.unseen, "unseen": lambda q: q.unseen, "swapped": lambda q: q.swapped}
+    for kind in TEMPLATES:
+        tags |= {kind: lambda q, kind=kind: q.kind == kind, f"unseen {kind}": lambda q, kind=kind: q.unseen and q.kind == kind}
     table = {}
     for tag, belongs in tags.items():
         chosen = [(row, truth) for query, row, truth in scores if belongs(query)]
@@ -317,7 +357,8 @@ def measure_clip(clip, tokenizer, processor, plans, folder=None, clip_seconds=2.
             table[tag] |= dict(solved=(figures[:, 2] >= 0.9).mean(), one_threshold_f1=figures[:, 3].mean())
     print("sentences    auc     ap  bestF1 solved  1-thr")
     for tag, row in table.items():
-        print(f"{row['sentences']:9d} " + " ".join(f"{row[key]:.4f}" for key in ("auc", "ap", "best_f1", "solved", "one_threshold_f1")) + f"  {tag}")
+        sentences, *figures = row.values()
+        print(f"{sentences:9d} " + " ".join(f"{figure:.4f}" for figure in figures) + f"  {tag}")
     return table
 
 

@@ -70,7 +70,8 @@ class Statement:
     def holds(self, tracks) -> bool:
         """Whether it is true of a scene: `tracks` are those visible at one moment."""
         if self.kind == "relation":
-            return any((a.pair, b.pair) in (self.pairs, self.pairs[::-1]) and gap(a, b) < APART_GAP / 2 for a, b in itertools.combinations(tracks, 2))
+            either_order = self.pairs, self.pairs[::-1]
+            return any((a.pair, b.pair) in either_order and next_to(a, b) for a, b in itertools.combinations(tracks, 2))
         return sum(track.pair == self.pairs[0] for track in tracks) >= (2 if self.kind == "count" else 1)
 
 
@@ -122,6 +123,11 @@ class VideoPlan:
 def gap(a: Track, b: Track) -> float:
     """Distance between the outlines of two objects at their places."""
     return math.dist(a.place, b.place) - a.radius - b.radius
+
+
+def next_to(a: Track, b: Track) -> bool:
+    # Halfway between the two gaps that occur.
+    return gap(a, b) < (NEXT_TO_GAP + APART_GAP) / 2
 
 
 def true_windows(statement: Statement, tracks) -> tuple:
@@ -187,7 +193,7 @@ def _appearance(rng, cast: list) -> tuple:
     return _pick(rng, (alone, alone, twins, twins, neighbours, neighbours, *swaps))
 
 
-def _place(rng, pairs, next_to: bool, start: float, end: float, tracks, attempts: int = 80) -> list:
+def _place(rng, pairs, together: bool, start: float, end: float, tracks, attempts: int = 80) -> list:
     """New tracks for `pairs`, clear of those visible meanwhile; none where there is no room, or where three of a kind would be visible."""
     company = [track for track in tracks if track.start < end and start < track.end]
     if sum(track.pair in pairs for track in company) and any(sum(t.pair == p for t in company) + pairs.count(p) > 2 for p in pairs):
@@ -198,15 +204,15 @@ def _place(rng, pairs, next_to: bool, start: float, end: float, tracks, attempts
         phase = rng.uniform(0, 2 * math.pi)
         for i, pair in enumerate(pairs):
             radius = float(rng.uniform(*RADII))
-            if next_to and i:
+            if together and i:
                 reach, tilt = new[0].radius + radius + rng.uniform(0, NEXT_TO_GAP), rng.uniform(-0.4, 0.4) + rng.choice([0, math.pi])
                 place = (float(new[0].place[0] + reach * math.cos(tilt)), float(new[0].place[1] + reach * math.sin(tilt)))
             else:
                 place = tuple(rng.uniform(radius + DRIFT, 1 - radius - DRIFT, 2).tolist())
-            new.append(Track(pair, start, end, place, radius, rng.uniform(-0.3, 0.3), phase if next_to else rng.uniform(0, 2 * math.pi)))
+            new.append(Track(pair, start, end, place, radius, rng.uniform(-0.3, 0.3), phase if together else rng.uniform(0, 2 * math.pi)))
         inside = all(track.radius + DRIFT <= edge <= 1 - track.radius - DRIFT for track in new for edge in track.place)
         clear = all(gap(a, b) >= APART_GAP + 2 * DRIFT for a in new for b in company)
-        if inside and clear and (next_to or len(new) == 1 or gap(*new) >= APART_GAP + 2 * DRIFT):
+        if inside and clear and (together or len(new) == 1 or gap(*new) >= APART_GAP + 2 * DRIFT):
             return new
     return []
 
@@ -216,7 +222,7 @@ def _draw_queries(rng, tracks, duration: float, unseen_pairs: bool) -> tuple:
     neighbours = {
         tuple(sorted((a.pair, b.pair)))
         for a, b in itertools.combinations(tracks, 2)
-        if a.pair != b.pair and a.start < b.end and b.start < a.end and gap(a, b) < APART_GAP / 2
+        if a.pair != b.pair and a.start < b.end and b.start < a.end and next_to(a, b)
     }
     candidates = {"relation": [Statement("relation", pairs if rng.random() < 0.5 else pairs[::-1]) for pairs in sorted(neighbours)]}
     candidates["count"] = [Statement("count", (pair,)) for pair in shown]
@@ -236,7 +242,8 @@ def _draw_queries(rng, tracks, duration: float, unseen_pairs: bool) -> tuple:
 def _ask(rng, statement: Statement, tracks, duration: float):
     """The query, or None where its windows would be too short, too close, too many or nearly the whole video, or nothing resembles it."""
     windows = true_windows(statement, tracks)
-    lasting = windows and min(end - start for start, end in windows) >= SHORTEST_WINDOW and sum(end - start for start, end in windows) < 0.7 * duration
+    lengths = [end - start for start, end in windows]
+    lasting = windows and min(lengths) >= SHORTEST_WINDOW and sum(lengths) < 0.7 * duration
     distinct = all(after[0] - before[1] >= SHORTEST_PAUSE for before, after in zip(windows, windows[1:]))
     if not lasting or not distinct or len(windows) > MOST_WINDOWS or not _has_lookalike(statement, tracks):
         return None
@@ -246,9 +253,8 @@ def _ask(rng, statement: Statement, tracks, duration: float):
 
 def _has_lookalike(statement: Statement, tracks) -> bool:
     """Whether another object shares its colour or its shape with one that the sentence names."""
-    return any(
-        track.pair not in statement.pairs and any(track.pair[0] == pair[0] or track.pair[1] == pair[1] for pair in statement.pairs) for track in tracks
-    )
+    words = {word for pair in statement.pairs for word in pair}
+    return any(track.pair not in statement.pairs and not words.isdisjoint(track.pair) for track in tracks)
 
 
 def _has_swap(statement: Statement, tracks) -> bool:
@@ -257,7 +263,8 @@ def _has_swap(statement: Statement, tracks) -> bool:
         return False
     if statement.kind == "relation":
         (colour_a, shape_a), (colour_b, shape_b) = statement.pairs
-        return colour_a != colour_b and shape_a != shape_b and bool(true_windows(Statement("relation", ((colour_a, shape_b), (colour_b, shape_a))), tracks))
+        swap = Statement("relation", ((colour_a, shape_b), (colour_b, shape_a)))
+        return colour_a != colour_b and shape_a != shape_b and bool(true_windows(swap, tracks))
     (colour, shape) = statement.pairs[0]
     for moment in {track.start for track in tracks}:
         visible = {track.pair for track in tracks if track.start <= moment < track.end}
@@ -266,18 +273,34 @@ def _has_swap(statement: Statement, tracks) -> bool:
     return False
 
 
-def plan_stills(seed: int, count: int, unseen_pairs: bool = False, family: int = 4) -> list:
-    """`count` plans of a single moment, time 0, without sentences. Every `family` in a row share their cast, and hence are hard to tell apart."""
-    rng = np.random.default_rng([seed, 2 + int(unseen_pairs)])
+def plan_stills(seed: int, count: int, unseen_pairs: bool = False, nameless: bool = False, family: int = 4) -> list:
+    """`count` plans of a single moment, time 0, without sentences. Every `family` in a row share their cast, and hence are hard to tell apart.
+
+    With `nameless`, the objects take colours between the named ones, for learning shapes whatever their colour: in such a pair the colour is
+    an (r, g, b).
+    """
+    rng = np.random.default_rng([seed, 2 + int(unseen_pairs) + 2 * int(nameless)])
     stills = []
     for i in range(count):
         if i % family == 0:
             cast, scenery = _cast(rng, unseen_pairs), int(rng.integers(2**31))
+            if nameless:
+                paint = {colour: _nameless_colour(rng, {shape for _, shape in cast}) for colour in sorted({colour for colour, _ in cast})}
+                cast = [(paint[colour], shape) for colour, shape in cast]
         tracks = []
         for _ in range(rng.choice(4, p=(0.05, 0.35, 0.45, 0.15))):
             tracks += _place(rng, *_appearance(rng, cast), 0.0, 1.0, tracks)
         stills.append(VideoPlan(f"still_{seed}_{i}", 1.0, tuple(tracks), ((0.0, scenery),)))
     return stills
+
+
+def _nameless_colour(rng, shapes) -> tuple:
+    """(r, g, b) that is strong, since the backgrounds are dull, and that makes none of `shapes` the nearest thing to an unseen pair."""
+    while True:
+        colour = rng.uniform(0, 255, 3)
+        nearest = min(COLOURS, key=lambda name: math.dist(colour, COLOURS[name]))
+        if np.ptp(colour) > 100 and math.dist(colour, COLOURS[nearest]) > 60 and UNSEEN_PAIRS.isdisjoint((nearest, shape) for shape in shapes):
+            return tuple(colour.tolist())
 
 
 def annotation_rows(plan: VideoPlan) -> list:
@@ -344,7 +367,7 @@ def _draw(tracks, time: float, backdrop: np.ndarray, noise: np.ndarray) -> np.nd
         # One pixel of blend along the outline is all the anti-aliasing that it takes.
         cover = np.clip(0.5 - radius * _distance_table(track.pair[1])[row, column], 0, 1)[..., None]
         region = picture[top:bottom, left:right]
-        region += cover * (_COLOUR_VALUES[track.pair[0]] - region)
+        region += cover * (_COLOUR_VALUES.get(track.pair[0], track.pair[0]) - region)
     picture += noise
     return np.clip(picture, 0, 255).astype(np.uint8)
 
@@ -402,7 +425,8 @@ def _distance_to_polygon(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> n
 
 def _turned(radii, first: float = -math.pi / 2) -> list:
     """Corners at equal angles (y points down), at the given radii."""
-    return [(r * math.cos(first + 2 * math.pi * i / len(radii)), r * math.sin(first + 2 * math.pi * i / len(radii))) for i, r in enumerate(radii)]
+    turns = [first + 2 * math.pi * i / len(radii) for i in range(len(radii))]
+    return [(radius * math.cos(turn), radius * math.sin(turn)) for radius, turn in zip(radii, turns)]
 
 
 def _arc(centre: float, radius: float, first: float, last: float) -> list:

@@ -47,7 +47,7 @@ def roi_align(features: Tensor, num_clips: Tensor, spans: Tensor, bins: int) -> 
     Args:
         features: (B, L, D), padded on the right.
         num_clips: (B,), the real clips of each video, at least 1. Padding is never read.
-        spans: (B, N, 2), inside [0, 1] once they are windows; every width above 0.
+        spans: (B, N, 2), inside [0, 1] once they are windows, and of a width that their type can tell from 0.
 
     Returns:
         (B, N, bins, D), in the type of `features`. Coordinates and weights are computed in the type of `spans`.

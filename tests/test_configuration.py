@@ -1,0 +1,157 @@
+import json
+import math
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+from modeling_diffusionvmr import DiffusionVMRConfig
+
+# The paper's setting for QVHighlights, and Moment-DETR's where the paper is silent; roi_bins and dynamic_size are ours
+DEFAULTS = {
+    "d_model": 512,
+    "encoder_layers": 6,
+    "decoder_layers": 6,
+    "encoder_attention_heads": 8,
+    "decoder_attention_heads": 8,
+    "encoder_ffn_dim": 2048,
+    "decoder_ffn_dim": 2048,
+    "dropout": 0.1,
+    "input_dropout": 0.5,
+    "video_feature_size": 2816,
+    "text_feature_size": 512,
+    "max_clips": 75,
+    "max_tokens": 32,
+    "num_diffusion_steps": 1000,
+    "signal_scale": 2.0,
+    "num_proposals": 20,
+    "max_training_proposals": 20,
+    "num_sampling_steps": 1,
+    "l1_loss_coefficient": 10,
+    "iou_loss_coefficient": 2,
+    "class_loss_coefficient": 4,
+    "hinge_loss_coefficient": 1,
+    "contrastive_loss_coefficient": 1,
+    "background_coefficient": 0.1,
+    "saliency_margin": 0.2,
+    "backbones": None,
+}
+COUNTS = [
+    *("d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"),
+    *("encoder_ffn_dim", "decoder_ffn_dim", "video_feature_size", "text_feature_size", "max_clips", "max_tokens"),
+    *("num_diffusion_steps", "num_proposals", "max_training_proposals", "num_sampling_steps"),
+    *("roi_bins", "dynamic_size"),
+]
+WEIGHTS = [
+    *("l1_loss_coefficient", "iou_loss_coefficient", "class_loss_coefficient", "hinge_loss_coefficient"),
+    *("contrastive_loss_coefficient", "background_coefficient", "saliency_margin"),
+]
+
+
+def slowfast(**changes) -> dict:
+    return {"name": "slowfast", "id": None, "feature_size": 2304, "clip_seconds": 2.0, **changes}
+
+
+def clip(**changes) -> dict:
+    return {"name": "clip", "id": "x/y", "feature_size": 512, "text_feature_size": 512, "clip_seconds": 2, **changes}
+
+
+def test_defaults():
+    config = DiffusionVMRConfig()
+    assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
+    assert config.model_type == "diffusionvmr"
+    assert config.is_encoder_decoder
+
+
+def test_common_names():
+    config = DiffusionVMRConfig(hidden_size=64)
+    assert config.d_model == config.hidden_size == 64
+    config.hidden_size = 128
+    assert config.d_model == 128
+    assert (config.num_hidden_layers, config.num_attention_heads) == (6, 8)
+
+
+def test_whole_numbers_for_fractions():
+    fields = dict.fromkeys([*WEIGHTS, "dropout", "input_dropout"], 0) | {"signal_scale": 2}
+    config = DiffusionVMRConfig(**fields)
+    assert {name: getattr(config, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((field, value) for field in COUNTS for value in (0, -1, 2.5, "2", None)),
+        *((field, value) for field in WEIGHTS for value in (-0.1, math.nan, math.inf, "1")),
+        *((field, value) for field in ("dropout", "input_dropout") for value in (-0.1, 1, 1.5, math.nan, None)),
+        *(("signal_scale", value) for value in (0, -2.0, math.nan, math.inf, "2")),
+        ("encoder_attention_heads", 7),
+        ("decoder_attention_heads", 7),
+        ("num_sampling_steps", 1001),
+        ("backbones", "clip"),
+        ("backbones", ["clip"]),
+    ],
+)
+def test_impossible_values_name_the_field(field, value):
+    with pytest.raises(StrictDataclassError, match=field):
+        DiffusionVMRConfig(**{field: value})
+
+
+def test_odd_size():
+    with pytest.raises(StrictDataclassError, match="`d_model` must be even"):
+        DiffusionVMRConfig(d_model=33, encoder_attention_heads=3, decoder_attention_heads=3)
+
+
+def test_backbones():
+    config = DiffusionVMRConfig(backbones=[slowfast(), clip()])
+    assert [backbone["name"] for backbone in config.backbones] == ["slowfast", "clip"]
+    # Features of one kind only: text comes from GloVe, say
+    glove = {"name": "glove", "id": None, "text_feature_size": 300}
+    DiffusionVMRConfig(backbones=[slowfast(), glove], video_feature_size=2304, text_feature_size=300)
+
+
+@pytest.mark.parametrize(
+    ("backbones", "message"),
+    [
+        ([slowfast(name=""), clip()], r"`backbones\[0\]` has no `name`"),
+        ([slowfast(), {"id": "x/y", "feature_size": 512}], r"`backbones\[1\]` has no `name`"),
+        ([slowfast(), clip(), {"name": "glove"}], r"`backbones\[2\]` needs `feature_size`, `text_feature_size`"),
+        ([slowfast(clip_seconds=0), clip()], r"`backbones\[0\]` needs `clip_seconds` above 0"),
+        ([slowfast(), {"name": "clip", "feature_size": 512, "text_feature_size": 512}], r"`backbones\[1\]`.*clip_sec"),
+        ([clip()], "`video_feature_size` is 2816, but the `feature_size` of `backbones` add up to 512"),
+        ([slowfast(feature_size=2816)], "`text_feature_size` is 512, but .* add up to 0"),
+        ([slowfast(feature_size="2304"), clip()], r"backbones\[0\]"),
+        ([slowfast(clip_seconds="2"), clip()], r"backbones\[0\]"),
+        # Each is saved in a folder of its name
+        ([slowfast(name="clip"), clip()], "`backbones`.*clip"),
+    ],
+)
+def test_backbones_that_do_not_fit(backbones, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        DiffusionVMRConfig(backbones=backbones)
+
+
+def test_json_round_trip(tmp_path):
+    config = DiffusionVMRConfig(d_model=64, dropout=0, backbones=[slowfast(), clip()], num_sampling_steps=4)
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert (written["model_type"], written["d_model"], written["backbones"][1]["id"]) == ("diffusionvmr", 64, "x/y")
+    for loaded in (DiffusionVMRConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is DiffusionVMRConfig
+        assert {**loaded.to_dict(), "_name_or_path": ""} == {**config.to_dict(), "_name_or_path": ""}
+
+
+def test_a_file_is_checked_as_an_argument_is(tmp_path):
+    DiffusionVMRConfig().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "roi_bins": 0}))
+    with pytest.raises(StrictDataclassError, match="`roi_bins` must be above 0, got 0"):
+        DiffusionVMRConfig.from_pretrained(tmp_path)
+
+
+def test_pipeline_entry_is_dropped_where_the_package_is_installed(tmp_path):
+    # Or `pipeline()` would ask for `trust_remote_code`
+    DiffusionVMRConfig().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    entry = {"video-moment-retrieval": {"impl": "pipeline_diffusionvmr.VideoMomentRetrievalPipeline", "pt": []}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "custom_pipelines": entry}))
+    assert not hasattr(AutoConfig.from_pretrained(tmp_path), "custom_pipelines")
