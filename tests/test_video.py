@@ -1,4 +1,5 @@
 import io
+import sys
 import wave
 from fractions import Fraction
 
@@ -209,7 +210,8 @@ def test_files_that_are_no_video(tmp_path):
 
 
 def test_without_pyav(tmp_path, monkeypatch):
-    monkeypatch.setattr(video_module, "av", None)
+    monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "a.mp4").touch()
     with pytest.raises(ImportError, match="pip install av"):
         open_video(tmp_path / "a.mp4", 2.0)
     assert open_video((np.zeros((4, 2, 2, 3), np.uint8), 1), 2.0).num_clips == 2

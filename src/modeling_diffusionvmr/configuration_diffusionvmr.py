@@ -1,5 +1,8 @@
 """The model's fields, their defaults, and what is valid."""
 
+import math
+import re
+
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -126,11 +129,11 @@ class DiffusionVMRConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Raises `ValueError`, which names the field, for a value that no model could have."""
         for field in POSITIVE_FIELDS:
-            if not getattr(self, field) > 0:
-                raise ValueError(f"`{field}` must be above 0, got {getattr(self, field)}")
+            if not 0 < getattr(self, field) < math.inf:
+                raise ValueError(f"`{field}` must be above 0 and finite, got {getattr(self, field)}")
         for field in NON_NEGATIVE_FIELDS:
-            if not getattr(self, field) >= 0:
-                raise ValueError(f"`{field}` must not be negative, got {getattr(self, field)}")
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ValueError(f"`{field}` must be finite and not negative, got {getattr(self, field)}")
         for field in ("dropout", "input_dropout"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"`{field}` must be in [0, 1), got {getattr(self, field)}")
@@ -148,13 +151,21 @@ class DiffusionVMRConfig(PreTrainedConfig):
             self._validate_backbones()
 
     def _validate_backbones(self):
+        names = [backbone.get("name") for backbone in self.backbones]
         for index, backbone in enumerate(self.backbones):
-            if not backbone.get("name"):
-                raise ValueError(f"`backbones[{index}]` has no `name`: {backbone}")
+            # Each is saved into a folder of its name
+            if not isinstance(names[index], str) or not re.fullmatch(r"\w[\w.-]*", names[index]):
+                raise ValueError(f"`backbones[{index}]` needs a `name` of letters, digits, '_', '.' and '-': {backbone}")
+            if names.index(names[index]) != index:
+                raise ValueError(f"`backbones[{index}]` has the name of another one: {backbone}")
             if not {"feature_size", "text_feature_size"} & backbone.keys():
                 raise ValueError(f"`backbones[{index}]` needs `feature_size`, `text_feature_size` or both: {backbone}")
-            if "feature_size" in backbone and not backbone.get("clip_seconds", 0) > 0:
-                raise ValueError(f"`backbones[{index}]` needs `clip_seconds` above 0: {backbone}")
+            for key in ("feature_size", "text_feature_size"):
+                if key in backbone and not (isinstance(backbone[key], int) and backbone[key] > 0):
+                    raise ValueError(f"`backbones[{index}]`: `{key}` must be a whole number above 0: {backbone}")
+            seconds = backbone.get("clip_seconds")
+            if "feature_size" in backbone and not (isinstance(seconds, (int, float)) and 0 < seconds < math.inf):
+                raise ValueError(f"`backbones[{index}]`: `clip_seconds` must be a number above 0: {backbone}")
         for field, key, total in (
             ("video_feature_size", "feature_size", sum(b.get("feature_size", 0) for b in self.backbones)),
             ("text_feature_size", "text_feature_size", sum(b.get("text_feature_size", 0) for b in self.backbones)),

@@ -54,7 +54,7 @@ class MomentRetrievalDataset(Dataset):
         self.config = config
         self.clip_seconds = clip_seconds
         self.seed = seed
-        self.epoch = 0
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that live on see it change
         if config is not None:
             self.schedule = DiffusionSchedule(config.num_diffusion_steps, config.signal_scale)
             self._group_by_video()
@@ -72,9 +72,14 @@ class MomentRetrievalDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def epoch(self) -> int:
+        """The epoch whose draws samples carry."""
+        return int(self._epoch)
+
     def set_epoch(self, epoch: int):
-        """The epoch whose draws the next samples carry; `Trainer` calls it."""
-        self.epoch = epoch
+        """Sets the epoch; `Trainer` calls it."""
+        self._epoch.fill_(epoch)
 
     def covered_duration(self, row: Mapping[str, Any], num_clips: int) -> float:
         """Seconds that the features of a row's video cover."""
@@ -93,6 +98,8 @@ class MomentRetrievalDataset(Dataset):
         if "relevant_windows" in row:
             sample["labels"] = {"spans": self._spans(row, covered)}
         if self.config is not None:
+            if "labels" not in sample:
+                raise ValueError(f"qid {row['qid']}: training needs its `relevant_windows`")
             self._draw(index, sample)
         return sample
 

@@ -399,7 +399,7 @@ class DiffusionVMRModel(DiffusionVMRPreTrainedModel):
             video_mask, text_mask: (B, Lv) and (B, Lt), 1 = real, padding on the right; absent, all is real.
             kwargs: `output_attentions`, `output_hidden_states`.
         """
-        self._check_features(video_features, text_features, video_mask, text_mask)
+        self.check_features(video_features, text_features, video_mask, text_mask)
         if video_mask is None:
             video_mask = video_features.new_ones(video_features.shape[:2], dtype=torch.bool)
         if text_mask is None:
@@ -495,10 +495,11 @@ class DiffusionVMRModel(DiffusionVMRPreTrainedModel):
             raise ValueError(f"`timesteps` must be ({batch_size},), got {tuple(timesteps.shape)}")
         return noisy_spans[:, :num_proposals].float().expand(batch_size, -1, -1), timesteps
 
-    def _check_features(self, video_features, text_features, video_mask, text_mask):
+    def check_features(self, video_features, text_features, video_mask, text_mask, text_name: str = "text"):
+        """Raises `ValueError`, which names the argument, for features and masks of shapes that do not fit."""
         for name, features, mask, size, axes in (
             ("video", video_features, video_mask, self.config.video_feature_size, "(B, Lv, Dv)"),
-            ("text", text_features, text_mask, self.config.text_feature_size, "(B, Lt, Dt)"),
+            (text_name, text_features, text_mask, self.config.text_feature_size, "(B, Lt, Dt)"),
         ):
             if features.ndim != 3 or features.shape[-1] != size or not features.shape[1]:
                 raise ValueError(
@@ -509,7 +510,7 @@ class DiffusionVMRModel(DiffusionVMRPreTrainedModel):
                     f"`{name}_mask` must be {tuple(features.shape[:2])} like the features, got {tuple(mask.shape)}"
                 )
         if len(video_features) != len(text_features):
-            raise ValueError(f"there are {len(video_features)} videos but {len(text_features)} sentences")
+            raise ValueError(f"there are {len(video_features)} videos but {len(text_features)} `{text_name}_features`")
 
 
 def recording_flags(output_attentions: bool | None, output_hidden_states: bool | None) -> dict[str, bool]:
@@ -605,9 +606,8 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
             if (noisy_spans is None) != (timesteps is None):
                 raise ValueError("in training `noisy_spans` and `timesteps` are given together, or neither is")
             if noisy_spans is None:
-                noisy_spans, timesteps = self.model.schedule.corrupt(
-                    targets.spans, targets.window_mask.sum(1), num_proposals or self.config.max_training_proposals
-                )
+                most = self.config.max_training_proposals if num_proposals is None else max(num_proposals, 1)
+                noisy_spans, timesteps = self.model.schedule.corrupt(targets.spans, targets.window_mask.sum(1), most)
             start = self.model.starting_point(batch_size, num_proposals, noisy_spans, timesteps)
             decoded = self.model.denoise(memory, *start, **flags)
         else:
@@ -663,6 +663,8 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         if negative_text is None:
             return self.model.encode(*inputs, **flags), None
         video, text, video_mask, text_mask = inputs
+        self.model.check_features(*inputs)
+        self.model.check_features(video, negative_text, video_mask, negative_mask, "negative_text")
         video_mask = video.new_ones(video.shape[:2], dtype=torch.bool) if video_mask is None else video_mask
         text, text_mask = pad_pair(text, text_mask, negative_text, negative_mask)
         both = self.model.encode(

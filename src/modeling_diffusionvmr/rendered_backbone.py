@@ -223,7 +223,7 @@ def _statements_for(frames: Frames, rng, each: int = 60) -> tuple:
 # --- Training ------------------------------------------------------------------------------------------------------------------------------
 
 
-def train_rendered_clip(seed=0, steps=6000, batch_size=128, pool_size=32_000, learning_rate=1.5e-3, progress=None) -> tuple:
+def train_rendered_clip(seed=0, steps=4000, batch_size=128, pool_size=32_000, learning_rate=1.5e-3, progress=None) -> tuple:
     """(CLIPModel, CLIPTokenizer, CLIPImageProcessorPil), trained on frames of seen pairs.
 
     A batch is `batch_size` frames, and a quarter more in nameless colours. `progress(step, steps, losses)` is called after each step with one

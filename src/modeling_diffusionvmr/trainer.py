@@ -32,6 +32,7 @@ class DiffusionVMRTrainer(Trainer):
         self.args.remove_unused_columns = False  # the samples hold what the collator needs, under names of its own
         self._loss_terms: dict[str, torch.Tensor] = {}
         self._num_loss_terms = 0
+        self._num_proposals = 0  # of the last step
 
     def training_proposals(self) -> int:
         """N of this step."""
@@ -44,7 +45,8 @@ class DiffusionVMRTrainer(Trainer):
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None):
         """Calls `forward` with this step's number of proposals, and keeps the terms of the loss for the next log."""
         if model.training:
-            inputs = {**inputs, "num_proposals": self.training_proposals()}
+            self._num_proposals = self.training_proposals()
+            inputs = {**inputs, "num_proposals": self._num_proposals}
         outputs = model(**inputs)
         if model.training:
             # Added up on the device: reading them would wait for it
@@ -54,10 +56,10 @@ class DiffusionVMRTrainer(Trainer):
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of every term of the loss since the last log, and N."""
+        """Adds the mean of every term of the loss since the last log, and the last N."""
         if "loss" in logs and self._num_loss_terms:
             for name, total in self._loss_terms.items():
                 logs[f"loss_{name}"] = round((total / self._num_loss_terms).item(), 4)
-            logs["num_proposals"] = self.training_proposals()
+            logs["num_proposals"] = self._num_proposals
             self._loss_terms, self._num_loss_terms = {}, 0
         super().log(logs, start_time)

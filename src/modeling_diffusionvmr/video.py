@@ -5,6 +5,7 @@ Clip i is centred at (i + 0.5) * clip_seconds, counted from the first frame, and
 shows at that moment: the last one whose time stamp is not later.
 """
 
+import importlib
 import math
 import os
 from collections.abc import Iterator
@@ -13,13 +14,16 @@ from typing import Any
 
 import numpy as np
 
-try:
-    import av
-except ImportError:  # optional: frames that are decoded already, and features, need none of it
-    av = None
-
 SECONDS_ALLOWED_TO_MISS = 0.5  # headers round, and streams of one file end a little apart; more than that was cut off
 TIME_TOLERANCE = 1e-6  # seconds; a centre that falls on a frame's own time is not to round into the frame before
+
+
+def _import_av():
+    # Optional, and loaded when needed: frames that are decoded already, and features, need none of it
+    try:
+        return importlib.import_module("av")
+    except ImportError as error:
+        raise ImportError("reading a video file needs PyAV: `pip install av`") from error
 
 
 class Video:
@@ -84,8 +88,6 @@ class FileVideo(Video):
     """A video in a file. Opening it reads time stamps only; iterating decodes, and never holds more than two frames."""
 
     def __init__(self, file: Any, clip_seconds: float):
-        if av is None:
-            raise ImportError("reading a video file needs PyAV: `pip install av`")
         self.file = file
         self.name = str(getattr(file, "name", file))
         if isinstance(file, (str, os.PathLike)) and not os.path.exists(file):
@@ -94,6 +96,7 @@ class FileVideo(Video):
 
     @contextmanager
     def _opened(self):
+        av = _import_av()
         if not isinstance(self.file, (str, os.PathLike)):
             self.file.seek(0)
         try:
@@ -116,6 +119,7 @@ class FileVideo(Video):
         Seconds from the first frame to the end of the last one, by the time stamps of the packets, since the header's
         duration may be absent, wrong, or that of a longer audio track. Reads the file once, without decoding.
         """
+        av = _import_av()
         start, end, end_of_all, stamped = math.inf, -math.inf, 0.0, True
         with self._opened() as (container, stream):
             promised = (container.duration or 0) / av.time_base
@@ -146,6 +150,7 @@ class FileVideo(Video):
         return end - start
 
     def _timed_frames(self):
+        av = _import_av()
         time, start = 0.0, None
         try:
             with self._opened() as (container, stream):

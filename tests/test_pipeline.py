@@ -1,0 +1,404 @@
+import io
+import json
+import os
+import subprocess
+import sys
+import warnings
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_backbones import description, tiny_clip
+from test_video import picture, write_video
+from transformers import AutoModel, AutoProcessor, pipeline
+
+from modeling_diffusionvmr import (
+    DiffusionVMRForMomentRetrieval,
+    DiffusionVMRProcessor,
+    VideoMomentRetrievalPipeline,
+    pipeline_diffusionvmr,
+)
+from modeling_diffusionvmr.backbones import Backbones
+from modeling_diffusionvmr.video import Video
+
+TASK = "video-moment-retrieval"
+QUERIES = ["a red dog", "dog runs fast"]
+SECONDS, RATE = 14.6, 10  # seven clips of 2 s
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_config, tmp_path_factory) -> Path:
+    """A folder with a random model, its processor and its backbone."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    backbones = Backbones([description(id="some/hub-id")], [tiny_clip()])
+    model = DiffusionVMRForMomentRetrieval(tiny_config(backbones=backbones.descriptions))
+    processor = DiffusionVMRProcessor([12], 8, max_clips=20, max_tokens=8)
+    VideoMomentRetrievalPipeline(model=model, processor=processor, backbones=backbones).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(checkpoint):
+    return pipeline(TASK, model=str(checkpoint))
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory) -> Path:
+    return write_video(tmp_path_factory.mktemp("video") / "stripes.mp4", np.arange(SECONDS * RATE) / RATE)
+
+
+@pytest.fixture
+def counts(pipe, monkeypatch) -> dict:
+    """How often each part is called, and how many frames are decoded."""
+    counted = {"frames": 0, "videos": 0, "images": 0, "model": 0}
+
+    def count(owner, name, key, amount=lambda *arguments: 1):
+        original = getattr(owner, name)
+
+        def counting(*arguments, **kwargs):
+            counted[key] += amount(*arguments)
+            return original(*arguments, **kwargs)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    count(pipeline_diffusionvmr, "open_video", "videos")
+    count(pipe.backbones.models[0], "encode_frames", "images", len)
+    count(pipe.model, "forward", "model")
+    original = Video.__iter__
+
+    def iterate(self):
+        for frame in original(self):
+            counted["frames"] += 1
+            yield frame
+
+    monkeypatch.setattr(Video, "__iter__", iterate)
+    return counted
+
+
+def check_moments(moments, duration=SECONDS, count=5):
+    assert type(moments) is list and len(moments) == count
+    for moment in moments:
+        assert list(moment) == ["start", "end", "score"]
+        assert all(type(value) is float for value in moment.values())
+        assert 0 <= moment["start"] <= moment["end"] <= duration + 0.01
+        assert 0 < moment["score"] < 1
+    scores = [moment["score"] for moment in moments]
+    assert scores == sorted(scores, reverse=True)
+
+
+def assert_close(found, expected, atol=1e-4):
+    if isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected):
+            assert_close(one, other, atol)
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_close(found[key], value, atol)
+    else:
+        assert found == pytest.approx(expected, abs=atol)
+
+
+# What goes in
+
+
+def test_every_form_of_a_video(pipe, video):
+    moments = pipe(str(video), QUERIES[0])
+    check_moments(moments)
+    assert pipe(video, QUERIES[0]) == moments
+    with open(video, "rb") as file:
+        assert pipe(file, QUERIES[0]) == moments
+    assert pipe(io.BytesIO(video.read_bytes()), QUERIES[0]) == moments
+    assert pipe({"video": video, "query": QUERIES[0]}) == moments
+    frames = np.stack([picture(index) for index in range(round(SECONDS * RATE))])
+    decoded = pipe((frames, RATE), QUERIES[0])
+    check_moments(decoded)
+    assert_close(decoded, moments, 0.5)  # the file is compressed
+
+
+def test_forms_of_a_query(pipe, video):
+    both = pipe(video, QUERIES)
+    assert len(both) == 2 and both[0] != both[1]
+    for query, moments in zip(QUERIES, both):
+        check_moments(moments)
+        assert_close(moments, pipe(video, query))
+    assert pipe(video, QUERIES[:1]) == [pipe(video, QUERIES[0])]
+    assert pipe(video, tuple(QUERIES)) == both
+    assert pipe(video, []) == []
+
+
+def test_many_videos(pipe, video):
+    frames = np.stack([picture(index) for index in range(50)])
+    inputs = [
+        {"video": str(video), "query": QUERIES[0]},
+        {"video": (frames, 10), "query": QUERIES},
+        {"video": video, "query": []},
+    ]
+    expected = [pipe(**one) for one in inputs]
+    check_moments(expected[1][0], duration=5)
+    assert pipe(inputs) == expected
+    assert list(pipe(one for one in inputs)) == expected
+    assert pipe(inputs[:1], top_k=2) == [expected[0][:2]]
+
+
+def test_one_pass_for_all_queries(pipe, video, counts):
+    pipe(video, QUERIES * 3)
+    assert counts == {"frames": 7, "videos": 1, "images": 7, "model": 1}
+
+
+def test_nothing_is_decoded_for_no_query(pipe, video, counts):
+    assert pipe(video, []) == []
+    assert (counts["frames"], counts["model"]) == (0, 0)
+
+
+def test_is_processor_and_model_in_a_row(pipe, video):
+    frames = list(pipeline_diffusionvmr.open_video(video, 2.0))
+    clip = pipe.backbones.models[0]
+    batch = pipe.processor([[clip.encode_video(frames)]], clip.encode_text([QUERIES[0]]))
+    with torch.inference_mode():
+        outputs = pipe.model(**batch.to(pipe.device))
+    (expected,) = pipe.processor.post_process_moment_retrieval(outputs, [14.0], [SECONDS])
+    assert_close(pipe(video, QUERIES[0]), expected)
+
+
+# Options
+
+
+def test_options_of_a_call(pipe, video):
+    moments = pipe(video, QUERIES[0])
+    assert pipe(video, QUERIES[0], top_k=2) == moments[:2]
+    middle = (moments[1]["score"] + moments[2]["score"]) / 2
+    assert pipe(video, QUERIES[0], threshold=middle) == moments[:2]
+    assert pipe(video, QUERIES[0], threshold=1.0) == []
+    check_moments(pipe(video, QUERIES[0], num_proposals=9), count=9)
+    assert pipe(video, QUERIES[0], num_sampling_steps=3) != moments
+    kept = pipe(video, QUERIES[0], nms_threshold=0.0, num_proposals=30)
+    assert 1 <= len(kept) < 30
+    for index, moment in enumerate(kept):
+        for other in kept[:index]:
+            assert min(moment["end"], other["end"]) - max(moment["start"], other["start"]) <= 1e-4
+    for moment in pipe(video, QUERIES[0], round_to=1.0):
+        assert moment["start"] % 1 == 0 and (moment["end"] % 1 == 0 or moment["end"] > 14.5)
+
+
+def test_options_for_all_calls(checkpoint, pipe, video):
+    chosen = pipeline(TASK, model=str(checkpoint), top_k=2, num_proposals=9)
+    expected = pipe(video, QUERIES[0], num_proposals=9)
+    assert chosen(video, QUERIES[0]) == expected[:2]
+    assert chosen(video, QUERIES[0], top_k=3) == expected[:3]
+
+
+def test_saliency(pipe, video):
+    moments = pipe(video, QUERIES)
+    results = pipe(video, QUERIES, return_saliency=True)
+    for result, expected in zip(results, moments):
+        assert list(result) == ["moments", "saliency", "clip_seconds"]
+        assert result["moments"] == expected
+        assert len(result["saliency"]) == 7 and all(type(score) is float for score in result["saliency"])
+        assert result["clip_seconds"] == 2.0
+    assert results[0]["saliency"] != results[1]["saliency"]
+    single = pipe(video, QUERIES[0], return_saliency=True)
+    assert_close(single, results[0])
+    assert pipe(video, [], return_saliency=True) == []
+
+
+def test_video_of_more_clips_than_the_model_reads(pipe):
+    frames = np.stack([picture(index) for index in range(98)])
+    with pytest.warns(UserWarning, match=r"video of 98.0 s has 49 clips; they are averaged down to 20"):
+        result = pipe((frames, 1), QUERIES[0], num_proposals=200, return_saliency=True)
+    check_moments(result["moments"], duration=98, count=200)
+    assert max(moment["end"] for moment in result["moments"]) > 85  # nothing of it is left out
+    assert len(result["saliency"]) == 20
+    assert result["clip_seconds"] * 20 == pytest.approx(98)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe((frames[:40], 1), QUERIES[0])
+
+
+def test_long_sentence_is_cut_with_a_warning(pipe, video):
+    with pytest.warns(UserWarning, match="a query of 22 tokens is cut to 8"):
+        moments = pipe(video, "a red dog runs " * 5)
+    assert_close(moments, pipe(video, "a red dog runs a red"))
+
+
+def test_bfloat16(checkpoint, pipe, video):
+    half = pipeline(TASK, model=str(checkpoint), dtype=torch.bfloat16)
+    assert half.model.dtype == half.backbones.models[0].model.dtype == torch.bfloat16
+    result, exact = (one(video, QUERIES[0], return_saliency=True) for one in (half, pipe))
+    check_moments(result["moments"])
+    assert_close(result["saliency"], exact["saliency"], 0.2)
+
+
+# What is refused
+
+
+def test_files_that_are_no_video(pipe, video, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.mp4: no such file"):
+        pipe(tmp_path / "nothing.mp4", QUERIES[0])
+    (tmp_path / "notes.mp4").write_text("no video\n" * 100)
+    with pytest.raises(ValueError, match=r"notes\.mp4: not a video"):
+        pipe(str(tmp_path / "notes.mp4"), QUERIES[0])
+    with open(tmp_path / "notes.mp4", "rb") as file, pytest.raises(ValueError, match=r"notes\.mp4: not a video"):
+        pipe(file, QUERIES[0])
+    whole = write_video(tmp_path / "whole.mp4", np.arange(100) / 10, noise=True, movflags="faststart").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut\.mp4: .*cut off"):
+        pipe(tmp_path / "cut.mp4", QUERIES[0])
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes(bytes(16000))
+    with pytest.raises(ValueError, match=r"sound\.wav: has no video stream"):
+        pipe(tmp_path / "sound.wav", QUERIES[0])
+    with pytest.raises(ValueError, match="at least one frame"):
+        pipe((np.zeros((0, 8, 8, 3), np.uint8), 5), QUERIES[0])
+    with pytest.raises(ValueError, match=r"frames must be \(T, H, W, 3\) uint8"):
+        pipe((np.zeros((4, 8, 8)), 5), QUERIES[0])
+
+
+@pytest.mark.parametrize("query", ["", "  \n", ["a dog", ""], ["a dog", None], [5], 5, {"a": 1}.keys(), b"a dog"])
+def test_queries_that_are_no_sentences(pipe, video, counts, query):
+    if query == {"a"}:
+        check_moments(pipe(video, query)[0])  # any iterable of sentences will do
+        return
+    with pytest.raises(ValueError, match="must be a sentence"):
+        pipe(video, query)
+    assert counts["frames"] == 0
+
+
+def test_query_is_missing(pipe, video):
+    for one in (str(video), video, (np.zeros((4, 8, 8, 3), np.uint8), 2)):
+        with pytest.raises(ValueError, match="`query` is missing"):
+            pipe(one)
+    with open(video, "rb") as file, pytest.raises(ValueError, match="quer"):
+        pipe(file)
+    for inputs in ([{"video": str(video)}], [str(video)], {"video": str(video), "sentence": "a dog"}):
+        with pytest.raises(ValueError, match="must be a dict of 'video' and 'query'"):
+            pipe(inputs)
+
+
+def test_several_videos_with_one_query(pipe, video):
+    with pytest.raises((ValueError, TypeError), match="video"):
+        pipe([str(video), str(video)], QUERIES[0])
+
+
+def test_no_videos(pipe):
+    assert pipe([]) == []
+
+
+def test_unknown_arguments(checkpoint, pipe, video):
+    with pytest.raises(ValueError, match=r"unknown arguments \['topk'\]; known are .*'top_k'"):
+        pipe(video, QUERIES[0], topk=3)
+    with pytest.raises(ValueError, match=r"unknown arguments \['iou'\]"):
+        pipeline(TASK, model=str(checkpoint), iou=3)
+    with pytest.raises(ValueError, match="num_proposals"):
+        pipe(video, QUERIES[0], num_proposals=0)
+    with pytest.raises(ValueError, match="num_sampling_steps"):
+        pipe(video, QUERIES[0], num_sampling_steps=1000)
+
+
+def test_backbones_that_cannot_be_run_are_named(tiny_config, tmp_path):
+    backbones = [
+        {"name": "vgg", "id": None, "feature_size": 4096, "clip_seconds": 1.0},
+        {"name": "c3d", "id": None, "feature_size": 500, "clip_seconds": 1.0},
+        {"name": "glove", "id": None, "text_feature_size": 300},
+    ]
+    config = tiny_config(backbones=backbones, video_feature_size=4596, text_feature_size=300)
+    DiffusionVMRForMomentRetrieval(config).save_pretrained(tmp_path)
+    DiffusionVMRProcessor([4096, 500], 300).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"cannot be run here: vgg .*, c3d .*, glove "):
+        pipeline(TASK, model=str(tmp_path))
+
+
+# What is saved
+
+
+def test_checkpoint_holds_everything(checkpoint):
+    names = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
+    assert {"config.json", "model.safetensors", "processor_config.json"} <= names
+    assert {"clip/config.json", "clip/model.safetensors", "clip/tokenizer_config.json"} <= names
+    parts = ("configuration", "modeling", "processing", "pipeline", "loss")
+    assert {f"{part}_diffusionvmr.py" for part in parts} | {"spans.py", "diffusion.py", "video.py"} <= names
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert config["custom_pipelines"][TASK]["pt"] == ["AutoModel"]
+    assert config["custom_pipelines"][TASK]["impl"] == "pipeline_diffusionvmr.VideoMomentRetrievalPipeline"
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel"}
+    assert config["backbones"] == [description(id="clip")]
+    assert type(AutoModel.from_pretrained(checkpoint)) is DiffusionVMRForMomentRetrieval
+    assert AutoProcessor.from_pretrained(checkpoint).max_tokens == 8
+
+
+def test_saved_again(pipe, video, tmp_path):
+    pipe.save_pretrained(tmp_path / "again")
+    assert pipeline(TASK, model=str(tmp_path / "again"))(video, QUERIES) == pipe(video, QUERIES)
+
+
+RETRIEVE = """
+import json, sys
+from transformers import pipeline
+pipe = pipeline("video-moment-retrieval", model={model!r}{arguments})
+print(json.dumps(pipe({video!r}, {queries!r}, return_saliency=True)))
+"""
+# Not only is the package hidden, nothing of it is left in the process
+WITHOUT_PACKAGE = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "modeling_diffusionvmr":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hidden())
+"""
+REMOTE = """
+import torch
+from transformers import AutoConfig, AutoModel, AutoProcessor
+folder = {model!r}
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+for part in (config, model, processor):
+    assert type(part).__module__.startswith("transformers_modules."), type(part).__module__
+assert type(model).__name__ == "DiffusionVMRForMomentRetrieval", type(model)
+assert (config.d_model, processor.max_tokens) == (32, 8)
+assert model(torch.zeros(1, 4, 12), torch.zeros(1, 3, 8)).pred_spans.shape == (1, 5, 2)
+model.save_pretrained({again!r} + "/model")
+processor.save_pretrained({again!r} + "/model")
+pipe.save_pretrained({again!r} + "/pipe")
+assert not any(name.split(".")[0] == "modeling_diffusionvmr" for name in sys.modules)
+"""
+
+
+def run(code: str, home: Path) -> list:
+    """What a fresh process prints, with caches of its own."""
+    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("HF_MODULES_CACHE", None)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=home)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# Slow: a fresh process each, which imports everything
+
+
+def test_fresh_process(checkpoint, pipe, video, tmp_path):
+    places = {"model": str(checkpoint), "video": str(video), "queries": QUERIES, "arguments": ""}
+    # Without a word of it, the package is not known
+    found = run("import modeling_diffusionvmr" + RETRIEVE.format(**places), tmp_path)
+    assert_close(found, pipe(video, QUERIES, return_saliency=True))
+
+
+def test_without_the_package(checkpoint, pipe, video, tmp_path):
+    again = tmp_path / "again"
+    places = {"model": str(checkpoint), "video": str(video), "queries": QUERIES, "again": str(again)}
+    places["arguments"] = ", trust_remote_code=True"
+    expected = pipe(video, QUERIES, return_saliency=True)
+    code = WITHOUT_PACKAGE + RETRIEVE.format(**places) + REMOTE.format(**places)
+    assert_close(run(code, tmp_path), expected)
+
+    # What remote code saved is a whole checkpoint, here and where the package is not installed
+    assert pipeline(TASK, model=str(again / "pipe"))(video, QUERIES, return_saliency=True) == expected
+    assert type(AutoModel.from_pretrained(again / "model")) is DiffusionVMRForMomentRetrieval
+    assert type(AutoProcessor.from_pretrained(again / "model")) is DiffusionVMRProcessor
+    places["model"] = str(again / "pipe")
+    assert_close(run(WITHOUT_PACKAGE + RETRIEVE.format(**places), tmp_path / "again"), expected)

@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modeling_diffusionvmr.plotting import TRUE, figure_colours, plot_refinement, plot_timeline, save_figure
+
+QUERIES = ["a red dog", "a dog runs"]
+RESULTS = [
+    {
+        "moments": [{"start": 2.0, "end": 5.5, "score": 0.9}, {"start": 8.0, "end": 8.0, "score": 0.2}],
+        "saliency": [0.1, 0.9, 0.8, -0.4, 0.0],
+        "clip_seconds": 2.0,
+    },
+    {"moments": [], "saliency": [0.5], "clip_seconds": 10.0},
+]
+TRUTH = [[[2.0, 6.0], [8.0, 9.0]], []]
+FRAMES = [np.full((24, 32, 3), 60 * index, np.uint8) for index in range(4)]
+
+
+def bars(axes) -> list[tuple]:
+    """(start, width) of each."""
+    return [(round(bar.get_x(), 3), round(bar.get_width(), 3)) for bar in axes.patches]
+
+
+def is_whole(path) -> bool:
+    with Image.open(path) as picture:
+        picture.load()  # fails for a file that is cut off
+        return picture.width > 300 and picture.height > 100 and len(np.unique(np.asarray(picture))) > 20
+
+
+@pytest.mark.parametrize("truth", [None, TRUTH])
+def test_timeline(tmp_path, truth):
+    figure = plot_timeline(QUERIES, RESULTS, 10.0, FRAMES, truth)
+    first, second, strip = figure.axes
+    assert bars(first) == [(2, 3.5), (8, 0)] + ([(2, 4), (8, 1)] if truth else [])
+    assert bars(second) == []
+    np.testing.assert_allclose(first.lines[0].get_xdata(), [1, 3, 5, 7, 9])
+    curve = first.lines[0].get_ydata()
+    assert (curve.min(), curve.max(), curve.argmax()) == (0, 1, 1)
+    assert [axes.get_title("left") for axes in (first, second)] == [f"“{query}”" for query in QUERIES]
+    assert len(strip.images) == 4 and all(axes.get_xlim() == (0, 10) for axes in figure.axes)
+    save_figure(figure, tmp_path / "timeline.png")
+    assert is_whole(tmp_path / "timeline.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["timeline.png"]
+
+
+@pytest.mark.parametrize("truth", [None, [[10.0, 40.0]]])
+def test_refinement(tmp_path, truth):
+    spans = torch.tensor([[[0.5, 0.2], [0.1, 0.4]], [[0.5, 0.4], [0.3, 0.2]], [[0.5, 0.5], [0.25, 0.3]]])
+    figure = plot_refinement(spans.bfloat16(), torch.tensor([0.9, 0.2]), 100.0, truth, "refined")
+    assert [axes.get_ylabel() for axes in figure.axes] == ["noise", "layer 1", "layer 2"]
+    assert figure.axes[0].get_title("left") == "refined"
+    shown = [bar for bar in bars(figure.axes[-1]) if bar != (10, 30) or truth is None]
+    np.testing.assert_allclose(shown, [(10, 30), (25, 50)][-len(shown) :], atol=0.3)  # the better one on top
+    np.testing.assert_allclose(bars(figure.axes[0])[-2:], [(0, 30), (40, 20)], atol=0.3)  # clamped to the video
+    bands = [patch for patch in figure.axes[0].patches if patch.get_facecolor()[:3] == pytest.approx(rgb(TRUE))]
+    assert len(bands) == (1 if truth else 0)
+    save_figure(figure, str(tmp_path / "refinement.png"))
+    assert is_whole(tmp_path / "refinement.png")
+
+
+def rgb(colour: str) -> tuple:
+    return tuple(int(colour[index : index + 2], 16) / 255 for index in (1, 3, 5))
+
+
+def test_colours_tell_scores():
+    colours = figure_colours(np.array([0.0, 0.5, 1.0]))
+    assert colours.shape == (3, 4) and len(np.unique(colours, axis=0)) == 3
+
+
+def test_a_picture_that_fails_leaves_the_old_one(tmp_path):
+    path = tmp_path / "timeline.png"
+    path.write_bytes(b"old")
+    figure = plot_timeline(QUERIES, RESULTS, 10.0, FRAMES)
+
+    def breaks(file, **options):
+        with open(file, "wb") as half:
+            half.write(b"half")
+        raise OSError("the disk is full")
+
+    figure.savefig = breaks
+    with pytest.raises(OSError, match="disk is full"):
+        save_figure(figure, path)
+    assert path.read_bytes() == b"old"
+    assert [other.name for other in tmp_path.iterdir()] == ["timeline.png"]  # nothing half written is left

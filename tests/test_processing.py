@@ -1,0 +1,224 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoProcessor
+
+from modeling_diffusionvmr import DiffusionVMRProcessor
+from modeling_diffusionvmr.processing_diffusionvmr import average_down
+
+RANDOM = np.random.default_rng(0)
+
+
+@pytest.fixture
+def processor() -> DiffusionVMRProcessor:
+    return DiffusionVMRProcessor(video_feature_sizes=[3, 2], text_feature_size=4, max_clips=8, max_tokens=5)
+
+
+def video(*lengths) -> list[np.ndarray]:
+    return [RANDOM.normal(size=(length, size)).astype(np.float32) for length, size in zip(lengths, (3, 2))]
+
+
+def sentence(tokens) -> np.ndarray:
+    return RANDOM.normal(size=(tokens, 4)).astype(np.float32)
+
+
+# In
+
+
+def test_each_backbone_and_each_token_is_normalised(processor):
+    arrays = [np.array([[3, 4, 0], [0, 0, 0.5]]), np.array([[5, 12], [0, 0]])]
+    wanted = [[0.6, 0.8, 0, 5 / 13, 12 / 13], [0, 0, 1, 0, 0]]
+    torch.testing.assert_close(processor.prepare_video(arrays), torch.tensor(wanted), atol=1e-4, rtol=0)
+    text = processor.prepare_text(np.array([[2, 0, 0, 0], [1, 1, 1, 1]], dtype=np.float16))
+    assert text.dtype == torch.float32
+    torch.testing.assert_close(text, torch.tensor([[1, 0, 0, 0], [0.5] * 4]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("lengths", [(7, 5), (5, 7), (5, 6), (5, 5)])
+def test_cut_to_the_shortest(processor, lengths):
+    arrays = video(*lengths)
+    prepared = processor.prepare_video(arrays)
+    assert prepared.shape == (5, 5) and prepared.dtype == torch.float32
+    torch.testing.assert_close(prepared, processor.prepare_video([array[:5] for array in arrays]), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("lengths", [(4, 7), (7, 4), (20, 1)])
+def test_a_gap_of_more_than_two_clips(processor, lengths):
+    with pytest.raises(ValueError, match=rf"video v7: its backbones have \[{lengths[0]}, {lengths[1]}\] clips"):
+        processor.prepare_video(video(*lengths), "video v7")
+
+
+@pytest.mark.parametrize(("length", "parts"), [(180, 75), (76, 75), (75, 75), (150, 75), (7, 3), (3, 1)])
+def test_average_down_is_the_integral_of_the_step_function(length, parts):
+    features = RANDOM.normal(size=(length, 3)).astype(np.float32)
+    averaged = average_down(features, parts)
+    # On a grid so fine that both a clip and a part are a whole number of its cells
+    wanted = features.astype(np.float64).repeat(parts, axis=0).reshape(parts, length, 3).mean(axis=1)
+    assert averaged.shape == (parts, 3) and averaged.dtype == np.float32
+    np.testing.assert_allclose(averaged, wanted, atol=1e-6)
+    np.testing.assert_allclose(averaged.mean(axis=0), features.mean(axis=0), atol=1e-6)
+
+
+def test_a_long_video_is_averaged_after_it_is_normalised(processor):
+    arrays = [100 * array for array in video(20, 21)]
+    units = [array[:20] / np.linalg.norm(array[:20], axis=1, keepdims=True) for array in arrays]
+    wanted = average_down(np.concatenate(units, axis=1), 8)
+    np.testing.assert_allclose(processor.prepare_video(arrays).numpy(), wanted, atol=1e-5)
+    assert processor.prepare_video(video(8, 9)).shape == (8, 5)
+
+
+def test_a_long_sentence_is_cut(processor):
+    array = sentence(9)
+    torch.testing.assert_close(processor.prepare_text(array), processor.prepare_text(array[:5]), atol=0, rtol=0)
+
+
+def test_batch_is_padded_with_masks(processor):
+    videos, sentences = [video(4, 4), video(20, 20), video(1, 2)], [sentence(2), sentence(5), sentence(9)]
+    batch = processor(videos, sentences)
+    assert {name: tuple(value.shape) for name, value in batch.items()} == {
+        "video_features": (3, 8, 5),
+        "video_mask": (3, 8),
+        "text_features": (3, 5, 4),
+        "text_mask": (3, 5),
+    }
+    assert batch["video_mask"].sum(1).tolist() == [4, 8, 1] and batch["text_mask"].sum(1).tolist() == [2, 5, 5]
+    for row, (arrays, tokens) in enumerate(zip(videos, sentences)):
+        for name, rows in (("video", processor.prepare_video(arrays)), ("text", processor.prepare_text(tokens))):
+            length = len(rows)
+            assert batch[f"{name}_mask"][row].tolist() == [1] * length + [0] * (
+                len(batch[f"{name}_mask"][row]) - length
+            )
+            torch.testing.assert_close(batch[f"{name}_features"][row, :length], rows, atol=0, rtol=0)
+            assert (batch[f"{name}_features"][row, length:] == 0).all()
+
+
+def poisoned(array, row, value):
+    array = array.copy()
+    array[row, 1] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (video(4, 4)[:1], "video v7 has features of 1 backbones, expected 2"),
+        (video(4, 4)[::-1], r"video v7, backbone 0: features must be \(length, 3\), got \(4, 2\)"),
+        ([video(4, 4)[0], np.zeros((4, 5))], r"video v7, backbone 1: features must be \(length, 2\), got \(4, 5\)"),
+        ([np.zeros(3), np.zeros((1, 2))], r"video v7, backbone 0: features must be \(length, 3\), got \(3,\)"),
+        ([video(4, 4)[0], np.zeros((0, 2))], "video v7, backbone 1: there are no features"),
+        ([video(4, 4)[0], poisoned(video(4, 4)[1], 2, np.nan)], "video v7, backbone 1: .*NaN or infinity in row 2"),
+        ([poisoned(video(4, 4)[0], 3, np.inf), video(4, 4)[1]], "video v7, backbone 0: .*NaN or infinity in row 3"),
+    ],
+)
+def test_video_features_that_are_refused(processor, arrays, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        processor.prepare_video(arrays, "video v7")
+    with pytest.raises(ValueError):
+        processor([arrays], [sentence(3)])
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((3, 5)), r"qid 9: features must be \(length, 4\), got \(3, 5\)"),
+        (np.zeros((0, 4)), "qid 9: there are no features"),
+        # Beyond what is read, too: the file is broken
+        (poisoned(sentence(9), 7, np.nan), "qid 9: .*NaN or infinity in row 7"),
+        (poisoned(sentence(3), 0, -np.inf), "qid 9: .*NaN or infinity in row 0"),
+    ],
+)
+def test_text_features_that_are_refused(processor, array, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        processor.prepare_text(array, "qid 9")
+
+
+def test_other_arguments_that_are_refused(processor):
+    with pytest.raises(ValueError, match="2 videos but 1 sentences"):
+        processor([video(4, 4), video(4, 4)], [sentence(3)])
+    with pytest.raises(ValueError, match="`return_tensors` must be 'pt', got 'np'"):
+        processor([video(4, 4)], [sentence(3)], return_tensors="np")
+
+
+# Back
+
+
+def outputs(*rows, dtype=torch.float32) -> SimpleNamespace:
+    """What a model gives for proposals (start, end, score), in [0, 1] all three; one list a sample."""
+    rows = torch.tensor(rows)
+    spans = torch.stack((rows[..., :2].mean(-1), rows[..., 1] - rows[..., 0]), dim=-1)
+    logit = rows[..., 2].logit()
+    return SimpleNamespace(pred_spans=spans, logits=torch.stack((logit + 3, torch.full_like(logit, 3)), -1).to(dtype))
+
+
+def as_rows(moments, digits=3) -> list[tuple]:
+    return [tuple(round(moment[key], digits) for key in ("start", "end", "score")) for moment in moments]
+
+
+PROPOSALS = [[0.1, 0.3, 0.2], [0.5, 0.9, 0.8], [0.12, 0.32, 0.6], [0.9, 0.95, 0.4]]
+
+
+def test_moments_by_falling_score_in_seconds(processor):
+    found = processor.post_process_moment_retrieval(outputs(PROPOSALS, PROPOSALS[::-1]), [100.0, 10.0])
+    assert as_rows(found[0]) == [(50, 90, 0.8), (12, 32, 0.6), (90, 95, 0.4), (10, 30, 0.2)]
+    assert as_rows(found[1]) == [(5, 9, 0.8), (1.2, 3.2, 0.6), (9, 9.5, 0.4), (1, 3, 0.2)]
+    assert all(type(value) is float for moment in found[0] for value in moment.values())
+    (low,) = processor.post_process_moment_retrieval(outputs(PROPOSALS, dtype=torch.bfloat16), [100.0])
+    assert [round(moment["start"]) for moment in low] == [50, 12, 90, 10]
+
+
+@pytest.mark.parametrize("round_to", [None, 2.0])
+def test_moments_lie_in_the_video(processor, round_to):
+    beyond = [[-0.2, 0.4, 0.9], [0.7, 1.3, 0.8], [0.99, 1.0, 0.7], [-0.3, -0.1, 0.6], [1.1, 1.4, 0.5]]
+    # Features that cover 152 s of a video of 147.5 s
+    (found,) = processor.post_process_moment_retrieval(outputs(beyond), [152.0], [147.5], round_to=round_to)
+    for moment in found:
+        assert 0 <= moment["start"] <= moment["end"] <= 147.5
+    assert found[0]["start"] == 0 and found[0]["end"] == pytest.approx(60 if round_to else 60.8)
+    assert found[1]["start"] == pytest.approx(106 if round_to else 106.4) and found[1]["end"] == 147.5
+    # Without durations, to what the features cover
+    (found,) = processor.post_process_moment_retrieval(outputs(beyond), [152.0], round_to=round_to)
+    assert found[1]["end"] == 152
+
+
+def test_options(processor):
+    def find(**options):
+        return as_rows(processor.post_process_moment_retrieval(outputs(PROPOSALS), [100.0], **options)[0])
+
+    assert find(threshold=0.5) == [(50, 90, 0.8), (12, 32, 0.6)]
+    assert find(threshold=0.9) == []
+    assert find(top_k=3) == [(50, 90, 0.8), (12, 32, 0.6), (90, 95, 0.4)]
+    assert find(top_k=0) == []
+    assert find(nms_threshold=0.5) == [(50, 90, 0.8), (12, 32, 0.6), (90, 95, 0.4)]  # IoU 18 / 22 of the last
+    assert find(nms_threshold=0.9) == find()
+    assert find(nms_threshold=0.5, top_k=2, threshold=0.1) == find()[:2]
+    assert find(round_to=8) == [(48, 88, 0.8), (16, 32, 0.6), (88, 96, 0.4), (8, 32, 0.2)]
+
+
+def test_saved_with_the_processor(processor, tmp_path):
+    fields = {
+        "video_feature_sizes": [3, 2],
+        "text_feature_size": 4,
+        "max_clips": 8,
+        "max_tokens": 5,
+        "threshold": 0.1,
+        "top_k": 3,
+        "nms_threshold": 0.5,
+        "round_to": 8.0,
+    }
+    DiffusionVMRProcessor(**fields).save_pretrained(tmp_path)
+    for loaded in (AutoProcessor.from_pretrained(tmp_path), DiffusionVMRProcessor.from_pretrained(tmp_path)):
+        assert type(loaded) is DiffusionVMRProcessor
+        assert {name: getattr(loaded, name) for name in fields} == fields
+        arrays, text = video(30, 30), sentence(9)
+        for name, value in loaded([arrays], [text]).items():
+            torch.testing.assert_close(value, processor([arrays], [text])[name], atol=0, rtol=0)
+
+    def find(**options):
+        return as_rows(loaded.post_process_moment_retrieval(outputs(PROPOSALS), [100.0], **options)[0])
+
+    assert find() == [(48, 88, 0.8), (16, 32, 0.6), (88, 96, 0.4)]
+    assert find(nms_threshold=1.0, top_k=4) == [(48, 88, 0.8), (16, 32, 0.6), (88, 96, 0.4), (8, 32, 0.2)]
+    assert find(top_k=1, round_to=1.0) == [(50, 90, 0.8)]
+    assert find(threshold=0.7) == [(48, 88, 0.8)]
