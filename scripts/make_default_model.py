@@ -25,12 +25,15 @@ from modeling_diffusionvmr import (
     DiffusionVMRProcessor,
     DiffusionVMRTrainer,
     MomentRetrievalDataset,
-    VideoMomentRetrievalPipeline,
     evaluate_predictions,
+    load_annotations,
+    open_features,
 )
+from modeling_diffusionvmr.annotations import save_jsonl
 from modeling_diffusionvmr.backbones import Backbones, ClipBackbone
+from modeling_diffusionvmr.features import TEXT_KEY, VIDEO_KEY, write_features
 from modeling_diffusionvmr.rendered_backbone import measure_clip, train_rendered_clip
-from modeling_diffusionvmr.rendered_world import annotation_rows, plan_video, write_video
+from modeling_diffusionvmr.rendered_world import VideoPlan, annotation_rows, plan_video, write_video
 from modeling_diffusionvmr.video import open_video
 
 CLIP_SECONDS = 2.0
@@ -40,53 +43,13 @@ HELD_OUT_VIDEOS = 100  # of seen pairs, and as many of pairs that training never
 HELD_OUT_SEED, UNSEEN_SEED = 10_000_000, 20_000_000  # training counts up from `--seed`
 
 
-# ------------------------------------------------------------------------------------------------ features
+# ------------------------------------------------------------------------------------------------ stages
+# Each writes a folder in the work directory, whole, and is skipped where that is there already.
 
 
-def in_two_processes(function: Callable, items: Sequence, description: str, *state: Any) -> Iterator:
-    """Maps `function(item, *state)` over items with a progress bar; each process takes one core."""
-    with multiprocessing.get_context("spawn").Pool(2, _start_process, (state,)) as pool:
-        yield from tqdm(pool.imap(_Call(function), items, chunksize=4), total=len(items), desc=description)
-
-
-class _Call:
-    def __init__(self, function: Callable):
-        self.function = function
-
-    def __call__(self, item):
-        return self.function(item, *_state)
-
-
-def _start_process(state: tuple):
-    global _state
-    _state = state
-    torch.set_num_threads(1)
-
-
-def render_and_encode(seed: int, folder: Path, backbones: Backbones):
-    """One training video through an mp4 file, as a user's would go: its rows, and features by vid and by qid."""
-    plan = plan_video(seed)
-    rows = annotation_rows(plan)
-    path = folder / f"{plan.vid}.mp4"
-    write_video(plan, path)
-    (clips,) = backbones.encode_video(open_video(path, CLIP_SECONDS))
-    path.unlink()
-    texts = backbones.encode_text([row["query"] for row in rows])
-    return rows, {plan.vid: clips}, {row["qid"]: text for row, text in zip(rows, texts)}
-
-
-def render(plan, folder: Path) -> Path:
-    path = folder / f"{plan.vid}.mp4"
-    write_video(plan, path)
-    return path
-
-
-# ------------------------------------------------------------------------------------------------ training
-
-
-def train_backbones(seed: int) -> Backbones:
+def make_backbones(seed: int, folder: Path) -> None:
     """The tiny CLIP, as the only backbone."""
-    with tqdm(desc="training the CLIP", unit="step") as bar:
+    with tqdm(desc="training the CLIP", unit="step", mininterval=5) as bar:
 
         def progress(step: int, steps: int, losses: dict[str, float]):
             bar.total = steps
@@ -94,25 +57,84 @@ def train_backbones(seed: int) -> Backbones:
             bar.update()
 
         clip, tokenizer, image_processor = train_rendered_clip(seed, progress=progress)
+    ClipBackbone(clip, image_processor, tokenizer).save_pretrained(folder)
+
+
+def open_backbones(folder: Path) -> Backbones:
+    """What `make_backbones` wrote."""
+    clip = ClipBackbone.from_pretrained(folder)
     description = {
         "name": "clip",
         "id": "clip",
-        "feature_size": clip.config.projection_dim,
-        "text_feature_size": clip.config.text_config.hidden_size,
+        "feature_size": clip.feature_size,
+        "text_feature_size": clip.text_feature_size,
         "clip_seconds": CLIP_SECONDS,
     }
-    return Backbones([description], [ClipBackbone(clip, image_processor, tokenizer)])
+    return Backbones([description], [clip])
 
 
-def train_model(seed: int, backbones: Backbones, folder: Path) -> VideoMomentRetrievalPipeline:
-    """The tiny DiffusionVMR on features of rendered videos."""
+def make_features(seed: int, backbones: Backbones, folder: Path) -> None:
+    """Renders the training videos, and extracts annotations and features in the official formats."""
     seeds = range(seed, seed + TRAINING_VIDEOS)
-    rows, video_features, text_features = [], {}, {}
-    for parts in in_two_processes(render_and_encode, seeds, "rendering and encoding", folder, backbones):
-        rows += parts[0]
-        video_features |= parts[1]
-        text_features |= parts[2]
+    (folder / "rendered").mkdir()
+    rows = in_two_processes(render_and_encode, seeds, "rendering and encoding", folder, backbones)
+    save_jsonl((row for of_video in rows for row in of_video), folder / "annotations.jsonl")
+    (folder / "rendered").rmdir()
 
+
+def render_and_encode(seed: int, folder: Path, backbones: Backbones) -> list[dict]:
+    """One training video through an mp4 file, as a user's would go."""
+    plan = plan_video(seed)
+    rows = annotation_rows(plan)
+    path = render(plan, folder / "rendered")
+    (clips,) = backbones.encode_video(open_video(path, CLIP_SECONDS))
+    path.unlink()
+    write_features(folder / "video", plan.vid, clips, VIDEO_KEY)
+    for row, tokens in zip(rows, backbones.encode_text([row["query"] for row in rows])):
+        write_features(folder / "text", row["qid"], tokens, TEXT_KEY)
+    return rows
+
+
+def render(plan: VideoPlan, folder: Path) -> Path:
+    path = folder / f"{plan.vid}.mp4"
+    write_video(plan, path)
+    return path
+
+
+def stage(folder: Path, make: Callable, *arguments: Any) -> Path:
+    """Runs `make(*arguments, folder)` unless its folder is there, and says how long it took."""
+    if not folder.exists():
+        began = time.perf_counter()
+        temporary = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        make(*arguments, temporary)
+        temporary.rename(folder)
+        print(f"{folder.name}: {(time.perf_counter() - began) / 60:.1f} min", flush=True)
+    return folder
+
+
+def in_two_processes(function: Callable, items: Sequence, description: str, *state: Any) -> Iterator:
+    """Maps `function(item, *state)` over items with a progress bar; each process takes one core."""
+    with multiprocessing.get_context("spawn").Pool(2, _start_process, (function, state)) as pool:
+        yield from tqdm(pool.imap(_call, items, chunksize=4), total=len(items), desc=description, mininterval=5)
+
+
+def _start_process(function: Callable, state: tuple) -> None:
+    global _function, _state
+    _function, _state = function, state
+    torch.set_num_threads(1)
+
+
+def _call(item: Any) -> Any:
+    return _function(item, *_state)
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def make_model(seed: int, backbones: Backbones, features: Path, folder: Path) -> None:
+    """The tiny DiffusionVMR on features of rendered videos."""
     set_seed(seed)
     description = backbones.descriptions[0]
     config = DiffusionVMRConfig(
@@ -134,9 +156,15 @@ def train_model(seed: int, backbones: Backbones, folder: Path) -> VideoMomentRet
     processor = DiffusionVMRProcessor([config.video_feature_size], config.text_feature_size)
     model = DiffusionVMRForMomentRetrieval(config)
     dataset = MomentRetrievalDataset(
-        rows, video_features, text_features, processor, config=config, clip_seconds=CLIP_SECONDS, seed=seed
+        load_annotations(features / "annotations.jsonl"),
+        dict(open_features(features / "video")),  # small enough to be held in memory
+        dict(open_features(features / "text")),
+        processor,
+        config=config,
+        clip_seconds=CLIP_SECONDS,
+        seed=seed,
     )
-    print(f"{len(rows)} training sentences, {model.num_parameters():,} parameters", flush=True)
+    print(f"{len(dataset)} training sentences, {model.num_parameters():,} parameters", flush=True)
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"),
         max_steps=TRAINING_STEPS,
@@ -146,35 +174,32 @@ def train_model(seed: int, backbones: Backbones, folder: Path) -> VideoMomentRet
         warmup_steps=100,
         weight_decay=1e-4,
         max_grad_norm=0.5,
+        bf16=True,
         logging_steps=100,
         save_strategy="no",
         report_to=[],
         seed=seed,
     )
     DiffusionVMRTrainer(model=model, args=arguments, train_dataset=dataset).train()
-    model.eval()
-    return VideoMomentRetrievalPipeline(
-        model=model, processor=processor, backbones=backbones, task="video-moment-retrieval"
-    )
+    shutil.rmtree(folder / "trainer", ignore_errors=True)
+    save(model, processor, backbones, folder)
 
 
-def save(retrieve: VideoMomentRetrievalPipeline, output_dir: Path) -> None:
+def save(model: DiffusionVMRForMomentRetrieval, processor: DiffusionVMRProcessor, backbones: Backbones, folder: Path):
     """
-    Writes the checkpoint whole: to a temporary name, which is then renamed. Weights are stored as float16 and load as
-    float32, which the configurations say. The code that a checkpoint carries is left out, since this one lies in it.
+    Writes the checkpoint. Weights are stored as float16 and load as float32, as the configurations say. The code that
+    a checkpoint carries is left out, since this one lies in it.
     """
-    temporary = output_dir.with_name(f"{output_dir.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    retrieve.model.config.backbones = retrieve.backbones.save_pretrained(temporary)
-    for part in (retrieve.model, retrieve.processor):
-        automatic, type(part)._auto_class = type(part)._auto_class, None
-        part.save_pretrained(temporary)
-        type(part)._auto_class = automatic
-    for path in temporary.rglob("*.safetensors"):
+    model.config.backbones = backbones.save_pretrained(folder)
+    automatic = {cls: cls._auto_class for cls in (DiffusionVMRConfig, type(model), type(processor))}
+    for cls in automatic:
+        cls._auto_class = None
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    for cls, name in automatic.items():
+        cls._auto_class = name
+    for path in folder.rglob("*.safetensors"):
         halve(path)
-    shutil.rmtree(output_dir, ignore_errors=True)
-    temporary.rename(output_dir)
 
 
 def halve(path: Path) -> None:
@@ -188,16 +213,16 @@ def halve(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ evaluation
 
 
-def evaluate(model: str, folder: Path) -> None:
+def evaluate(model: Path, folder: Path) -> None:
     """Prints the held-out figures of a checkpoint, through the pipeline, on mp4 files."""
     plans = [plan_video(HELD_OUT_SEED + i) for i in range(HELD_OUT_VIDEOS)]
     plans += [plan_video(UNSEEN_SEED + i, unseen_pairs=True) for i in range(HELD_OUT_VIDEOS)]
     paths = list(in_two_processes(render, plans, "rendering held-out videos", folder))
-    retrieve = pipeline("video-moment-retrieval", model=model)
+    retrieve = pipeline("video-moment-retrieval", model=str(model))
 
     clip = retrieve.backbones.models[0]
     print("\nthe backbone alone: cosine similarity of sentence and frame, against whether the sentence is true there")
-    print(table(measure_clip(clip.model, clip.tokenizer, clip.image_processor, plans, folder), "kind"))
+    measure_clip(clip.model, clip.tokenizer, clip.image_processor, plans, folder)
 
     rows, predictions = [], []
     for plan, path in zip(tqdm(plans, desc="retrieving"), paths):
@@ -216,8 +241,8 @@ def evaluate(model: str, folder: Path) -> None:
         "swapped distractor": figures_of(predictions, rows, lambda row: row["swapped"]),
         "seen pairs": figures_of(predictions, rows, lambda row: not row["unseen"]),
         "unseen pairs": figures_of(predictions, rows, lambda row: row["unseen"]),
-        "(all: the whole video)": figures_of(guesses(rows, lambda random: (0.0, 1.0)), rows),
-        "(all: a random span)": figures_of(guesses(rows, lambda random: np.sort(random.random(2))), rows),
+        "all, guessing the whole video": figures_of(guesses(rows, lambda random: (0.0, 1.0)), rows),
+        "all, guessing a random span": figures_of(guesses(rows, lambda random: np.sort(random.random(2))), rows),
     }
     print(f"\nheld-out sentences over {len(plans)} videos")
     print(table(figures, "sentences"))
@@ -232,8 +257,7 @@ def guesses(rows: Sequence[dict], draw: Callable) -> list[dict]:
 
 def figures_of(predictions: Sequence[dict], rows: Sequence[dict], where: Callable = lambda row: True) -> dict[str, Any]:
     chosen = [(prediction, row) for prediction, row in zip(predictions, rows) if where(row)]
-    predicted, true = ([{key: v for key, v in row.items()} for row in part] for part in zip(*chosen))
-    brief = evaluate_predictions(predicted, true)["brief"]
+    brief = evaluate_predictions(*zip(*chosen))["brief"]
     return {
         "n": len(chosen),
         "R1@0.5": brief["MR-full-R1@0.5"],
@@ -263,21 +287,29 @@ def sizes(folder: Path) -> Iterable[str]:
 
 def main(arguments: argparse.Namespace) -> None:
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
         if not arguments.evaluate_only:
-            backbones = train_backbones(arguments.seed)
-            print(f"the CLIP is trained: {(time.perf_counter() - began) / 60:.1f} min", flush=True)
-            save(train_model(arguments.seed, backbones, Path(folder)), Path(arguments.model))
+            work = arguments.work_dir or Path(temporary)
+            backbones = open_backbones(stage(work / "clip", make_backbones, arguments.seed))
+            features = stage(work / "features", make_features, arguments.seed, backbones)
+            made = stage(work / "model", make_model, arguments.seed, backbones, features)
+            shutil.rmtree(arguments.model, ignore_errors=True)
+            shutil.copytree(made, arguments.model)
             print(f"{arguments.model} is made: {(time.perf_counter() - began) / 60:.1f} min", flush=True)
-        evaluate(arguments.model, Path(folder))
-        print("\n".join(sizes(Path(arguments.model))))
-    print(f"{(time.perf_counter() - began) / 60:.1f} min in all")
+        evaluate(arguments.model, Path(temporary))
+        print("\n".join(sizes(arguments.model)))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--evaluate_only", action="store_true", help="print the held-out figures of --model")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="the folder to write, or to evaluate (default: embedded)")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=Path(DEFAULT_MODEL),
+        help="folder to write, or to evaluate (default: embedded)",
+    )
+    parser.add_argument("--work_dir", type=Path, help="keeps finished stages here, so that a run can be continued")
     parser.add_argument("--seed", type=int, default=0)
     try:
         main(parser.parse_args())

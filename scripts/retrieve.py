@@ -16,7 +16,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("video", help="a video file")
     parser.add_argument("query", nargs="+", help="a sentence; several search the video in one pass")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="checkpoint folder or Hub id (default: the embedded one)")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="checkpoint folder or Hub id (default: embedded)")
     parser.add_argument("--top_k", type=int, default=5, help="moments a query at most (default: 5)")
     parser.add_argument("--threshold", type=float, help="least score of a moment")
     parser.add_argument("--nms_threshold", type=float, help="drop a moment whose IoU with a better one is above it")

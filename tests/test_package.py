@@ -1,7 +1,7 @@
-import importlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from transformers import AutoConfig, AutoModel, AutoProcessor
@@ -73,9 +73,6 @@ def test_pipeline_task():
     assert task["pt"] == (AutoModel,)
 
 
-def test_default_model_is_a_path_in_the_package():
-    module = importlib.import_module("modeling_diffusionvmr")
-    assert isinstance(modeling_diffusionvmr.DEFAULT_MODEL, str)
-    assert modeling_diffusionvmr.DEFAULT_MODEL == str(
-        importlib.import_module("pathlib").Path(module.__file__).parent / "default_model"
-    )
+def test_default_model_is_a_folder_of_the_package():
+    folder = Path(modeling_diffusionvmr.__file__).parent / "default_model"
+    assert modeling_diffusionvmr.DEFAULT_MODEL == str(folder)

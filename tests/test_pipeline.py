@@ -205,14 +205,27 @@ def test_saliency(pipe, video):
     assert pipe(video, [], return_saliency=True) == []
 
 
-def test_video_of_more_clips_than_the_model_reads(pipe):
+def test_video_of_more_clips_than_the_model_reads(pipe, monkeypatch):
     frames = np.stack([picture(index) for index in range(98)])
+    seen, forward = [], pipe.model.forward
+
+    def everything(**inputs):
+        """What the model gives, but for moments from the first to the last second."""
+        seen.append(inputs["video_features"])
+        outputs = forward(**inputs)
+        outputs.pred_spans = torch.tensor([0.5, 1.0]).expand_as(outputs.pred_spans)
+        return outputs
+
+    monkeypatch.setattr(pipe.model, "forward", everything)
     with pytest.warns(UserWarning, match=r"video of 98.0 s has 49 clips; they are averaged down to 20"):
-        result = pipe((frames, 1), QUERIES[0], num_proposals=200, return_saliency=True)
-    check_moments(result["moments"], duration=98, count=200)
-    assert max(moment["end"] for moment in result["moments"]) > 85  # nothing of it is left out
-    assert len(result["saliency"]) == 20
-    assert result["clip_seconds"] * 20 == pytest.approx(98)
+        result = pipe((frames, 1), QUERIES[0], return_saliency=True)
+    assert {(moment["start"], moment["end"]) for moment in result["moments"]} == {(0, 98)}
+    assert len(result["saliency"]) == 20 and result["clip_seconds"] == pytest.approx(98 / 20)
+    # Nothing of the video is left out
+    clips = pipe.backbones.models[0].encode_video(frames[1::2])
+    clips /= np.linalg.norm(clips, axis=1, keepdims=True)
+    assert seen[0].shape == (1, 20, 12)
+    np.testing.assert_allclose(seen[0][0].mean(0).cpu(), clips.mean(0), atol=1e-4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipe((frames[:40], 1), QUERIES[0])
@@ -258,11 +271,8 @@ def test_files_that_are_no_video(pipe, video, tmp_path):
         pipe((np.zeros((4, 8, 8)), 5), QUERIES[0])
 
 
-@pytest.mark.parametrize("query", ["", "  \n", ["a dog", ""], ["a dog", None], [5], 5, {"a": 1}.keys(), b"a dog"])
+@pytest.mark.parametrize("query", ["", "  \n", ["a dog", ""], ["a dog", None], [5], 5, b"a dog"])
 def test_queries_that_are_no_sentences(pipe, video, counts, query):
-    if query == {"a"}:
-        check_moments(pipe(video, query)[0])  # any iterable of sentences will do
-        return
     with pytest.raises(ValueError, match="must be a sentence"):
         pipe(video, query)
     assert counts["frames"] == 0
@@ -383,7 +393,6 @@ def run(code: str, home: Path) -> list:
 
 def test_fresh_process(checkpoint, pipe, video, tmp_path):
     places = {"model": str(checkpoint), "video": str(video), "queries": QUERIES, "arguments": ""}
-    # Without a word of it, the package is not known
     found = run("import modeling_diffusionvmr" + RETRIEVE.format(**places), tmp_path)
     assert_close(found, pipe(video, QUERIES, return_saliency=True))
 

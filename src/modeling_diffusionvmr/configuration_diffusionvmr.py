@@ -141,7 +141,9 @@ class DiffusionVMRConfig(PreTrainedConfig):
             if self.d_model % getattr(self, field):
                 raise ValueError(f"`{field}` must divide d_model={self.d_model}, got {getattr(self, field)}")
         if self.d_model % 2:
-            raise ValueError(f"`d_model` must be even, since positions are pairs of sine and cosine, got {self.d_model}")
+            raise ValueError(
+                f"`d_model` must be even, since positions are pairs of sine and cosine, got {self.d_model}"
+            )
         if self.num_sampling_steps > self.num_diffusion_steps:
             raise ValueError(
                 f"`num_sampling_steps` must be at most num_diffusion_steps={self.num_diffusion_steps}, "
@@ -154,8 +156,12 @@ class DiffusionVMRConfig(PreTrainedConfig):
         names = [backbone.get("name") for backbone in self.backbones]
         for index, backbone in enumerate(self.backbones):
             # Each is saved into a folder of its name
+            if not names[index]:
+                raise ValueError(f"`backbones[{index}]` has no `name`: {backbone}")
             if not isinstance(names[index], str) or not re.fullmatch(r"\w[\w.-]*", names[index]):
-                raise ValueError(f"`backbones[{index}]` needs a `name` of letters, digits, '_', '.' and '-': {backbone}")
+                raise ValueError(
+                    f"`backbones[{index}]` needs a `name` of letters, digits, '_', '.' and '-': {backbone}"
+                )
             if names.index(names[index]) != index:
                 raise ValueError(f"`backbones[{index}]` has the name of another one: {backbone}")
             if not {"feature_size", "text_feature_size"} & backbone.keys():
@@ -171,7 +177,9 @@ class DiffusionVMRConfig(PreTrainedConfig):
             ("text_feature_size", "text_feature_size", sum(b.get("text_feature_size", 0) for b in self.backbones)),
         ):
             if total != getattr(self, field):
-                raise ValueError(f"`{field}` is {getattr(self, field)}, but the `{key}` of `backbones` add up to {total}")
+                raise ValueError(
+                    f"`{field}` is {getattr(self, field)}, but the `{key}` of `backbones` add up to {total}"
+                )
 
 
 __all__ = ["DiffusionVMRConfig"]

@@ -642,7 +642,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         steps = self.config.num_sampling_steps if num_sampling_steps is None else num_sampling_steps
         if not 1 <= steps <= self.config.num_diffusion_steps:
             raise ValueError(
-                f"`num_sampling_steps` must be in 1 to num_diffusion_steps={self.config.num_diffusion_steps}, got {steps}"
+                f"`num_sampling_steps` must be 1 to num_diffusion_steps={self.config.num_diffusion_steps}, got {steps}"
             )
         schedule = self.model.schedule
         visited = sampling_timesteps(timesteps, steps)

@@ -29,8 +29,15 @@ def build_tokenizer() -> CLIPTokenizer:
     """CLIP's byte-level BPE with one token for each word of the rendered world; any other word falls apart into pieces, down to bytes."""
     from tokenizers.pre_tokenizers import ByteLevel
 
-    texts = {Statement(kind, (pair, pair)).text(i) for kind, templates in TEMPLATES.items() for i in range(len(templates)) for pair in PAIRS}
-    words = {word: (*word[:-1], word[-1] + "</w>") for word in sorted({word for text in texts for word in text.split()})}
+    texts = {
+        Statement(kind, (pair, pair)).text(i)
+        for kind, templates in TEMPLATES.items()
+        for i in range(len(templates))
+        for pair in PAIRS
+    }
+    words = {
+        word: (*word[:-1], word[-1] + "</w>") for word in sorted({word for text in texts for word in text.split()})
+    }
     merges = []
     while any(len(pieces) > 1 for pieces in words.values()):
         neighbours = [two for pieces in words.values() for two in zip(pieces, pieces[1:])]
@@ -38,7 +45,13 @@ def build_tokenizer() -> CLIPTokenizer:
         merges.append(best)
         words = {word: _merge(pieces, best) for word, pieces in words.items()}
     letters = sorted(ByteLevel.alphabet())
-    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters), *("".join(two) for two in merges)]
+    tokens = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        *("".join(two) for two in merges),
+    ]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=32)
 
 
@@ -54,18 +67,30 @@ def _merge(pieces: tuple, two: tuple) -> tuple:
 
 def build_image_processor() -> CLIPImageProcessorPil:
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    return CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size, image_mean=[PIXEL_MEAN] * 3, image_std=[PIXEL_STD] * 3)
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size=size, image_mean=[PIXEL_MEAN] * 3, image_std=[PIXEL_STD] * 3
+    )
 
 
 def build_clip(tokenizer, width=192, layers=4, text_layers=2) -> CLIPModel:
     """An untrained CLIP of 2.1 million weights. Images, sentences and their tokens share one space of `width` numbers."""
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    text = dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=text_layers)
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    text = dict(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=text_layers
+    )
     text |= dict(num_attention_heads=width // 32, max_position_embeddings=32, hidden_act="relu", **special)
-    vision = dict(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=width // 32)
+    vision = dict(
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=width // 32
+    )
     vision |= dict(image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, hidden_act="relu")
     # On a CPU in bfloat16, eager attention over so few tokens takes half the time of the fused kernel.
-    clip = CLIPModel._from_config(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width), attn_implementation="eager")
+    clip = CLIPModel._from_config(
+        CLIPConfig(text_config=text, vision_config=vision, projection_dim=width), attn_implementation="eager"
+    )
     # The token states themselves live in the space of the image features, for the model that reads them instead of the projection.
     clip.text_projection.weight.data.copy_(torch.eye(width))
     clip.text_projection.requires_grad_(False)
@@ -89,7 +114,9 @@ def _start_vision(embeddings) -> None:
     embeddings.position_embedding.weight.copy_(torch.cat([torch.zeros(1, width), 0.7 * waves]))
     places = (torch.arange(PATCH_SIZE) + 0.5) / PATCH_SIZE
     basis = torch.cos(math.pi * torch.arange(PATCH_SIZE)[:, None] * places) * math.sqrt(2 / PATCH_SIZE)
-    order = sorted(((i, j) for i in range(PATCH_SIZE) for j in range(PATCH_SIZE)), key=lambda two: (sum(two), two))[: width // 3]
+    order = sorted(((i, j) for i in range(PATCH_SIZE) for j in range(PATCH_SIZE)), key=lambda two: (sum(two), two))[
+        : width // 3
+    ]
     filters = torch.stack([torch.outer(basis[i], basis[j]) for i, j in order])  # (width / 3, patch, patch)
     weight = embeddings.patch_embedding.weight.zero_()
     for channel in range(3):
@@ -142,7 +169,9 @@ def render_frames(seed: int, count: int, nameless: bool = False) -> Frames:
             for other in still.tracks:
                 if other is not track and next_to(track, other):
                     neighbour[i, j] = _index(other)
-    return Frames(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), *map(torch.from_numpy, (pair, neighbour, place)))
+    return Frames(
+        torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), *map(torch.from_numpy, (pair, neighbour, place))
+    )
 
 
 def _index(track) -> int:
@@ -166,7 +195,9 @@ def _augmented(frames: Frames, generator) -> tuple:
     if uniform(0, 1, 1) < 0.5:
         pixels, place[..., 0] = pixels.flip(3), 1 - place[..., 0]
     right, down = (int(torch.randint(-3, 4, (1,), generator=generator)) for _ in range(2))
-    pixels = F.pad(pixels, (3, 3, 3, 3), mode="replicate")[..., 3 - down : 3 - down + IMAGE_SIZE, 3 - right : 3 - right + IMAGE_SIZE]
+    pixels = F.pad(pixels, (3, 3, 3, 3), mode="replicate")[
+        ..., 3 - down : 3 - down + IMAGE_SIZE, 3 - right : 3 - right + IMAGE_SIZE
+    ]
     place += torch.tensor([right, down]) / IMAGE_SIZE
     size = len(pixels)
     pixels = pixels * uniform(0.92, 1.08, size, 1, 1, 1) + uniform(-0.02, 0.02, size, 3, 1, 1)
@@ -214,7 +245,10 @@ def _statements_for(frames: Frames, rng, each: int = 60) -> tuple:
         truth.append(holds[:, _SEEN[order]])
         sizes.append(len(order))
     relations = _relations_for(frames, rng, each)
-    statements += [Statement("relation", (PAIRS[a], PAIRS[b]) if rng.random() < 0.5 else (PAIRS[b], PAIRS[a])) for a, b in relations]
+    statements += [
+        Statement("relation", (PAIRS[a], PAIRS[b]) if rng.random() < 0.5 else (PAIRS[b], PAIRS[a]))
+        for a, b in relations
+    ]
     codes = torch.tensor([min(two) * len(PAIRS) + max(two) for two in relations], dtype=torch.long)
     truth.append((frames.relations()[:, :, None] == codes).any(1))
     return statements, torch.cat(truth, 1).float(), [*sizes, len(relations)]
@@ -223,7 +257,9 @@ def _statements_for(frames: Frames, rng, each: int = 60) -> tuple:
 # --- Training ------------------------------------------------------------------------------------------------------------------------------
 
 
-def train_rendered_clip(seed=0, steps=4000, batch_size=128, pool_size=32_000, learning_rate=1.5e-3, progress=None) -> tuple:
+def train_rendered_clip(
+    seed=0, steps=4000, batch_size=128, pool_size=32_000, learning_rate=1.5e-3, progress=None
+) -> tuple:
     """(CLIPModel, CLIPTokenizer, CLIPImageProcessorPil), trained on frames of seen pairs.
 
     A batch is `batch_size` frames, and a quarter more in nameless colours. `progress(step, steps, losses)` is called after each step with one
@@ -237,7 +273,9 @@ def train_rendered_clip(seed=0, steps=4000, batch_size=128, pool_size=32_000, le
     parameters = [parameter for parameter in (*clip.parameters(), *helpers.parameters()) if parameter.requires_grad]
     weights, others = ([p for p in parameters if (p.ndim > 1) == is_weight] for is_weight in (True, False))
     optimizer = torch.optim.AdamW(
-        [{"params": weights, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], lr=learning_rate, betas=(0.9, 0.98)
+        [{"params": weights, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
+        lr=learning_rate,
+        betas=(0.9, 0.98),
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, min(100, steps // 10), steps)
     pool, nameless_pool = render_frames(seed, pool_size), render_frames(seed, pool_size // 2, nameless=True)
@@ -283,7 +321,9 @@ def _losses(clip, helpers, tokenizer, frames: Frames, nameless: Frames, rng, gen
     both, named = Frames.concatenated(frames, nameless), len(frames.pair)
     pixels, place = _augmented(both, generator)
     statements, truth, sizes = _statements_for(frames, rng)
-    tokens = tokenizer([statement.text(int(rng.integers(6))) for statement in statements], padding=True, return_tensors="pt")
+    tokens = tokenizer(
+        [statement.text(int(rng.integers(6))) for statement in statements], padding=True, return_tensors="pt"
+    )
     with torch.autocast("cpu", torch.bfloat16):
         vision = clip.vision_model(pixel_values=pixels, output_hidden_states=True)
         images = clip.visual_projection(vision.pooler_output[:named])
@@ -294,7 +334,9 @@ def _losses(clip, helpers, tokenizer, frames: Frames, nameless: Frames, rng, gen
         objects = clip.visual_projection(clip.vision_model.post_layernorm(patches))
     images, texts, objects = (F.normalize(vectors.float(), dim=-1) for vectors in (images, texts, objects))
 
-    pairwise = F.binary_cross_entropy_with_logits(clip.logit_scale.exp() * images @ texts.T + helpers.bias, truth, reduction="none")
+    pairwise = F.binary_cross_entropy_with_logits(
+        clip.logit_scale.exp() * images @ texts.T + helpers.bias, truth, reduction="none"
+    )
     by_kind = zip(("single", "count", "relation"), pairwise.split(sizes, 1), truth.split(sizes, 1))
     losses = {kind: loss.sum() / true.sum().clamp(min=1) for kind, loss, true in by_kind}
 
@@ -336,8 +378,12 @@ def measure_clip(clip, tokenizer, processor, plans, folder=None, clip_seconds=2.
     for plan in plans:
         times = [i * clip_seconds + clip_seconds / 2 for i in range(int(plan.duration / clip_seconds))]
         frames = _decoded(f"{folder}/{plan.vid}.mp4", times) if folder else [render_frame(plan, time) for time in times]
-        images = clip.get_image_features(**processor(images=[Image.fromarray(frame) for frame in frames], return_tensors="pt"))
-        texts = clip.get_text_features(**tokenizer([query.text for query in plan.queries], padding=True, return_tensors="pt"))
+        images = clip.get_image_features(
+            **processor(images=[Image.fromarray(frame) for frame in frames], return_tensors="pt")
+        )
+        texts = clip.get_text_features(
+            **tokenizer([query.text for query in plan.queries], padding=True, return_tensors="pt")
+        )
         similarity = (F.normalize(texts.pooler_output, dim=-1) @ F.normalize(images.pooler_output, dim=-1).T).numpy()
         for query, row in zip(plan.queries, similarity):
             truth = np.array([any(start <= time < end for start, end in query.windows) for time in times])
@@ -345,15 +391,25 @@ def measure_clip(clip, tokenizer, processor, plans, folder=None, clip_seconds=2.
                 scores.append((query, row, truth))
     every, true = np.concatenate([row for _, row, _ in scores]), np.concatenate([truth for *_, truth in scores])
     threshold = max(np.quantile(every, np.linspace(0.5, 0.99, 99)), key=lambda value: _f1(every >= value, true))
-    tags = {"all": lambda q: True, "seen": lambda q: not q.unseen, "unseen": lambda q: q.unseen, "swapped": lambda q: q.swapped}
+    tags = {
+        "all": lambda q: True,
+        "seen": lambda q: not q.unseen,
+        "unseen": lambda q: q.unseen,
+        "swapped": lambda q: q.swapped,
+    }
     for kind in TEMPLATES:
-        tags |= {kind: lambda q, kind=kind: q.kind == kind, f"unseen {kind}": lambda q, kind=kind: q.unseen and q.kind == kind}
+        tags |= {
+            kind: lambda q, kind=kind: q.kind == kind,
+            f"unseen {kind}": lambda q, kind=kind: q.unseen and q.kind == kind,
+        }
     table = {}
     for tag, belongs in tags.items():
         chosen = [(row, truth) for query, row, truth in scores if belongs(query)]
         if chosen:
             figures = np.array([(*_ranking(row, truth), _f1(row >= threshold, truth)) for row, truth in chosen])
-            table[tag] = dict(sentences=len(chosen), auc=figures[:, 0].mean(), ap=figures[:, 1].mean(), best_f1=figures[:, 2].mean())
+            table[tag] = dict(
+                sentences=len(chosen), auc=figures[:, 0].mean(), ap=figures[:, 1].mean(), best_f1=figures[:, 2].mean()
+            )
             table[tag] |= dict(solved=(figures[:, 2] >= 0.9).mean(), one_threshold_f1=figures[:, 3].mean())
     print("sentences    auc     ap  bestF1 solved  1-thr")
     for tag, row in table.items():

@@ -196,7 +196,9 @@ def _appearance(rng, cast: list) -> tuple:
 def _place(rng, pairs, together: bool, start: float, end: float, tracks, attempts: int = 80) -> list:
     """New tracks for `pairs`, clear of those visible meanwhile; none where there is no room, or where three of a kind would be visible."""
     company = [track for track in tracks if track.start < end and start < track.end]
-    if sum(track.pair in pairs for track in company) and any(sum(t.pair == p for t in company) + pairs.count(p) > 2 for p in pairs):
+    if sum(track.pair in pairs for track in company) and any(
+        sum(t.pair == p for t in company) + pairs.count(p) > 2 for p in pairs
+    ):
         return []
     for _ in range(attempts):
         new = []
@@ -205,11 +207,27 @@ def _place(rng, pairs, together: bool, start: float, end: float, tracks, attempt
         for i, pair in enumerate(pairs):
             radius = float(rng.uniform(*RADII))
             if together and i:
-                reach, tilt = new[0].radius + radius + rng.uniform(0, NEXT_TO_GAP), rng.uniform(-0.4, 0.4) + rng.choice([0, math.pi])
-                place = (float(new[0].place[0] + reach * math.cos(tilt)), float(new[0].place[1] + reach * math.sin(tilt)))
+                reach, tilt = (
+                    new[0].radius + radius + rng.uniform(0, NEXT_TO_GAP),
+                    rng.uniform(-0.4, 0.4) + rng.choice([0, math.pi]),
+                )
+                place = (
+                    float(new[0].place[0] + reach * math.cos(tilt)),
+                    float(new[0].place[1] + reach * math.sin(tilt)),
+                )
             else:
                 place = tuple(rng.uniform(radius + DRIFT, 1 - radius - DRIFT, 2).tolist())
-            new.append(Track(pair, start, end, place, radius, rng.uniform(-0.3, 0.3), phase if together else rng.uniform(0, 2 * math.pi)))
+            new.append(
+                Track(
+                    pair,
+                    start,
+                    end,
+                    place,
+                    radius,
+                    rng.uniform(-0.3, 0.3),
+                    phase if together else rng.uniform(0, 2 * math.pi),
+                )
+            )
         inside = all(track.radius + DRIFT <= edge <= 1 - track.radius - DRIFT for track in new for edge in track.place)
         clear = all(gap(a, b) >= APART_GAP + 2 * DRIFT for a in new for b in company)
         if inside and clear and (together or len(new) == 1 or gap(*new) >= APART_GAP + 2 * DRIFT):
@@ -224,7 +242,11 @@ def _draw_queries(rng, tracks, duration: float, unseen_pairs: bool) -> tuple:
         for a, b in itertools.combinations(tracks, 2)
         if a.pair != b.pair and a.start < b.end and b.start < a.end and next_to(a, b)
     }
-    candidates = {"relation": [Statement("relation", pairs if rng.random() < 0.5 else pairs[::-1]) for pairs in sorted(neighbours)]}
+    candidates = {
+        "relation": [
+            Statement("relation", pairs if rng.random() < 0.5 else pairs[::-1]) for pairs in sorted(neighbours)
+        ]
+    }
     candidates["count"] = [Statement("count", (pair,)) for pair in shown]
     candidates["single"] = [Statement("single", (pair,)) for pair in shown]
     chosen = []
@@ -234,7 +256,10 @@ def _draw_queries(rng, tracks, duration: float, unseen_pairs: bool) -> tuple:
         if unseen_pairs:
             queries.sort(key=lambda query: not query.unseen)
         # The rank among its own kind, so that the kinds take turns.
-        chosen += [(not query.unseen and unseen_pairs, rank + (0.3 if kind == "count" else 0), query) for rank, query in enumerate(queries)]
+        chosen += [
+            (not query.unseen and unseen_pairs, rank + (0.3 if kind == "count" else 0), query)
+            for rank, query in enumerate(queries)
+        ]
     chosen.sort(key=lambda entry: entry[:2])
     return tuple(query for *_, query in chosen[: rng.integers(3, 7)])
 
@@ -268,7 +293,11 @@ def _has_swap(statement: Statement, tracks) -> bool:
     (colour, shape) = statement.pairs[0]
     for moment in {track.start for track in tracks}:
         visible = {track.pair for track in tracks if track.start <= moment < track.end}
-        if statement.pairs[0] not in visible and any(c == colour for c, _ in visible) and any(s == shape for _, s in visible):
+        if (
+            statement.pairs[0] not in visible
+            and any(c == colour for c, _ in visible)
+            and any(s == shape for _, s in visible)
+        ):
             return True
     return False
 
@@ -285,7 +314,10 @@ def plan_stills(seed: int, count: int, unseen_pairs: bool = False, nameless: boo
         if i % family == 0:
             cast, scenery = _cast(rng, unseen_pairs), int(rng.integers(2**31))
             if nameless:
-                paint = {colour: _nameless_colour(rng, {shape for _, shape in cast}) for colour in sorted({colour for colour, _ in cast})}
+                paint = {
+                    colour: _nameless_colour(rng, {shape for _, shape in cast})
+                    for colour in sorted({colour for colour, _ in cast})
+                }
                 cast = [(paint[colour], shape) for colour, shape in cast]
         tracks = []
         for _ in range(rng.choice(4, p=(0.05, 0.35, 0.45, 0.15))):
@@ -299,7 +331,11 @@ def _nameless_colour(rng, shapes) -> tuple:
     while True:
         colour = rng.uniform(0, 255, 3)
         nearest = min(COLOURS, key=lambda name: math.dist(colour, COLOURS[name]))
-        if np.ptp(colour) > 100 and math.dist(colour, COLOURS[nearest]) > 60 and UNSEEN_PAIRS.isdisjoint((nearest, shape) for shape in shapes):
+        if (
+            np.ptp(colour) > 100
+            and math.dist(colour, COLOURS[nearest]) > 60
+            and UNSEEN_PAIRS.isdisjoint((nearest, shape) for shape in shapes)
+        ):
             return tuple(colour.tolist())
 
 
@@ -376,7 +412,7 @@ def _draw(tracks, time: float, backdrop: np.ndarray, noise: np.ndarray) -> np.nd
 def _backdrop(seed: int) -> tuple:
     """(float32 picture (size, size, 3), strength of its noise): dull middle tones, from which every colour stands out."""
     rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:1 : FRAME_SIZE * 1j, 0:1 : FRAME_SIZE * 1j].astype(np.float32)
+    y, x = np.mgrid[0 : 1 : FRAME_SIZE * 1j, 0 : 1 : FRAME_SIZE * 1j].astype(np.float32)
     turn, frequency, phase = rng.uniform(0, 2 * math.pi), rng.uniform(2, 16), rng.uniform(0, 2 * math.pi)
     along = math.cos(turn) * (x - 0.5) + math.sin(turn) * (y - 0.5)
     wave = np.sin(frequency * along + phase)
@@ -443,9 +479,14 @@ _OUTLINES = {
     "square": _turned([1.2] * 4, math.pi / 4),
     "triangle": [(x, y + 0.2) for x, y in _turned([1.25] * 3)],
     "star": _turned([1.2, 0.5] * 5),
-    "cross": [corner for turn in range(4) for corner in _quarter_turns([(-0.36, -0.36), (-0.36, -1.1), (0.36, -1.1)], turn)],
+    "cross": [
+        corner for turn in range(4) for corner in _quarter_turns([(-0.36, -0.36), (-0.36, -1.1), (0.36, -1.1)], turn)
+    ],
     "heart": [
-        (1.1 * math.sin(t) ** 3, -(0.88 * math.cos(t) - 0.34 * math.cos(2 * t) - 0.14 * math.cos(3 * t) - 0.07 * math.cos(4 * t)))
+        (
+            1.1 * math.sin(t) ** 3,
+            -(0.88 * math.cos(t) - 0.34 * math.cos(2 * t) - 0.14 * math.cos(3 * t) - 0.07 * math.cos(4 * t)),
+        )
         for t in np.linspace(0, 2 * math.pi, 48, endpoint=False)
     ],
     "diamond": [(0, -1.25), (0.8, 0), (0, 1.25), (-0.8, 0)],
