@@ -115,14 +115,14 @@ def test_backbones():
         ([slowfast(name=""), clip()], r"`backbones\[0\]` has no `name`"),
         ([slowfast(), {"id": "x/y", "feature_size": 512}], r"`backbones\[1\]` has no `name`"),
         ([slowfast(), clip(), {"name": "glove"}], r"`backbones\[2\]` needs `feature_size`, `text_feature_size`"),
-        ([slowfast(clip_seconds=0), clip()], r"`backbones\[0\]` needs `clip_seconds` above 0"),
-        ([slowfast(), {"name": "clip", "feature_size": 512, "text_feature_size": 512}], r"`backbones\[1\]`.*clip_sec"),
+        ([slowfast(clip_seconds=0), clip()], r"`backbones\[0\]`.*`clip_seconds`"),
+        ([slowfast(), {"name": "clip", "feature_size": 512, "text_feature_size": 512}], r"`backbones\[1\]`.*`clip_seconds`"),
         ([clip()], "`video_feature_size` is 2816, but the `feature_size` of `backbones` add up to 512"),
         ([slowfast(feature_size=2816)], "`text_feature_size` is 512, but .* add up to 0"),
         ([slowfast(feature_size="2304"), clip()], r"backbones\[0\]"),
         ([slowfast(clip_seconds="2"), clip()], r"backbones\[0\]"),
         # Each is saved in a folder of its name
-        ([slowfast(name="clip"), clip()], "`backbones`.*clip"),
+        ([slowfast(name="clip"), clip()], r"`backbones\[1\]`.*name"),
     ],
 )
 def test_backbones_that_do_not_fit(backbones, message):
@@ -144,7 +144,7 @@ def test_a_file_is_checked_as_an_argument_is(tmp_path):
     DiffusionVMRConfig().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "roi_bins": 0}))
-    with pytest.raises(StrictDataclassError, match="`roi_bins` must be above 0, got 0"):
+    with pytest.raises(StrictDataclassError, match="`roi_bins` must be above 0.* got 0"):
         DiffusionVMRConfig.from_pretrained(tmp_path)
 
 

@@ -11,6 +11,7 @@ from modeling_diffusionvmr.spans import (
     iou_and_generalized_iou,
     keep_inside,
     nms,
+    refine,
     relevant_clips,
     roi_align,
     span_to_window,
@@ -229,3 +230,9 @@ def test_nms_asks_only_what_remains():
     assert nms(windows, 0.4).tolist() == [True, False, True]
     assert nms(torch.zeros(0, 2), 0.5).tolist() == []
     assert math.isclose(iou_and_generalized_iou(*window_to_span(windows[1:]))[0].item(), 6 / 14, rel_tol=1e-6)
+
+
+def test_refine():
+    spans = torch.tensor([[0.5, 0.2], [0.5, 0.2], [0.3, 0.01]])
+    deltas = torch.tensor([[0.0, 0.0], [1.0, math.log(2)], [-2.0, 50.0]])
+    torch.testing.assert_close(refine(spans, deltas), torch.tensor([[0.5, 0.2], [0.6, 0.4], [0.29, 10.0]]))

@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_diffusionvmr import DiffusionVMRConfig
 from .diffusion import DiffusionSchedule, sampling_timesteps, signal_to_spans, spans_to_signal
 from .loss_diffusionvmr import Targets, diffusionvmr_loss
-from .spans import keep_inside, roi_align
+from .spans import keep_inside, refine, roi_align
 
 TASK = "video-moment-retrieval"
 
@@ -255,12 +255,7 @@ class DiffusionVMRDenoisingLayer(GradientCheckpointingLayer):
         proposals = self.feed_forward_layer_norm(proposals + self.dropout(self.feed_forward(proposals)))
         scale, shift = self.time_modulation(time)[:, None].chunk(2, dim=-1)
         modulated = proposals * (scale + 1) + shift
-        return proposals, self.class_head(modulated), self.refine(spans, self.span_head(modulated).float())
-
-    @staticmethod
-    def refine(spans: Tensor, offset: Tensor) -> Tensor:
-        """Moves spans by an offset of their inverse sigmoid; both (B, N, 2), float32."""
-        return (spans.logit(eps=1e-4) + offset).sigmoid()
+        return proposals, self.class_head(modulated), refine(spans, self.span_head(modulated).float())
 
 
 class DiffusionVMRPreTrainedModel(PreTrainedModel):

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import Pipeline
@@ -64,9 +64,13 @@ class VideoMomentRetrievalPipeline(Pipeline):
             FileNotFoundError, ValueError: for what is no video, or no sentence; it names what is wrong.
         """
         if query is not None:
+            if isinstance(video, (list, Mapping)):
+                raise ValueError('many videos are given as a list of {"video": ..., "query": ...}, without a `query`')
             return super().__call__({"video": video, "query": query}, **kwargs)
         if isinstance(video, (str, bytes, os.PathLike, tuple)):
             raise ValueError("`query` is missing: a sentence, or a list of sentences, is needed to search the video")
+        if isinstance(video, list) and not video:
+            return []
         return super().__call__(video, **kwargs)
 
     def _sanitize_parameters(self, **kwargs):
@@ -84,7 +88,7 @@ class VideoMomentRetrievalPipeline(Pipeline):
         if not isinstance(inputs, Mapping) or inputs.keys() != {"video", "query"}:
             raise ValueError(f"each input must be a dict of 'video' and 'query', got {inputs!r}")
         query = inputs["query"]
-        queries = [query] if isinstance(query, str) else list(query)
+        queries = list(query) if isinstance(query, Sequence) and not isinstance(query, str) else [query]
         for sentence in queries:
             if not isinstance(sentence, str) or not sentence.strip():
                 raise ValueError(f"a query must be a sentence, got {sentence!r}")

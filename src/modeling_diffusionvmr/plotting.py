@@ -2,24 +2,25 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from .annotations import whole_file
 from .spans import span_to_window
 
 PREDICTED, TRUE, SALIENCY = "#d1495b", "#2e7d32", "#33658a"
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
-    """Writes a picture to a temporary name, then renames it."""
-    root, extension = os.path.splitext(os.fspath(path))
-    temporary = f"{root}.partial{extension}"
-    figure.savefig(temporary, dpi=110, bbox_inches="tight")
-    os.replace(temporary, path)
+    """Writes a picture, whole or not at all; its format is that of the path's extension."""
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "png", dpi=110, bbox_inches="tight")
 
 
 def plot_timeline(
@@ -95,7 +96,7 @@ def plot_refinement(
         for start, end in truth or []:
             axes.axvspan(start, end, color=TRUE, alpha=0.18, linewidth=0)
         layer_windows = layer_windows[order]
-        colours = figure_colours(scores.numpy()[order])
+        colours = colormaps["plasma_r"](Normalize(-0.15, 1.0)(scores.numpy()[order]))
         rows = np.arange(len(layer_windows))
         axes.barh(rows, layer_windows[:, 1] - layer_windows[:, 0], left=layer_windows[:, 0], height=0.85, color=colours)
         axes.set(xlim=(0, covered_duration), yticks=[])
@@ -104,10 +105,3 @@ def plot_refinement(
     panels[0].set_title(title, fontsize=10, loc="left")
     panels[-1].set_xlabel("seconds", fontsize=8)
     return figure
-
-
-def figure_colours(scores: np.ndarray) -> np.ndarray:
-    """A colour (N, 4) for each score in [0, 1]."""
-    from matplotlib import colormaps
-
-    return colormaps["plasma_r"](Normalize(-0.15, 1.0)(scores))

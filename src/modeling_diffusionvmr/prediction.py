@@ -39,7 +39,11 @@ def predict_moments(
     loader = DataLoader(dataset, batch_size, collate_fn=lambda samples: (samples, collate(samples)))
     predictions = []
     for samples, batch in tqdm(loader, desc="retrieving", disable=not progress):
-        inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+        inputs = {
+            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+            for name, value in batch.items()
+            if name != "labels"
+        }
         outputs = model(**inputs, num_proposals=num_proposals, num_sampling_steps=num_sampling_steps)
         rows = [dataset.rows[sample["row"]] for sample in samples]
         moments = dataset.processor.post_process_moment_retrieval(

@@ -4,8 +4,12 @@ A span is (center, width) in [0, 1] of the time that the features cover; a windo
 caller. Clip i of L is centred at (i + 0.5) / L.
 """
 
+import math
+
 import torch
 from torch import Tensor
+
+MAX_WIDENING = 1000.0  # keeps e^delta finite; from a clip's share to the whole video is less
 
 
 def span_to_window(spans: Tensor) -> Tensor:
@@ -79,6 +83,16 @@ def keep_inside(spans: Tensor, least_width: Tensor | float) -> Tensor:
     width = torch.maximum(width, torch.as_tensor(least_width, dtype=width.dtype, device=width.device))
     center = torch.minimum(torch.maximum(center, width / 2), 1 - width / 2)
     return torch.stack((center, width), dim=-1)
+
+
+def refine(spans: Tensor, deltas: Tensor) -> Tensor:
+    """
+    Spans moved by what a layer predicts: the center by halves of the width, the width by a factor e^delta, at most
+    `MAX_WIDENING`, as boxes in Sparse R-CNN and DiffusionDet. Both (..., 2), every width above 0.
+    """
+    center, width = spans.unbind(-1)
+    shift, growth = deltas.unbind(-1)
+    return torch.stack((center + shift / 2 * width, width * growth.clamp(max=math.log(MAX_WIDENING)).exp()), dim=-1)
 
 
 def relevant_clips(spans: Tensor, window_mask: Tensor, num_clips: Tensor, length: int) -> Tensor:

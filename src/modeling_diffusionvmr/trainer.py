@@ -3,11 +3,22 @@
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from .dataset import DiffusionVMRDataCollator
 
 PROPOSAL_SCHEDULES = ("progress", "stable")
+
+
+class SetEpochCallback(TrainerCallback):
+    """
+    Tells the data set its epoch. `Trainer` leaves that to accelerate, which tells the sampler alone wherever it wraps
+    it: after a resume in the middle of an epoch, and with several processes.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        if hasattr(train_dataloader.dataset, "set_epoch"):
+            train_dataloader.dataset.set_epoch(int(round(state.epoch, 6)))
 
 
 class DiffusionVMRTrainer(Trainer):
@@ -28,6 +39,7 @@ class DiffusionVMRTrainer(Trainer):
             raise ValueError(f"`proposal_schedule` must be one of {PROPOSAL_SCHEDULES}, got {proposal_schedule!r}")
         kwargs.setdefault("data_collator", DiffusionVMRDataCollator())
         super().__init__(*args, **kwargs)
+        self.add_callback(SetEpochCallback())
         self.proposal_schedule = proposal_schedule
         self.args.remove_unused_columns = False  # the samples hold what the collator needs, under names of its own
         self._loss_terms: dict[str, torch.Tensor] = {}
