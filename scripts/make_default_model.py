@@ -293,25 +293,28 @@ def main(arguments: argparse.Namespace) -> None:
             backbones = open_backbones(stage(work / "clip", make_backbones, arguments.seed))
             features = stage(work / "features", make_features, arguments.seed, backbones)
             made = stage(work / "model", make_model, arguments.seed, backbones, features)
+            partial = arguments.model.with_name(f"{arguments.model.name}.partial")
+            shutil.copytree(made, partial, dirs_exist_ok=True)
             shutil.rmtree(arguments.model, ignore_errors=True)
-            shutil.copytree(made, arguments.model)
+            partial.rename(arguments.model)
             print(f"{arguments.model} is made: {(time.perf_counter() - began) / 60:.1f} min", flush=True)
         evaluate(arguments.model, Path(temporary))
         print("\n".join(sizes(arguments.model)))
 
 
-if __name__ == "__main__":
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--evaluate_only", action="store_true", help="print the held-out figures of --model")
     parser.add_argument(
-        "--model",
-        type=Path,
-        default=Path(DEFAULT_MODEL),
-        help="folder to write, or to evaluate (default: embedded)",
+        "--model", type=Path, default=Path(DEFAULT_MODEL), help="folder to write, or to evaluate (default: embedded)"
     )
     parser.add_argument("--work_dir", type=Path, help="keeps finished stages here, so that a run can be continued")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the world's videos and of all training (default: 0)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
     try:
-        main(parser.parse_args())
+        main(parse_arguments())
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

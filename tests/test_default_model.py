@@ -1,0 +1,76 @@
+"""The embedded checkpoint: what its README promises of it, on a small sample."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
+
+from modeling_diffusionvmr import (
+    DEFAULT_MODEL,
+    DiffusionVMRConfig,
+    DiffusionVMRForMomentRetrieval,
+    DiffusionVMRProcessor,
+    evaluate_predictions,
+)
+from modeling_diffusionvmr.rendered_world import annotation_rows, plan_video, write_video
+
+FIRST_SEED = 55_000_000  # neither of training nor of the README's figures
+NUM_VIDEOS = 12
+
+
+@pytest.fixture(scope="module")
+def retrieve():
+    return pipeline("video-moment-retrieval", model=DEFAULT_MODEL)
+
+
+def test_size():
+    files = [path for path in Path(DEFAULT_MODEL).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 12 * 10**6
+    assert not [path for path in files if path.suffix in (".py", ".bin", ".pt", ".pkl")]
+
+
+def test_auto_classes():
+    assert isinstance(AutoConfig.from_pretrained(DEFAULT_MODEL), DiffusionVMRConfig)
+    assert isinstance(AutoProcessor.from_pretrained(DEFAULT_MODEL), DiffusionVMRProcessor)
+    model = AutoModel.from_pretrained(DEFAULT_MODEL)
+    assert isinstance(model, DiffusionVMRForMomentRetrieval)
+    assert model.dtype == torch.float32  # stored as float16
+
+
+@pytest.mark.parametrize("unseen_pairs", [False, True])
+def test_it_retrieves(retrieve, tmp_path, unseen_pairs):
+    rows, predictions = [], []
+    for seed in range(FIRST_SEED, FIRST_SEED + NUM_VIDEOS):
+        plan = plan_video(seed, unseen_pairs=unseen_pairs)
+        path = tmp_path / f"{plan.vid}.mp4"
+        write_video(plan, path)
+        of_video = annotation_rows(plan)
+        for row, moments in zip(of_video, retrieve(path, [row["query"] for row in of_video])):
+            windows = [[moment["start"], moment["end"], moment["score"]] for moment in moments]
+            predictions.append({**row, "pred_relevant_windows": windows})
+        rows += of_video
+    # About 50 sentences a side, so the bars stand well below the README's figures
+    assert evaluate_predictions(predictions, rows)["brief"]["MR-full-R1@0.5"] >= 65
+
+
+def test_saliency_ranks_the_clips(retrieve, tmp_path):
+    plan = plan_video(FIRST_SEED)
+    write_video(plan, tmp_path / "video.mp4")
+    query = plan.queries[0]
+    result = retrieve(tmp_path / "video.mp4", query.text, return_saliency=True)
+    centres = (torch.arange(len(result["saliency"])) + 0.5) * result["clip_seconds"]
+    inside = torch.zeros(len(centres), dtype=torch.bool)
+    for start, end in query.windows:
+        inside |= (start <= centres) & (centres < end)
+    scores = torch.tensor(result["saliency"])
+    assert (scores[inside][:, None] > scores[~inside]).float().mean() > 0.8
+
+
+def test_more_proposals_and_steps(retrieve, tmp_path):
+    plan = plan_video(FIRST_SEED)
+    write_video(plan, tmp_path / "video.mp4")
+    query = plan.queries[0].text
+    few = retrieve(tmp_path / "video.mp4", query, num_proposals=3)
+    many = retrieve(tmp_path / "video.mp4", query, num_proposals=50, num_sampling_steps=4)
+    assert len(few) == 3 and len(many) == 50
