@@ -5,6 +5,7 @@ import sys
 from itertools import count
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import pipeline
 
 from modeling_diffusionvmr import DEFAULT_MODEL
@@ -66,5 +67,5 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     try:
         main(arguments.output_dir, arguments.seed)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         sys.exit(f"error: {error}")

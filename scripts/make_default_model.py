@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tqdm.auto import tqdm
 from transformers import TrainingArguments, pipeline, set_seed
 
@@ -316,5 +317,5 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 if __name__ == "__main__":
     try:
         main(parse_arguments())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         sys.exit(f"error: {error}")

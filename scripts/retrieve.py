@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import pipeline
 
 from modeling_diffusionvmr import DEFAULT_MODEL
@@ -54,5 +55,5 @@ def main(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(parse_arguments())
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         sys.exit(f"error: {error}")

@@ -91,8 +91,8 @@ class DiffusionVMRMomentRetrievalOutput(ModelOutput):
     pred_spans (`torch.FloatTensor` of shape `(B, N, 2)`): (center, width) in [0, 1] of the time covered.
     saliency_scores (`torch.Tensor` of shape `(B, Lv)`): how well each clip fits the sentence, unbounded; 0 for padding.
     intermediate_logits (`torch.Tensor` of shape `(B, K, N, 2)`): of every decoder layer.
-    intermediate_spans (`torch.FloatTensor` of shape `(B, K + 1, N, 2)`): index 0 is the noisy input; both are those of
-        the last sampling step.
+    intermediate_spans (`torch.FloatTensor` of shape `(B, K + 1, N, 2)`): index 0 is the noisy input; of the others, the
+        part inside the video. Both are those of the last sampling step.
     encoder_last_hidden_state (`torch.Tensor` of shape `(B, Lv + Lt, D)`): the memory.
     encoder_hidden_states, encoder_attentions, decoder_hidden_states, decoder_attentions: tuples with an entry a layer
         (hidden states begin with the first layer's input), where asked for.
@@ -623,11 +623,15 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
             )
         fields = combine(memory, decoded)
         fields.pop("last_hidden_state")
+        # The loss needs what a layer says of the time beyond the video; no one else does
+        noisy, *refined = fields.pop("intermediate_spans").unbind(1)
+        intermediate_spans = torch.stack([noisy, *(keep_inside(spans, 0.0) for spans in refined)], dim=1)
         return DiffusionVMRMomentRetrievalOutput(
             loss=loss,
             loss_dict=loss_dict,
             logits=decoded.intermediate_logits[:, -1],
-            pred_spans=decoded.intermediate_spans[:, -1],
+            pred_spans=intermediate_spans[:, -1],
+            intermediate_spans=intermediate_spans,
             saliency_scores=saliency_scores,
             **fields,
         )

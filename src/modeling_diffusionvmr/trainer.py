@@ -23,11 +23,13 @@ class SetEpochCallback(TrainerCallback):
 
 class DiffusionVMRTrainer(Trainer):
     """
-    A `Trainer` that lets the number of proposals grow (section 3.2 and Table 6) and logs every term of the loss.
+    A `Trainer` that lets the number of proposals grow (section 3.2 and Table 6), logs every term of the loss, and saves
+    the training data's processor with each checkpoint.
 
     Args:
         proposal_schedule: "progress", from 1 to `config.max_training_proposals` in equal parts of the training; or
             "stable", all of them from the start.
+        processing_class: the processor that is saved with the model, by default that of the training data.
         args, kwargs: `Trainer`'s.
 
     Raises:
@@ -38,7 +40,10 @@ class DiffusionVMRTrainer(Trainer):
         if proposal_schedule not in PROPOSAL_SCHEDULES:
             raise ValueError(f"`proposal_schedule` must be one of {PROPOSAL_SCHEDULES}, got {proposal_schedule!r}")
         kwargs.setdefault("data_collator", DiffusionVMRDataCollator())
+        # Not handed on: `Trainer` takes every processor for one that holds a tokenizer
+        processor = kwargs.pop("processing_class", None)
         super().__init__(*args, **kwargs)
+        self.processor = getattr(self.train_dataset, "processor", None) if processor is None else processor
         self.add_callback(SetEpochCallback())
         self.proposal_schedule = proposal_schedule
         self.args.remove_unused_columns = False  # the samples hold what the collator needs, under names of its own
@@ -66,6 +71,11 @@ class DiffusionVMRTrainer(Trainer):
                 self._loss_terms[name] = self._loss_terms.get(name, 0) + term.detach()
             self._num_loss_terms += 1
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _save(self, output_dir: str | None = None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.processor is not None:  # without it a checkpoint is of little use
+            self.processor.save_pretrained(output_dir or self.args.output_dir)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of every term of the loss since the last log, and the last N."""
