@@ -314,7 +314,7 @@ def test_eval_mode_with_labels_has_the_loss_of_the_last_step(model, inputs, labe
     raw = []  # the loss reads spans before they are cut to the video
     model.model.decoder.register_forward_hook(lambda _, arguments, decoded: raw.append(decoded.intermediate_spans))
     plain = model(**inputs, num_sampling_steps=3)
-    raw = raw[-1][:, 1:]
+    last = raw[-1][:, 1:]
     close(output.pred_spans, plain.pred_spans)
     close(output.logits, plain.logits)
     close(output.saliency_scores, plain.saliency_scores)
@@ -326,7 +326,7 @@ def test_eval_mode_with_labels_has_the_loss_of_the_last_step(model, inputs, labe
     )
     loss, terms = diffusionvmr_loss(
         plain.intermediate_logits,
-        raw,
+        last,
         plain.saliency_scores,
         Targets.from_labels(labels, model.device),
         inputs["video_mask"].bool(),
