@@ -39,7 +39,7 @@ from modeling_diffusionvmr.video import open_video
 
 CLIP_SECONDS = 2.0
 TRAINING_VIDEOS = 1200
-TRAINING_STEPS = 3000
+TRAINING_STEPS = 4000
 HELD_OUT_VIDEOS = 100  # of seen pairs, and as many of pairs that training never shows
 HELD_OUT_SEED, UNSEEN_SEED = 10_000_000, 20_000_000  # training counts up from `--seed`
 
@@ -141,12 +141,12 @@ def make_model(seed: int, backbones: Backbones, features: Path, folder: Path) ->
     config = DiffusionVMRConfig(
         d_model=128,
         encoder_layers=2,
-        decoder_layers=2,
+        decoder_layers=3,
         encoder_attention_heads=4,
         decoder_attention_heads=4,
         encoder_ffn_dim=256,
         decoder_ffn_dim=256,
-        input_dropout=0.1,
+        input_dropout=0.05,
         roi_bins=8,
         dynamic_size=8,
         max_training_proposals=10,
@@ -170,12 +170,13 @@ def make_model(seed: int, backbones: Backbones, features: Path, folder: Path) ->
         output_dir=str(folder / "trainer"),
         max_steps=TRAINING_STEPS,
         per_device_train_batch_size=32,
-        learning_rate=5e-4,
+        learning_rate=7e-4,
         lr_scheduler_type="cosine",
         warmup_steps=100,
         weight_decay=1e-4,
         max_grad_norm=0.5,
         bf16=True,
+        use_cpu=True,
         logging_steps=100,
         save_strategy="no",
         report_to=[],

@@ -293,3 +293,17 @@ def test_targets():
     assert targets.pair_mask.tolist() == [[True, True], [False] * 2, [False] * 2]
     assert targets.saliency_pos[0].tolist() == [4, 2] and targets.saliency_neg[0].tolist() == [0, 1]
     assert targets.spans[2, 1].tolist() == pytest.approx([0.2, 0.1])
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        {"spans": torch.rand(2, 3)},
+        {"spans": torch.rand(2)},
+        {"spans": torch.rand(1, 2), "saliency_pos": torch.tensor([1])},
+        {"spans": torch.rand(1, 2), "saliency_pos": torch.tensor([1, 2]), "saliency_neg": torch.tensor([0])},
+    ],
+)
+def test_labels_of_other_shapes(label):
+    with pytest.raises(ValueError, match=r"`labels\[1\]`"):
+        Targets.from_labels([{"spans": torch.rand(1, 2)}, label], torch.device("cpu"))

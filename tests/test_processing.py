@@ -6,6 +6,7 @@ import torch
 from transformers import AutoProcessor
 
 from modeling_diffusionvmr import DiffusionVMRProcessor
+from modeling_diffusionvmr.modeling_diffusionvmr import DiffusionVMRMomentRetrievalOutput
 from modeling_diffusionvmr.processing_diffusionvmr import average_down
 
 RANDOM = np.random.default_rng(0)
@@ -222,3 +223,21 @@ def test_saved_with_the_processor(processor, tmp_path):
     assert find(nms_threshold=1.0, top_k=4) == [(48, 88, 0.8), (16, 32, 0.6), (88, 96, 0.4), (8, 32, 0.2)]
     assert find(top_k=1, round_to=1.0) == [(50, 90, 0.8)]
     assert find(threshold=0.7) == [(48, 88, 0.8)]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"top_k": -1}, {"round_to": 0}, {"threshold": float("nan")}, {"nms_threshold": 1.5}, {"nms_threshold": -1}],
+)
+def test_options_that_make_no_sense(option):
+    with pytest.raises(ValueError, match=f"`{next(iter(option))}` must be"):
+        DiffusionVMRProcessor([12], 8, **option)
+
+
+@pytest.mark.parametrize("duration", [30.1, 12.3, 99.9])
+def test_end_is_never_beyond_the_duration(duration):
+    outputs = DiffusionVMRMomentRetrievalOutput(logits=torch.zeros(1, 1, 2), pred_spans=torch.tensor([[[0.5, 1.0]]]))
+    (moment,) = DiffusionVMRProcessor([12], 8).post_process_moment_retrieval(outputs, [duration])[0]
+    assert moment["end"] <= duration
+    with pytest.raises(ValueError, match="`covered_durations` has 2 entries for 1 samples"):
+        DiffusionVMRProcessor([12], 8).post_process_moment_retrieval(outputs, [duration, duration])

@@ -238,3 +238,10 @@ def test_predictions_of_a_model_in_bfloat16(trained, make_dataset):
     model = AutoModel.from_pretrained(folder, dtype=torch.bfloat16).to(trainer.args.device)
     for one, other in zip(predict_moments(model, dataset, progress=False), exact):
         np.testing.assert_allclose(one["pred_saliency_scores"], other["pred_saliency_scores"], atol=0.1)
+
+
+def test_predictions_do_not_depend_on_the_truth(make_dataset, tiny_config):
+    """A data set of training carries its windows under little noise; a model that starts there would look good."""
+    model = DiffusionVMRForMomentRetrieval(tiny_config())
+    with_draws, without = (predict_moments(model, make_dataset(train=train), progress=False) for train in (True, False))
+    assert with_draws == without

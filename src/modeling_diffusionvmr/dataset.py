@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .annotations import check_row
 from .configuration_diffusionvmr import DiffusionVMRConfig
 from .diffusion import DiffusionSchedule
 from .processing_diffusionvmr import DiffusionVMRProcessor
@@ -33,8 +34,8 @@ class MomentRetrievalDataset(Dataset):
         seed: of the draws.
 
     Raises:
-        KeyError, ValueError: when a sample is asked for whose features are missing or refused by the processor, or
-            whose windows do not lie in the video. It names the qid or vid.
+        ValueError: for a row that `check_row` refuses, with windows that reach beyond its video, or without features; and
+            when a sample is asked for whose features the processor refuses. It names the qid or vid.
     """
 
     def __init__(
@@ -47,17 +48,37 @@ class MomentRetrievalDataset(Dataset):
         clip_seconds: float | None = None,
         seed: int = 0,
     ):
-        self.rows = rows
+        self.rows = [self._checked(row) for row in rows]
         self.video_features = [video_features] if isinstance(video_features, Mapping) else list(video_features)
         self.text_features = text_features
         self.processor = processor
         self.config = config
         self.clip_seconds = clip_seconds
         self.seed = seed
+        self._check_features()
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that live on see it change
         if config is not None:
             self.schedule = DiffusionSchedule(config.num_diffusion_steps, config.signal_scale)
             self._group_by_video()
+
+    @staticmethod
+    def _checked(row: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            checked = check_row(row)
+        except ValueError as error:
+            raise ValueError(f"qid {row.get('qid')}: {error}") from None
+        for window, inside in zip(row.get("relevant_windows") or [], checked.get("relevant_windows", [])):
+            if list(window) != inside:
+                raise ValueError(f"qid {row['qid']}: {window} ends after the video, at {row['duration']} s")
+        return checked
+
+    def _check_features(self):
+        for row in self.rows:
+            for store in self.video_features:
+                if row["vid"] not in store:
+                    raise ValueError(f"qid {row['qid']}: no features of video {row['vid']} in {_name(store)}")
+            if row["qid"] not in self.text_features:
+                raise ValueError(f"qid {row['qid']}: no features of its sentence in {_name(self.text_features)}")
 
     def _group_by_video(self):
         # Rows of one video side by side, so that a row of another one is a single draw
@@ -106,8 +127,6 @@ class MomentRetrievalDataset(Dataset):
     @staticmethod
     def _spans(row: Mapping[str, Any], covered: float) -> Tensor:
         windows = torch.tensor(row["relevant_windows"], dtype=torch.float32).reshape(-1, 2)
-        if not (windows.isfinite().all() and (windows[:, 0] >= 0).all() and (windows[:, 0] < windows[:, 1]).all()):
-            raise ValueError(f"qid {row['qid']}: each window must have 0 <= start < end, got {row['relevant_windows']}")
         windows = windows / covered
         # Of a window that reaches beyond the features, the part that they cover; of one wholly beyond, nothing
         return window_to_span(windows[windows[:, 0] < 1].clamp(max=1))
@@ -135,6 +154,10 @@ class MomentRetrievalDataset(Dataset):
         other += self._count[index] * (other >= self._first[index])
         qid = self.rows[self._by_video[other]]["qid"]
         sample["negative_text_features"] = self.processor.prepare_text(self.text_features[qid], f"qid {qid}")
+
+
+def _name(store: Mapping) -> str:
+    return str(getattr(store, "path", "the given mapping"))
 
 
 class DiffusionVMRDataCollator:

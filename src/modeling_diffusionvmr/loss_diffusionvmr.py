@@ -29,7 +29,18 @@ class Targets:
 
     @classmethod
     def from_labels(cls, labels: list[dict[str, Tensor]], device: torch.device) -> "Targets":
-        """Pads the labels of `DiffusionVMRForMomentRetrieval.forward`."""
+        """
+        Pads the labels of `DiffusionVMRForMomentRetrieval.forward`.
+
+        Raises:
+            ValueError: for shapes that do not fit; it names the label.
+        """
+        for index, label in enumerate(labels):
+            if label["spans"].ndim != 2 or label["spans"].shape[1] != 2:
+                raise ValueError(f"`labels[{index}]`: `spans` must be (n, 2), got {tuple(label['spans'].shape)}")
+            pairs = [tuple(label[name].shape) for name in ("saliency_pos", "saliency_neg") if name in label]
+            if pairs and (len(pairs) != 2 or pairs[0] != pairs[1] or len(pairs[0]) != 1):
+                raise ValueError(f"`labels[{index}]`: `saliency_pos` and `saliency_neg` must be (p,) both, got {pairs}")
         spans = [label["spans"].float() for label in labels]
         no_pairs = spans[0].new_zeros(0, dtype=torch.long)
         positive = [label.get("saliency_pos", no_pairs) for label in labels]
@@ -122,8 +133,8 @@ def detection_losses(logits: Tensor, spans: Tensor, targets: Targets, config) ->
 
     is_background = torch.ones(batch, layers, num_proposals, dtype=torch.long, device=logits.device)
     is_background[sample, layer, proposal] = 0
-    weight = logits.new_tensor([1.0, config.background_coefficient])
-    class_loss = F.cross_entropy(logits.flatten(0, 2), is_background.flatten(), weight, reduction="none")
+    class_loss = F.cross_entropy(logits.flatten(0, 2), is_background.flatten(), reduction="none")
+    class_loss = class_loss * torch.where(is_background.flatten() == 1, config.background_coefficient, 1.0)
 
     predicted, truth = spans[sample, layer, proposal], targets.spans[sample, window]
     _, generalized_iou = iou_and_generalized_iou(predicted, truth)

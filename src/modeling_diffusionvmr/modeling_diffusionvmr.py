@@ -68,7 +68,7 @@ class DiffusionVMRDecoderOutput(ModelOutput):
 class DiffusionVMRModelOutput(ModelOutput):
     """
     One encoding and one denoising step. `last_hidden_state` is the decoder's, (B, N, D); the others are described in
-    [`DiffusionVMRMomentRetrievalOutput`].
+    [`DiffusionVMRMomentRetrievalOutput`], but that spans are not cut to the video here.
     """
 
     last_hidden_state: Tensor | None = None
@@ -624,8 +624,8 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         fields = combine(memory, decoded)
         fields.pop("last_hidden_state")
         # The loss needs what a layer says of the time beyond the video; no one else does
-        noisy, *refined = fields.pop("intermediate_spans").unbind(1)
-        intermediate_spans = torch.stack([noisy, *(keep_inside(spans, 0.0) for spans in refined)], dim=1)
+        noisy, refined = fields.pop("intermediate_spans").split((1, self.config.decoder_layers), dim=1)
+        intermediate_spans = torch.cat((noisy, keep_inside(refined, 0.0)), dim=1)
         return DiffusionVMRMomentRetrievalOutput(
             loss=loss,
             loss_dict=loss_dict,

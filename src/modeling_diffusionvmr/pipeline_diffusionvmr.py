@@ -35,6 +35,7 @@ class VideoMomentRetrievalPipeline(Pipeline):
 
     def __init__(self, *args, backbones: Backbones | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.model.eval()
         if backbones is None:
             config = self.model.config
             commit = getattr(config, "_commit_hash", None)
@@ -141,9 +142,13 @@ class VideoMomentRetrievalPipeline(Pipeline):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """Writes model, processor and backbones into one folder, with the code to load it without the package."""
         os.makedirs(save_directory, exist_ok=True)
-        self.model.config.backbones = self.backbones.save_pretrained(save_directory)
-        self.processor.save_pretrained(save_directory)
-        super().save_pretrained(save_directory, **kwargs)
+        config = self.model.config
+        loaded_from, config.backbones = config.backbones, self.backbones.save_pretrained(save_directory)
+        try:
+            self.processor.save_pretrained(save_directory)
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            config.backbones = loaded_from
 
 
 __all__ = ["VideoMomentRetrievalPipeline"]

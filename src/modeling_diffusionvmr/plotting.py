@@ -84,7 +84,7 @@ def plot_refinement(
 
     Args:
         spans: (K + 1, N, 2), `intermediate_spans` of one sample.
-        scores: (N,), the foreground scores after the last layer; brighter proposals end with a higher one.
+        scores: (N,), the foreground scores after the last layer; darker proposals end with a higher one.
         covered_duration: seconds that the features cover.
         truth: windows in seconds, drawn as bands.
     """

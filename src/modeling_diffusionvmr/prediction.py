@@ -8,6 +8,9 @@ from tqdm.auto import tqdm
 
 from .dataset import DiffusionVMRDataCollator, MomentRetrievalDataset
 
+# And no draws of training, which hold the truth but for some noise
+MODEL_INPUTS = ("video_features", "video_mask", "text_features", "text_mask")
+
 
 @torch.inference_mode()
 def predict_moments(
@@ -24,7 +27,7 @@ def predict_moments(
 
     Args:
         model: a `DiffusionVMRForMomentRetrieval`; it is put in eval mode and left there.
-        dataset: without draws (`config=None`).
+        dataset: its labels and draws, if it has any, are not used.
         batch_size: rows at once.
         num_proposals, num_sampling_steps: N and S, by default the model's.
         progress: whether to show a bar.
@@ -40,9 +43,8 @@ def predict_moments(
     predictions = []
     for samples, batch in tqdm(loader, desc="retrieving", disable=not progress):
         inputs = {
-            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-            for name, value in batch.items()
-            if name != "labels"
+            name: batch[name].to(model.device, model.dtype if batch[name].is_floating_point() else None)
+            for name in MODEL_INPUTS
         }
         outputs = model(**inputs, num_proposals=num_proposals, num_sampling_steps=num_sampling_steps)
         rows = [dataset.rows[sample["row"]] for sample in samples]

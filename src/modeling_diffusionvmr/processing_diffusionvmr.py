@@ -1,5 +1,6 @@
 """The one door into the model and back: features -> tensors, and the model's output -> moments in seconds."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -56,6 +57,10 @@ class DiffusionVMRProcessor(ProcessorMixin):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        for name, value in (("max_clips", max_clips), ("max_tokens", max_tokens)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}")
+        self._check_options(threshold, top_k, nms_threshold, round_to)
         self.video_feature_sizes = list(video_feature_sizes)
         self.text_feature_size = text_feature_size
         self.max_clips = max_clips
@@ -83,6 +88,8 @@ class DiffusionVMRProcessor(ProcessorMixin):
             raise ValueError(f"`return_tensors` must be 'pt', got {return_tensors!r}")
         if len(video_features) != len(text_features):
             raise ValueError(f"there are {len(video_features)} videos but {len(text_features)} sentences")
+        if not len(video_features):
+            raise ValueError("there are no videos, at least one is needed")
         videos, video_mask = self.pad([self.prepare_video(arrays) for arrays in video_features])
         texts, text_mask = self.pad([self.prepare_text(array) for array in text_features])
         return BatchFeature(
@@ -161,6 +168,9 @@ class DiffusionVMRProcessor(ProcessorMixin):
             durations: seconds of each video, where they differ.
             threshold, top_k, nms_threshold, round_to: override the processor's own.
 
+        Raises:
+            ValueError: for options that make no sense, and another number of durations than samples.
+
         Returns:
             For each sample a list of `{"start", "end", "score"}` by falling score, 0 <= start <= end <= duration.
         """
@@ -169,10 +179,16 @@ class DiffusionVMRProcessor(ProcessorMixin):
         nms_threshold = self.nms_threshold if nms_threshold is None else nms_threshold
         round_to = self.round_to if round_to is None else round_to
 
+        self._check_options(threshold, top_k, nms_threshold, round_to)
+        for name, seconds in (("covered_durations", covered_durations), ("durations", durations)):
+            if seconds is not None and len(seconds) != len(outputs.logits):
+                raise ValueError(f"`{name}` has {len(seconds)} entries for {len(outputs.logits)} samples")
+
         scores = outputs.logits.detach().float().softmax(-1)[..., 0].cpu()
-        covered = torch.as_tensor(covered_durations, dtype=torch.float32)[:, None, None]
-        limits = covered if durations is None else torch.as_tensor(durations, dtype=torch.float32)[:, None, None]
-        windows = span_to_window(outputs.pred_spans.detach().float().cpu()) * covered
+        # In double precision, or the end of a video of 30.1 s would be beyond 30.1
+        covered = torch.as_tensor(covered_durations, dtype=torch.float64)[:, None, None]
+        limits = covered if durations is None else torch.as_tensor(durations, dtype=torch.float64)[:, None, None]
+        windows = span_to_window(outputs.pred_spans.detach().cpu().double()) * covered
         if round_to is not None:
             windows = (windows / round_to).round() * round_to
         windows = torch.minimum(windows.clamp(min=0), limits)
@@ -184,9 +200,20 @@ class DiffusionVMRProcessor(ProcessorMixin):
             keep = sample_scores >= threshold
             if nms_threshold is not None:
                 keep &= nms(sample_windows, nms_threshold)
-            rows = torch.cat((sample_windows, sample_scores[:, None]), dim=1)[keep][:top_k].tolist()
-            results.append([{"start": start, "end": end, "score": score} for start, end, score in rows])
+            moments = zip(sample_windows[keep][:top_k].tolist(), sample_scores[keep][:top_k].tolist())
+            results.append([{"start": start, "end": end, "score": score} for (start, end), score in moments])
         return results
+
+    @staticmethod
+    def _check_options(threshold, top_k, nms_threshold, round_to):
+        for name, value, valid, rule in (
+            ("threshold", threshold, lambda value: math.isfinite(value), "a number"),
+            ("top_k", top_k, lambda value: value >= 0, "0 or more"),
+            ("nms_threshold", nms_threshold, lambda value: 0 <= value <= 1, "in 0 to 1"),
+            ("round_to", round_to, lambda value: 0 < value < math.inf, "a number of seconds above 0"),
+        ):
+            if value is not None and not valid(value):
+                raise ValueError(f"`{name}` must be {rule}, got {value}")
 
 
 __all__ = ["DiffusionVMRProcessor"]

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-MAX_WIDENING = 1000.0  # keeps e^delta finite; from a clip's share to the whole video is less
+MAX_WIDENING = 1000.0  # keeps e^delta finite
 
 
 def span_to_window(spans: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def keep_inside(spans: Tensor, least_width: Tensor | float) -> Tensor:
     """
     window = span_to_window(spans).clamp(0, 1)
     center, width = window_to_span(window).unbind(-1)
-    width = torch.maximum(width, torch.as_tensor(least_width, dtype=width.dtype, device=width.device))
+    width = width.clamp(min=least_width)
     center = torch.minimum(torch.maximum(center, width / 2), 1 - width / 2)
     return torch.stack((center, width), dim=-1)
 

@@ -64,6 +64,8 @@ class DiffusionVMRTrainer(Trainer):
         if model.training:
             self._num_proposals = self.training_proposals()
             inputs = {**inputs, "num_proposals": self._num_proposals}
+        else:  # starts from pure noise, as inference does, and not near the truth
+            inputs = {name: value for name, value in inputs.items() if name not in ("noisy_spans", "timesteps")}
         outputs = model(**inputs)
         if model.training:
             # Added up on the device: reading them would wait for it

@@ -192,4 +192,8 @@ def open_video(video: Any, clip_seconds: float) -> Video:
             iterating; the file and the second are named), and for frames of another shape.
         ImportError: for a file, where PyAV is not installed.
     """
-    return FrameVideo(*video, clip_seconds) if isinstance(video, tuple) else FileVideo(video, clip_seconds)
+    if not isinstance(video, tuple):
+        return FileVideo(video, clip_seconds)
+    if len(video) != 2 or not isinstance(video[1], (int, float, np.number)):
+        raise ValueError(f"a decoded video must be (frames, fps), got a tuple of {[type(part) for part in video]}")
+    return FrameVideo(*video, clip_seconds)
