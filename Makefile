@@ -12,6 +12,7 @@ setup: $(INSTALLED)
 # PyTorch comes first and alone, so that a CPU build is taken wherever pip is shown one. The stamp is written last: a
 # set-up that was interrupted starts again.
 $(INSTALLED): pyproject.toml constraints.txt
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed here, for the pinned versions")'
 	test -x $(PYTHON) || python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet -c constraints.txt torch
 	$(PYTHON) -m pip install --quiet -c constraints.txt -e ".[video,train,dev]"

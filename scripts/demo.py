@@ -6,6 +6,7 @@ from itertools import count
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import pipeline
 
 from modeling_diffusionvmr import DEFAULT_MODEL
@@ -67,5 +68,5 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     try:
         main(arguments.output_dir, arguments.seed)
-    except (ValueError, OSError, StrictDataclassError) as error:
+    except (ValueError, OSError, StrictDataclassError, SafetensorError) as error:
         sys.exit(f"error: {error}")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import TrainingArguments, pipeline, set_seed
 
@@ -26,6 +27,7 @@ from modeling_diffusionvmr import (
     DiffusionVMRProcessor,
     DiffusionVMRTrainer,
     MomentRetrievalDataset,
+    VideoMomentRetrievalPipeline,
     evaluate_predictions,
     load_annotations,
     open_features,
@@ -33,6 +35,7 @@ from modeling_diffusionvmr import (
 from modeling_diffusionvmr.annotations import save_jsonl
 from modeling_diffusionvmr.backbones import Backbones, ClipBackbone
 from modeling_diffusionvmr.features import TEXT_KEY, VIDEO_KEY, write_features
+from modeling_diffusionvmr.modeling_diffusionvmr import TASK
 from modeling_diffusionvmr.rendered_backbone import measure_clip, train_rendered_clip
 from modeling_diffusionvmr.rendered_world import VideoPlan, annotation_rows, plan_video, write_video
 from modeling_diffusionvmr.video import open_video
@@ -44,7 +47,7 @@ HELD_OUT_VIDEOS = 100  # of seen pairs, and as many of pairs that training never
 HELD_OUT_SEED, UNSEEN_SEED = 10_000_000, 20_000_000  # training counts up from `--seed`
 
 
-# ------------------------------------------------------------------------------------------------ stages
+# Stages
 # Each writes a folder in the work directory, whole, and is skipped where that is there already.
 
 
@@ -131,7 +134,7 @@ def _call(item: Any) -> Any:
     return _function(item, *_state)
 
 
-# ------------------------------------------------------------------------------------------------ training
+# Training
 
 
 def make_model(seed: int, backbones: Backbones, features: Path, folder: Path) -> None:
@@ -154,7 +157,9 @@ def make_model(seed: int, backbones: Backbones, features: Path, folder: Path) ->
         text_feature_size=description["text_feature_size"],
         backbones=backbones.descriptions,
     )
-    processor = DiffusionVMRProcessor([config.video_feature_size], config.text_feature_size)
+    processor = DiffusionVMRProcessor(
+        [config.video_feature_size], config.text_feature_size, config.max_clips, config.max_tokens
+    )
     model = DiffusionVMRForMomentRetrieval(config)
     dataset = MomentRetrievalDataset(
         load_annotations(features / "annotations.jsonl"),
@@ -188,20 +193,31 @@ def make_model(seed: int, backbones: Backbones, features: Path, folder: Path) ->
 
 
 def save(model: DiffusionVMRForMomentRetrieval, processor: DiffusionVMRProcessor, backbones: Backbones, folder: Path):
-    """
-    Writes the checkpoint. Weights are stored as float16 and load as float32, as the configurations say. The code that
-    a checkpoint carries is left out, since this one lies in it.
-    """
-    model.config.backbones = backbones.save_pretrained(folder)
-    automatic = {cls: cls._auto_class for cls in (DiffusionVMRConfig, type(model), type(processor))}
-    for cls in automatic:
-        cls._auto_class = None
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    for cls, name in automatic.items():
-        cls._auto_class = name
+    """Writes the checkpoint. Weights are stored as float16 and load as float32, as the configurations say."""
+    retrieve = VideoMomentRetrievalPipeline(model=model, processor=processor, backbones=backbones, task=TASK)
+    retrieve.save_pretrained(folder)
     for path in folder.rglob("*.safetensors"):
         halve(path)
+
+
+def publish(made: Path, folder: Path) -> None:
+    """
+    Puts the checkpoint in its place. In the package, the code that comes with it is links to the sources themselves.
+
+    Raises:
+        ValueError: when the place holds something else.
+    """
+    if folder.exists() and not (folder / "config.json").exists():
+        raise ValueError(f"{folder} is there and is no checkpoint; name another folder, or remove it")
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(made, partial)
+    if folder.resolve() == Path(DEFAULT_MODEL):
+        for path in partial.glob("*.py"):
+            path.unlink()
+            path.symlink_to(Path("..") / path.name)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 def halve(path: Path) -> None:
@@ -212,7 +228,7 @@ def halve(path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-# ------------------------------------------------------------------------------------------------ evaluation
+# Evaluation
 
 
 def evaluate(model: Path, folder: Path) -> None:
@@ -220,7 +236,7 @@ def evaluate(model: Path, folder: Path) -> None:
     plans = [plan_video(HELD_OUT_SEED + i) for i in range(HELD_OUT_VIDEOS)]
     plans += [plan_video(UNSEEN_SEED + i, unseen_pairs=True) for i in range(HELD_OUT_VIDEOS)]
     paths = list(in_two_processes(render, plans, "rendering held-out videos", folder))
-    retrieve = pipeline("video-moment-retrieval", model=str(model))
+    retrieve = pipeline(TASK, model=str(model))
 
     clip = retrieve.backbones.models[0]
     print("\nthe backbone alone: cosine similarity of sentence and frame, against whether the sentence is true there")
@@ -282,7 +298,7 @@ def _text(value: Any) -> str:
 
 def sizes(folder: Path) -> Iterable[str]:
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
+        if path.is_file() and not path.is_symlink():
             yield f"{path.relative_to(folder)}: {path.stat().st_size / 2**20:.2f} MiB"
     yield f"together {sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 2**20:.2f} MiB"
 
@@ -292,13 +308,11 @@ def main(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         if not arguments.evaluate_only:
             work = arguments.work_dir or Path(temporary)
+            work = work / f"seed-{arguments.seed}"
             backbones = open_backbones(stage(work / "clip", make_backbones, arguments.seed))
             features = stage(work / "features", make_features, arguments.seed, backbones)
             made = stage(work / "model", make_model, arguments.seed, backbones, features)
-            partial = arguments.model.with_name(f"{arguments.model.name}.partial")
-            shutil.copytree(made, partial, dirs_exist_ok=True)
-            shutil.rmtree(arguments.model, ignore_errors=True)
-            partial.rename(arguments.model)
+            publish(made, arguments.model)
             print(f"{arguments.model} is made: {(time.perf_counter() - began) / 60:.1f} min", flush=True)
         evaluate(arguments.model, Path(temporary))
         print("\n".join(sizes(arguments.model)))
@@ -318,5 +332,5 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 if __name__ == "__main__":
     try:
         main(parse_arguments())
-    except (ValueError, OSError, StrictDataclassError) as error:
+    except (ValueError, OSError, StrictDataclassError, SafetensorError) as error:
         sys.exit(f"error: {error}")

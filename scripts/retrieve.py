@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import os
 import sys
 
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import pipeline
 
 from modeling_diffusionvmr import DEFAULT_MODEL
@@ -30,12 +32,16 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace) -> None:
+    if not os.path.isdir(arguments.model) and (
+        arguments.model.count("/") > 1 or arguments.model.startswith((".", "/"))
+    ):
+        raise ValueError(f"{arguments.model}: there is no such folder, and it is no Hub id")
     retrieve = pipeline(
         "video-moment-retrieval", model=arguments.model, trust_remote_code=arguments.trust_remote_code or None
     )
     names = ("top_k", "threshold", "nms_threshold", "num_proposals", "num_sampling_steps")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    results = retrieve(arguments.video, arguments.query, return_saliency=True, **given)
+    results = retrieve(arguments.video, arguments.query, return_saliency=True, progress=True, **given)
     if arguments.json:
         print(json.dumps([{"query": query, **result} for query, result in zip(arguments.query, results)]))
     else:
@@ -55,5 +61,5 @@ def main(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(parse_arguments())
-    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
+    except (ValueError, OSError, ImportError, StrictDataclassError, SafetensorError) as error:
         sys.exit(f"error: {error}")

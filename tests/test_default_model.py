@@ -13,6 +13,7 @@ from modeling_diffusionvmr import (
     DiffusionVMRProcessor,
     evaluate_predictions,
 )
+from modeling_diffusionvmr.modeling_diffusionvmr import TASK
 from modeling_diffusionvmr.rendered_world import annotation_rows, plan_video, write_video
 
 FIRST_SEED = 55_000_000  # neither of training nor of the README's figures
@@ -21,13 +22,23 @@ NUM_VIDEOS = 12
 
 @pytest.fixture(scope="module")
 def retrieve():
-    return pipeline("video-moment-retrieval", model=DEFAULT_MODEL)
+    return pipeline(TASK, model=DEFAULT_MODEL)
 
 
 def test_size():
     files = [path for path in Path(DEFAULT_MODEL).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 12 * 10**6
-    assert not [path for path in files if path.suffix in (".py", ".bin", ".pt", ".pkl")]
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_its_code_is_the_package(tmp_path):
+    """It carries what a process without the package needs, and no second copy of it."""
+    AutoModel.from_pretrained(DEFAULT_MODEL).save_pretrained(tmp_path)
+    needed = {path.name for path in tmp_path.glob("*.py")} | {"processing_diffusionvmr.py"}
+    carried = list(Path(DEFAULT_MODEL).glob("*.py"))
+    assert {path.name for path in carried} == needed
+    for path in carried:
+        assert path.read_bytes() == (Path(DEFAULT_MODEL).parent / path.name).read_bytes()
 
 
 def test_auto_classes():
@@ -36,6 +47,7 @@ def test_auto_classes():
     model = AutoModel.from_pretrained(DEFAULT_MODEL)
     assert isinstance(model, DiffusionVMRForMomentRetrieval)
     assert model.dtype == torch.float32  # stored as float16
+    assert pipeline(TASK, model=DEFAULT_MODEL).backbones.models[0].model.dtype == torch.float32
 
 
 @pytest.mark.parametrize("unseen_pairs", [False, True])

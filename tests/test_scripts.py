@@ -72,9 +72,12 @@ def test_make_default_model_in_small(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "TRAINING_STEPS", 2)
     monkeypatch.setattr(script, "HELD_OUT_VIDEOS", 2)
     monkeypatch.setattr(script, "make_backbones", None)  # the stage is there already, and is skipped
-    script.open_backbones(Path(DEFAULT_MODEL) / "clip").models[0].save_pretrained(tmp_path / "work" / "clip")
+    script.open_backbones(Path(DEFAULT_MODEL) / "clip").models[0].save_pretrained(tmp_path / "work" / "seed-0" / "clip")
     arguments = script.parse_arguments(["--work_dir", str(tmp_path / "work"), "--model", str(tmp_path / "model")])
     script.main(arguments)
     printed = capsys.readouterr().out
     assert "| unseen pairs |" in printed and "together" in printed
-    assert (tmp_path / "model" / "model.safetensors").exists() and not list((tmp_path / "model").glob("*.py"))
+    assert (tmp_path / "model" / "model.safetensors").exists() and (tmp_path / "model" / "clip").is_dir()
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match="other is there and is no checkpoint"):
+        script.publish(tmp_path / "model", tmp_path / "other")

@@ -34,8 +34,8 @@ class MomentRetrievalDataset(Dataset):
         seed: of the draws.
 
     Raises:
-        ValueError: for a row that `check_row` refuses, with windows that reach beyond its video, or without features; and
-            when a sample is asked for whose features the processor refuses. It names the qid or vid.
+        ValueError: for a row that `check_row` refuses, with windows that reach beyond its video, or without features;
+            and when a sample is asked for whose features the processor refuses. It names the qid or vid.
     """
 
     def __init__(

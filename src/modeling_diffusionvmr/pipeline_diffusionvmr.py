@@ -5,12 +5,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import Pipeline
 
 from .backbones import Backbones, load_backbones
 from .video import open_video
 
-PRE_PARAMETERS = ("num_proposals", "num_sampling_steps")
+FORWARD_PARAMETERS = ("num_proposals", "num_sampling_steps", "progress")
 POST_PARAMETERS = ("top_k", "threshold", "nms_threshold", "round_to", "return_saliency")
 
 
@@ -54,6 +55,7 @@ class VideoMomentRetrievalPipeline(Pipeline):
             nms_threshold: a moment is dropped whose IoU with a better one is above it.
             round_to: starts and ends are rounded to multiples of so many seconds.
             num_proposals, num_sampling_steps: N and S.
+            progress: whether to show a bar while the video is encoded.
             return_saliency: whether to return the scores of clips too.
 
         Returns:
@@ -75,12 +77,14 @@ class VideoMomentRetrievalPipeline(Pipeline):
         return super().__call__(video, **kwargs)
 
     def _sanitize_parameters(self, **kwargs):
-        unknown = kwargs.keys() - {*PRE_PARAMETERS, *POST_PARAMETERS}
+        unknown = kwargs.keys() - {*FORWARD_PARAMETERS, *POST_PARAMETERS}
         if unknown:
-            raise ValueError(f"unknown arguments {sorted(unknown)}; known are {[*PRE_PARAMETERS, *POST_PARAMETERS]}")
+            raise ValueError(
+                f"unknown arguments {sorted(unknown)}; known are {[*FORWARD_PARAMETERS, *POST_PARAMETERS]}"
+            )
         return (
             {},
-            {name: kwargs[name] for name in PRE_PARAMETERS if name in kwargs},
+            {name: kwargs[name] for name in FORWARD_PARAMETERS if name in kwargs},
             {name: kwargs[name] for name in POST_PARAMETERS if name in kwargs},
         )
 
@@ -102,13 +106,14 @@ class VideoMomentRetrievalPipeline(Pipeline):
             )
         return {"video": video, "queries": queries, "single": isinstance(query, str)}
 
-    def _forward(self, inputs: dict[str, Any], **parameters) -> dict[str, Any]:
+    def _forward(self, inputs: dict[str, Any], progress: bool = False, **parameters) -> dict[str, Any]:
         video, queries = inputs["video"], inputs["queries"]
         features = {"outputs": None, "video": video, "single": inputs["single"]}
         if not queries:
             return features
         tokens = self.backbones.encode_text(queries, self.processor.max_tokens)
-        arrays = self.backbones.encode_video(video)
+        frames = tqdm(video, desc="encoding clips", total=video.num_clips, disable=not progress)
+        arrays = self.backbones.encode_video(frames)
         texts, text_mask = self.processor.pad([self.processor.prepare_text(array) for array in tokens])
         clips = self.processor.prepare_video(arrays)
         device, dtype = self.device, self.model.dtype

@@ -11,7 +11,7 @@ are there but apart.
 import io
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -36,6 +36,7 @@ from .rendered_world import (
     plan_stills,
     render_frame,
 )
+from .video import open_video
 
 IMAGE_SIZE = 72  # pixels, square
 PATCH_SIZE = 12
@@ -511,8 +512,11 @@ def _scores(
     clip_seconds: float,
 ) -> list[tuple[Query, np.ndarray, np.ndarray]]:
     """Each sentence of a video with its similarity to each clip, float (clips,), and its truth there, bool (clips,)."""
-    times = [i * clip_seconds + clip_seconds / 2 for i in range(int(plan.duration / clip_seconds))]
-    frames = _decoded(f"{folder}/{plan.vid}.mp4", times) if folder else [render_frame(plan, time) for time in times]
+    times = np.arange(clip_seconds / 2, plan.duration, clip_seconds)
+    if folder is None:
+        frames = [render_frame(plan, time) for time in times]
+    else:
+        frames = list(open_video(os.path.join(folder, f"{plan.vid}.mp4"), clip_seconds))[: len(times)]
     pixels = processor(images=[Image.fromarray(frame) for frame in frames], return_tensors="pt")
     images = clip.get_image_features(**pixels)
     tokens = tokenizer([query.text for query in plan.queries], padding=True, return_tensors="pt")
@@ -552,16 +556,3 @@ def _ranking(score: np.ndarray, truth: np.ndarray) -> tuple[float, float, float]
 
 def _f1(guess: np.ndarray, truth: np.ndarray) -> float:
     return 2 * (guess & truth).sum() / max(1, guess.sum() + truth.sum())
-
-
-def _decoded(path: str, times: Sequence[float]) -> list[np.ndarray]:
-    """The frame that is on screen at each of the times (seconds, rising): uint8 (H, W, 3)."""
-    import av  # optional: only those who write or read video need it
-
-    frames, shown = [], None
-    with av.open(path) as container:
-        for frame in container.decode(video=0):
-            while len(frames) < len(times) and frame.time > times[len(frames)] and shown is not None:
-                frames.append(shown.to_ndarray(format="rgb24"))
-            shown = frame
-    return frames + [shown.to_ndarray(format="rgb24")] * (len(times) - len(frames))

@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from .annotations import whole_file
+
 FRAME_SIZE = 96  # pixels, square
 FRAME_RATE = 5  # frames per second
 
@@ -234,21 +236,15 @@ def write_video(plan: VideoPlan, path: str | os.PathLike) -> None:
     """Renders the plan to an H.264 mp4. The file appears whole, or not at all."""
     import av  # optional: only those who write or read video need it
 
-    partial = f"{path}.partial"
-    try:
-        with av.open(partial, "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=FRAME_RATE, options={"preset": "ultrafast", "crf": "20"})
-            stream.width = stream.height = FRAME_SIZE
-            stream.pix_fmt = "yuv420p"
-            stream.thread_count = 1  # frames this small gain nothing from threads
-            for i in range(round(plan.duration * FRAME_RATE)):
-                frame = av.VideoFrame.from_ndarray(render_frame(plan, i / FRAME_RATE), format="rgb24")
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode())
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+    with whole_file(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=FRAME_RATE, options={"preset": "ultrafast", "crf": "20"})
+        stream.width = stream.height = FRAME_SIZE
+        stream.pix_fmt = "yuv420p"
+        stream.thread_count = 1  # frames this small gain nothing from threads
+        for i in range(round(plan.duration * FRAME_RATE)):
+            frame = av.VideoFrame.from_ndarray(render_frame(plan, i / FRAME_RATE), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
 
 
 # What happens in a video. The order of the random draws is part of what a seed means
