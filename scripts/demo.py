@@ -37,7 +37,7 @@ def main(folder: Path, seed: int) -> None:
 
     retrieve = pipeline("video-moment-retrieval", model=DEFAULT_MODEL)
     sentences = [query.text for query in queries]
-    results = retrieve(str(path), sentences, return_saliency=True, threshold=0.5, nms_threshold=0.5)
+    results = retrieve(str(path), sentences, return_saliency=True, threshold=0.7, nms_threshold=0.3)
     for query, result in zip(queries, results):
         print(f"\n{query.text}")
         print("  true:      " + ", ".join(f"{start:.1f} - {end:.1f} s" for start, end in query.windows))
@@ -48,7 +48,8 @@ def main(folder: Path, seed: int) -> None:
     frames = list(open_video(str(path), plan.duration / NUM_FRAMES))
     save_figure(plot_timeline(sentences, results, plan.duration, frames, truth), folder / "timeline.png")
 
-    features = retrieve.forward(retrieve.preprocess({"video": str(path), "query": sentences[0]}))
+    inputs = retrieve.preprocess({"video": str(path), "query": sentences[0]})
+    features = retrieve.forward(inputs, num_sampling_steps=1)  # of several steps the last does not start from noise
     outputs, video = features["outputs"], features["video"]
     figure = plot_refinement(
         outputs.intermediate_spans[0],

@@ -48,12 +48,15 @@ def plot_timeline(
         saliency = np.asarray(result["saliency"])
         low, high = saliency.min(), max(saliency.max(), saliency.min() + 1e-6)
         axes.plot(centers, (saliency - low) / (high - low), color=SALIENCY, linewidth=1.2, label="saliency")
+        labelled: list[float] = []  # where a score stands, so that none stands on another
         for rank, moment in enumerate(result["moments"]):
             label = "predicted (score)" if rank == 0 else None
             width = moment["end"] - moment["start"]
             axes.barh(-0.25, width, left=moment["start"], height=0.3, color=PREDICTED, alpha=0.75, label=label)
             middle = moment["start"] + width / 2
-            axes.text(middle, -0.25, f"{moment['score']:.2f}", ha="center", va="center", fontsize=7, color="white")
+            if all(abs(middle - other) > duration / 25 for other in labelled):
+                labelled.append(middle)
+                axes.text(middle, -0.25, f"{moment['score']:.2f}", ha="center", va="center", fontsize=7, color="white")
         for rank, (start, end) in enumerate(truth[index] if truth is not None else []):
             label = "true" if rank == 0 else None
             axes.barh(-0.65, end - start, left=start, height=0.3, color=TRUE, alpha=0.75, label=label)
