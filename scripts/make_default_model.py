@@ -294,7 +294,7 @@ def table(figures: dict[str, dict[str, Any]], title: str) -> str:
 
 
 def _text(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, float) and abs(value) <= 1 else f"{value:.4g}"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def sizes(folder: Path) -> Iterable[str]:
