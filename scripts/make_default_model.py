@@ -153,7 +153,7 @@ def make_model(seed: int, backbones: Backbones, features: Path, folder: Path) ->
         roi_bins=8,
         dynamic_size=8,
         max_training_proposals=10,
-        num_sampling_steps=2,  # better than 1 on other videos than those of the figures, and no better with more
+        num_sampling_steps=2,  # better than 1 on other videos than those of the figures; more add nothing to R1@0.5
         video_feature_size=description["feature_size"],
         text_feature_size=description["text_feature_size"],
         backbones=backbones.descriptions,
