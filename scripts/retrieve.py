@@ -36,9 +36,12 @@ def main(arguments: argparse.Namespace) -> None:
         arguments.model.count("/") > 1 or arguments.model.startswith((".", "/"))
     ):
         raise ValueError(f"{arguments.model}: there is no such folder, and it is no Hub id")
-    retrieve = pipeline(
-        "video-moment-retrieval", model=arguments.model, trust_remote_code=arguments.trust_remote_code or None
-    )
+    try:
+        retrieve = pipeline(
+            "video-moment-retrieval", model=arguments.model, trust_remote_code=arguments.trust_remote_code or None
+        )
+    except SafetensorError as error:
+        raise ValueError(f"{arguments.model}: its weights are broken or cut off ({error})") from error
     names = ("top_k", "threshold", "nms_threshold", "num_proposals", "num_sampling_steps")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     results = retrieve(arguments.video, arguments.query, return_saliency=True, progress=True, **given)
@@ -61,5 +64,5 @@ def main(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(parse_arguments())
-    except (ValueError, OSError, ImportError, StrictDataclassError, SafetensorError) as error:
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         sys.exit(f"error: {error}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,15 @@ def test_retrieve_from_what_is_no_video(tmp_path):
         assert result.stderr.splitlines()[-1].startswith("error: ") and name in result.stderr.splitlines()[-1]
         assert "Traceback" not in result.stderr
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_retrieve_with_weights_that_are_cut_off(video, tmp_path):
+    shutil.copytree(DEFAULT_MODEL, tmp_path / "model")
+    with open(tmp_path / "model" / "model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    result = run("retrieve.py", video, "a red circle", "--model", tmp_path / "model", folder=tmp_path)
+    last = result.stderr.splitlines()[-1]
+    assert result.returncode != 0 and last.startswith("error: ") and str(tmp_path / "model") in last
 
 
 def test_demo(tmp_path):
