@@ -211,7 +211,8 @@ class Uncorrupted(DiffusionSchedule):
 def corrupt(spans, counts, num_proposals, seed=0):
     """The clean spans, the noise and the steps that `corrupt` drew, and what it made of them."""
     schedule = Uncorrupted(NUM_STEPS, SCALE)
-    result = schedule.corrupt(spans, counts, num_proposals, torch.Generator().manual_seed(seed))
+    draws = schedule.draw(*spans.shape[:2], num_proposals, torch.Generator().manual_seed(seed))
+    result = schedule.corrupt(spans, counts, draws)
     signal, noise, timesteps = schedule.given
     assert torch.equal(result[1], timesteps)
     torch.testing.assert_close(result[0], reference().add_noise(signal, noise, timesteps), rtol=1e-4, atol=1e-5)

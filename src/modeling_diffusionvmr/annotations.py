@@ -6,17 +6,23 @@ A row is a dict: `qid` (whole number or string), `query`, `vid`, `duration` (sec
 three people gave each of these clips, 0 to 4).
 """
 
+import csv
 import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 SALIENCY_CLIP_SECONDS = 2  # the clips that QVHighlights' people gave scores to
 NUM_SALIENCY_ANNOTATORS = 3
+CHARADES_DURATIONS = "Charades_v1_*.csv"
+CHARADES_TEST_QID = 12404  # of the first line, in the released features of sentences
+ANNOTATIONS_CONFIG = "annotations"  # of a converted folder
 
 
 @contextmanager
@@ -49,57 +55,211 @@ def load_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
         FileNotFoundError: when there is no such file.
         ValueError: for a line that is no JSON object; file and line are named.
     """
-    return [row for _, row in _read_jsonl(path)]
+    rows = []
+    for where, row in _read_jsonl(path):
+        if isinstance(row, ValueError):
+            raise ValueError(f"{where}: {row}")
+        rows.append(row)
+    return rows
 
 
-def _read_jsonl(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
+# Readers: each gives (where, row), or (where, error) for what is no row at all; the checks of rows are everyone's
+
+Read = Iterator[tuple[str, dict[str, Any] | ValueError]]
+
+
+def _attempt(parse: Callable, *arguments) -> dict[str, Any] | ValueError:
+    try:
+        return parse(*arguments)
+    except ValueError as error:
+        return error
+
+
+def _lines(path: str | os.PathLike) -> Iterator[tuple[str, bytes]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # of the encoding, too
-                raise ValueError(f"{where}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: a row must be a JSON object, got {line.strip()[:60]!r}")
-            yield where, row
+            if line.strip():
+                yield f"{path}, line {number}", line
 
 
-READERS = {".jsonl": _read_jsonl}  # by suffix; each gives (where, row), and the checks below are everyone's
+def _read_jsonl(path: str | os.PathLike) -> Read:
+    for where, line in _lines(path):
+        yield where, _attempt(_parse_json, line)
 
 
-def load_annotations(path: str | os.PathLike) -> list[dict[str, Any]]:
+def _parse_json(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:  # of the encoding, too
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be a JSON object, got {line.strip()[:60]!r}")
+    return row
+
+
+def _read_charades(path: str | os.PathLike) -> Read:
+    durations = _charades_durations(Path(path).parent)
+    qid = CHARADES_TEST_QID if "test" in Path(path).stem else 0
+    for where, line in _lines(path):
+        row = _attempt(_parse_charades, line, durations)
+        if isinstance(row, dict):
+            row["qid"] = qid
+            start, end = row["relevant_windows"][0]
+            qid += start < end  # the released features do not count the lines that end before they start
+        yield where, row
+
+
+def _parse_charades(line: bytes, durations: Mapping[str, float]) -> dict[str, Any]:
+    times, separator, query = line.decode().strip().partition("##")
+    try:
+        vid, start, end = times.split()
+        window = [float(start), float(end)]
+    except ValueError:
+        separator = ""
+    if not separator:
+        raise ValueError(f"a line must be 'vid start end##query', got {line.strip()[:60]!r}")
+    if vid not in durations:
+        raise ValueError(f"video {vid} is in no {CHARADES_DURATIONS} beside the file, which hold the durations")
+    return {"query": query, "vid": vid, "duration": durations[vid], "relevant_windows": [window]}
+
+
+def _charades_durations(folder: Path) -> dict[str, float]:
+    files = sorted(folder.glob(CHARADES_DURATIONS))
+    if not files:
+        raise ValueError(f"{folder}: the durations of Charades-STA are in {CHARADES_DURATIONS}, which must lie here")
+    durations = {}
+    for path in files:
+        with open(path, newline="", encoding="utf-8") as file:
+            for number, row in enumerate(csv.DictReader(file), start=2):
+                try:
+                    durations[row["id"]] = float(row["length"])
+                except (KeyError, TypeError, ValueError):
+                    raise ValueError(f"{path}, line {number}: needs an `id` and a `length` in seconds") from None
+    return durations
+
+
+def _read_tacos(path: str | os.PathLike) -> Read:
+    with open(path, "rb") as file:
+        videos = _parse_json(file.read())
+    for name, video in videos.items():
+        where = f"{path}, {name}"
+        rows = _attempt(_parse_tacos, Path(name).stem, video)
+        if isinstance(rows, ValueError):
+            yield where, rows
+        else:
+            yield from ((f"{where}, sentence {index}", row) for index, row in enumerate(rows))
+
+
+def _parse_tacos(vid: str, video: Mapping[str, Any]) -> list[dict[str, Any]]:
+    try:
+        fps, duration = video["fps"], video["num_frames"] / video["fps"]
+        moments = [[frame / fps for frame in moment] for moment in video["timestamps"]]
+        sentences = video["sentences"]
+        if len(moments) != len(sentences):
+            raise ValueError(f"has {len(moments)} `timestamps` for {len(sentences)} `sentences`")
+    except (KeyError, TypeError, ZeroDivisionError):
+        raise ValueError("a video needs `fps`, `num_frames`, `timestamps` in frames, and `sentences`") from None
+    return [
+        {"qid": f"{vid}_{index}", "query": query, "vid": vid, "duration": duration, "relevant_windows": [moment]}
+        for index, (query, moment) in enumerate(zip(sentences, moments))
+    ]
+
+
+def _read_converted(path: str | os.PathLike, split: str | None) -> Read:
+    import datasets  # slow to import, and only those who have such a folder need it
+
+    splits = datasets.load_dataset(os.fspath(path), ANNOTATIONS_CONFIG)
+    if split not in splits:
+        raise ValueError(f"{path}: `split` must be one of {', '.join(splits)}, got {split!r}")
+    table = splits[split]
+    table = table.remove_columns([name for name, kind in table.features.items() if isinstance(kind, datasets.Array2D)])
+    for index, row in enumerate(table):
+        yield f"{path}, {split}, row {index}", {name: value for name, value in row.items() if value is not None}
+
+
+READERS = {".jsonl": _read_jsonl, ".txt": _read_charades, ".json": _read_tacos}  # by suffix
+
+
+def load_annotations(
+    path: str | os.PathLike, split: str | None = None, skip_invalid: bool = False
+) -> list[dict[str, Any]]:
     """
-    Rows of an annotation file: JSONL in the QVHighlights shape.
+    Rows of an annotation file: JSONL in the QVHighlights shape, Charades-STA's `.txt` (with `Charades_v1_*.csv` beside
+    it), TACoS' `.json` as released with 2D-TAN, or a folder that one of `dataset_scripts/` made.
+
+    Charades-STA's rows get the numbers, and TACoS' the names, that the released features of their sentences have: lines
+    that cannot be used are not counted, and the test file goes on where the training file ends; `{vid}_{index}`.
 
     A row without `relevant_windows` is one to predict. A window that ends after its video is cut there, and one warning
     counts them. Fields that the library does not know are kept.
+
+    Args:
+        path: of the file or folder.
+        split: of a folder, "train", "val" or "test".
+        skip_invalid: drop what cannot be used, with one warning that says how many rows and which.
 
     Raises:
         FileNotFoundError: when there is no such file.
         ValueError: for a file of another kind or without rows, and for a row that is not as described at the top of
             this module, by one line that names the file, the line and the field.
     """
-    reader = READERS.get(Path(path).suffix)
-    if reader is None:
-        raise ValueError(f"{path}: annotations are read from {', '.join(READERS)} files")
-    rows, seen, num_cut = [], {}, 0
-    for where, row in reader(path):
+    path = Path(path)
+    if path.is_dir():
+        found = _read_converted(path, split)
+    elif split is not None:
+        raise ValueError(f"{path}: only a converted folder has a `split`, got {split!r}")
+    elif path.suffix in READERS:
+        found = READERS[path.suffix](path)
+    else:
+        raise ValueError(f"{path}: annotations are read from {', '.join(READERS)} files and from converted folders")
+    rows, seen, num_cut, dropped = [], {}, 0, []
+    for where, row in found:
         try:
-            rows.append(check_row(row))
+            if isinstance(row, ValueError):
+                raise row
+            checked = check_row(row)
+            if str(row["qid"]) in seen:
+                raise ValueError(f"`qid` {row['qid']!r} was used before ({seen[str(row['qid'])]})")
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        if str(row["qid"]) in seen:
-            raise ValueError(f"{where}: `qid` {row['qid']!r} was used before ({seen[str(row['qid'])]})")
+            if not skip_invalid:
+                raise ValueError(f"{where}: {error}") from None
+            dropped.append(f"{where}: {error}")
+            continue
         seen[str(row["qid"])] = where
-        num_cut += rows[-1].get("relevant_windows") != row.get("relevant_windows")
+        num_cut += checked.get("relevant_windows") != row.get("relevant_windows")
+        rows.append(checked)
+    if dropped:
+        warn_dropped(path, dropped, len(rows))
     if not rows:
         raise ValueError(f"{path}: there are no rows")
     if num_cut:
         warnings.warn(f"{path}: windows of {num_cut} rows end after their video, and were cut there", stacklevel=2)
     return rows
+
+
+def warn_dropped(what: str | os.PathLike, dropped: Sequence[str], num_kept: int) -> None:
+    """One warning that says how many rows were dropped, and each of them with its reason."""
+    lines = "\n  ".join(dropped)
+    warnings.warn(f"{what}: dropped {len(dropped)} of {len(dropped) + num_kept} rows:\n  {lines}", stacklevel=3)
+
+
+def hold_out(rows: Sequence[dict[str, Any]], share: float, seed: int = 0) -> tuple[list, list]:
+    """
+    Splits rows by their videos, for a benchmark without a validation split: (kept, held out).
+
+    Args:
+        share: of the videos that are held out, at least one; in (0, 1).
+        seed: of the choice, which depends on nothing else than the set of videos.
+
+    Raises:
+        ValueError: for a share that leaves one side without a video.
+    """
+    videos = sorted({row["vid"] for row in rows})
+    count = max(1, round(share * len(videos)))
+    if not 0 < share < 1 or count >= len(videos):
+        raise ValueError(f"a share of {share} of {len(videos)} videos leaves one side empty")
+    chosen = {videos[index] for index in np.random.default_rng(seed).permutation(len(videos))[:count]}
+    return [row for row in rows if row["vid"] not in chosen], [row for row in rows if row["vid"] in chosen]
 
 
 def check_row(row: Mapping[str, Any]) -> dict[str, Any]:

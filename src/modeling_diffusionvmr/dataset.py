@@ -1,28 +1,34 @@
 """Rows and features -> samples, with the random draws of training; samples -> batches."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
-from .annotations import check_row
+from .annotations import SALIENCY_CLIP_SECONDS, check_row, warn_dropped
 from .configuration_diffusionvmr import DiffusionVMRConfig
-from .diffusion import DiffusionSchedule
+from .diffusion import DiffusionSchedule, Draws
+from .features import common_clip_seconds, name_of
 from .processing_diffusionvmr import DiffusionVMRProcessor
 from .spans import relevant_clips, window_to_span
 
-NUM_SALIENCY_PAIRS = 2  # a sample's, as in Moment-DETR
+NUM_SALIENCY_PAIRS = 2  # a sample's, as in Moment-DETR: a hard and an easy one
+DRAWN_ROWS = 256  # that share a stream of random numbers, which no other row has a part in
+MAX_AVERAGED_VIDEOS = 256  # that are kept in memory, 0.8 MB each with QVHighlights' features
 
 
 class MomentRetrievalDataset(Dataset):
     """
     One sample a row (a query on its video), as tensors.
 
-    All that is random in a training sample is drawn here from (seed, epoch, row), so that it does not depend on how
-    rows are shuffled, batched or spread over workers.
+    All that is random in a training sample comes from (seed, epoch, row), so that it does not depend on how rows are
+    shuffled, batched or spread over workers.
 
     Args:
         rows: from `load_annotations`, or any sequence of dicts with `qid, query, vid, duration, relevant_windows`.
@@ -30,8 +36,11 @@ class MomentRetrievalDataset(Dataset):
         text_features: a mapping from `qid` to an array (tokens, size).
         processor: the door into the model.
         config: of the model that is trained; its samples carry draws. `None` for inference.
-        clip_seconds: length of a clip; `None` where the features cover the whole `duration`.
+        clip_seconds: length of a clip; by default what the features say of themselves, and where they say nothing they
+            cover the whole `duration`.
         seed: of the draws.
+        skip_invalid: read all features once, and drop the rows whose features cannot be used, with one warning that
+            says how many and which.
 
     Raises:
         ValueError: for a row that `check_row` refuses, with windows that reach beyond its video, or without features;
@@ -47,18 +56,29 @@ class MomentRetrievalDataset(Dataset):
         config: DiffusionVMRConfig | None = None,
         clip_seconds: float | None = None,
         seed: int = 0,
+        skip_invalid: bool = False,
     ):
-        self.rows = [self._checked(row) for row in rows]
         self.video_features = [video_features] if isinstance(video_features, Mapping) else list(video_features)
         self.text_features = text_features
         self.processor = processor
         self.config = config
-        self.clip_seconds = clip_seconds
+        self.clip_seconds = common_clip_seconds(self.video_features) if clip_seconds is None else clip_seconds
         self.seed = seed
-        self._check_features()
+        self._averaged: dict[str, tuple[Tensor, float]] = {}
+        self.rows = [self._checked(row) for row in rows]
+        if skip_invalid:
+            self.rows = self._readable()
+        else:
+            for row in self.rows:
+                self._check_present(row)
+        self._truth = _Truth(self.rows)
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that live on see it change
         if config is not None:
+            for row in self.rows:
+                if "relevant_windows" not in row:
+                    raise ValueError(f"qid {row['qid']}: training needs its `relevant_windows`")
             self.schedule = DiffusionSchedule(config.num_diffusion_steps, config.signal_scale)
+            self._draws_of: tuple[int, _EpochDraws] | None = None
             self._group_by_video()
 
     @staticmethod
@@ -72,13 +92,38 @@ class MomentRetrievalDataset(Dataset):
                 raise ValueError(f"qid {row['qid']}: {window} ends after the video, at {row['duration']} s")
         return checked
 
-    def _check_features(self):
-        for row in self.rows:
-            for store in self.video_features:
-                if row["vid"] not in store:
-                    raise ValueError(f"qid {row['qid']}: no features of video {row['vid']} in {_name(store)}")
-            if row["qid"] not in self.text_features:
-                raise ValueError(f"qid {row['qid']}: no features of its sentence in {_name(self.text_features)}")
+    def _check_present(self, row: Mapping[str, Any]):
+        for store in self.video_features:
+            if row["vid"] not in store:
+                raise ValueError(f"qid {row['qid']}: no features of video {row['vid']} in {name_of(store)}")
+        if row["qid"] not in self.text_features:
+            raise ValueError(f"qid {row['qid']}: no features of its sentence in {name_of(self.text_features)}")
+
+    def _readable(self) -> list[dict[str, Any]]:
+        videos: dict[str, ValueError | None] = {}  # each is read once
+        kept, dropped = [], []
+        for row in tqdm(self.rows, desc="reading all features"):
+            try:
+                self._check_present(row)
+                if row["vid"] not in videos:
+                    videos[row["vid"]] = None
+                    try:
+                        self._video(row)
+                    except ValueError as error:
+                        videos[row["vid"]] = error
+                if videos[row["vid"]] is not None:
+                    raise videos[row["vid"]]
+                self._text(row)
+            except ValueError as error:
+                message = str(error)
+                dropped.append(message if message.startswith(f"qid {row['qid']}:") else f"qid {row['qid']}: {message}")
+            else:
+                kept.append(row)
+        if dropped:
+            warn_dropped("features", dropped, len(kept))
+        if not kept:
+            raise ValueError(f"there are usable features for none of {len(self.rows)} rows")
+        return kept
 
     def _group_by_video(self):
         # Rows of one video side by side, so that a row of another one is a single draw
@@ -107,57 +152,169 @@ class MomentRetrievalDataset(Dataset):
         return row["duration"] if self.clip_seconds is None else num_clips * self.clip_seconds
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
-        arrays = [store[row["vid"]] for store in self.video_features]
-        covered = self.covered_duration(row, min(map(len, arrays)))
-        sample = {
-            "row": index,
-            "covered_duration": covered,
-            "video_features": self.processor.prepare_video(arrays, f"video {row['vid']}"),
-            "text_features": self.processor.prepare_text(self.text_features[row["qid"]], f"qid {row['qid']}"),
-        }
-        if "relevant_windows" in row:
-            sample["labels"] = {"spans": self._spans(row, covered)}
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The samples of a batch. A `DataLoader` asks for them so: what is computed is computed for all at once."""
+        samples = []
+        for index in indices:
+            row = self.rows[index]
+            video, covered = self._video(row)
+            samples.append(
+                {"row": index, "covered_duration": covered, "video_features": video, "text_features": self._text(row)}
+            )
+        rows = torch.tensor(indices)
+        spans, counts = self._truth.spans(rows, torch.tensor([sample["covered_duration"] for sample in samples]))
+        for sample, sample_spans, count in zip(samples, spans, counts.tolist()):
+            if "relevant_windows" in self.rows[sample["row"]]:
+                sample["labels"] = {"spans": sample_spans[:count]}
         if self.config is not None:
-            if "labels" not in sample:
-                raise ValueError(f"qid {row['qid']}: training needs its `relevant_windows`")
-            self._draw(index, sample)
-        return sample
+            self._draw(samples, rows, spans, counts)
+        return samples
 
-    @staticmethod
-    def _spans(row: Mapping[str, Any], covered: float) -> Tensor:
-        windows = torch.tensor(row["relevant_windows"], dtype=torch.float32).reshape(-1, 2)
-        windows = windows / covered
-        # Of a window that reaches beyond the features, the part that they cover; of one wholly beyond, nothing
-        return window_to_span(windows[windows[:, 0] < 1].clamp(max=1))
+    def _video(self, row: Mapping[str, Any]) -> tuple[Tensor, float]:
+        """The features (Lv, Dv) of a row's video, and the seconds that they cover."""
+        vid = row["vid"]
+        if vid in self._averaged:
+            return self._averaged[vid]
+        arrays = [store[vid] for store in self.video_features]
+        features = self.processor.prepare_video(arrays, f"video {vid}")
+        length = min(map(len, arrays))
+        result = features, self.covered_duration(row, length)
+        # A long video is small now, was slow to read, and has many queries (TACoS: 130)
+        if length > len(features) and len(self._averaged) < MAX_AVERAGED_VIDEOS:
+            self._averaged[vid] = result
+        return result
 
-    def _draw(self, index: int, sample: dict[str, Any]):
+    def _text(self, row: Mapping[str, Any]) -> Tensor:
+        return self.processor.prepare_text(self.text_features[row["qid"]], f"qid {row['qid']}")
+
+    def _draw(self, samples: Sequence[dict[str, Any]], rows: Tensor, spans: Tensor, counts: Tensor):
+        """Adds what is random in training to B samples; rows (B,), spans (B, M, 2) and counts (B,) are theirs."""
+        draws = self._epoch_draws()
+        noisy_spans, timesteps = self.schedule.corrupt(spans, counts, draws.corruption.of(rows))
+
+        num_clips = torch.tensor([sample["video_features"].shape[0] for sample in samples])
+        covered = torch.tensor([sample["covered_duration"] for sample in samples])
+        scores = self._truth.clip_scores(rows, spans, counts, covered, num_clips)
+        pairs, num_pairs = _saliency_pairs(scores, num_clips, draws.saliency[rows])
+
+        others = (draws.negative[rows].double().numpy() * (len(self.rows) - self._count[rows])).astype(int)
+        others += self._count[rows] * (others >= self._first[rows])
+        for index, sample in enumerate(samples):
+            sample["noisy_spans"], sample["timesteps"] = noisy_spans[index], timesteps[index]
+            sample["labels"]["saliency_pos"] = pairs[0, index, : num_pairs[index]]
+            sample["labels"]["saliency_neg"] = pairs[1, index, : num_pairs[index]]
+            sample["negative_text_features"] = self._text(self.rows[self._by_video[others[index]]])
+
+    def _epoch_draws(self) -> "_EpochDraws":
+        """The random numbers of all rows in this epoch: a few MB, and some calls instead of some a sample."""
+        epoch = self.epoch
+        if self._draws_of is None or self._draws_of[0] != epoch:
+            most = self._truth.windows.shape[1]
+            blocks = [self._block_draws(epoch, block, most) for block in range(math.ceil(len(self) / DRAWN_ROWS))]
+            self._draws_of = (
+                epoch,
+                _EpochDraws(
+                    Draws(*(torch.cat(parts) for parts in zip(*(block.corruption.tensors() for block in blocks)))),
+                    torch.cat([block.saliency for block in blocks]),
+                    torch.cat([block.negative for block in blocks]),
+                ),
+            )
+        return self._draws_of[1]
+
+    def _block_draws(self, epoch: int, block: int, most: int) -> "_EpochDraws":
         random = torch.Generator()
-        random.manual_seed(int(np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1)[0]))
-        spans = sample["labels"]["spans"]
-        count = torch.tensor([len(spans)])
-        noisy_spans, timesteps = self.schedule.corrupt(
-            spans[None], count, self.config.max_training_proposals, generator=random
+        random.manual_seed(int(np.random.SeedSequence((self.seed, epoch, block)).generate_state(1)[0]))
+        return _EpochDraws(
+            saliency=torch.rand(DRAWN_ROWS, 2, NUM_SALIENCY_PAIRS, generator=random),
+            negative=torch.rand(DRAWN_ROWS, generator=random),
+            corruption=self.schedule.draw(DRAWN_ROWS, most, self.config.max_training_proposals, random),
         )
-        sample["noisy_spans"], sample["timesteps"] = noisy_spans[0], timesteps[0]
-
-        num_clips = len(sample["video_features"])
-        relevant = relevant_clips(
-            spans[None], torch.ones(1, len(spans), dtype=torch.bool), torch.tensor([num_clips]), num_clips
-        )[0]
-        pairs = NUM_SALIENCY_PAIRS if relevant.any() and not relevant.all() else 0
-        for name, clips in (("saliency_pos", relevant.nonzero()[:, 0]), ("saliency_neg", (~relevant).nonzero()[:, 0])):
-            chosen = torch.randint(max(len(clips), 1), (pairs,), generator=random)
-            sample["labels"][name] = clips[chosen] if pairs else chosen
-
-        other = torch.randint(len(self.rows) - self._count[index], (), generator=random).item()
-        other += self._count[index] * (other >= self._first[index])
-        qid = self.rows[self._by_video[other]]["qid"]
-        sample["negative_text_features"] = self.processor.prepare_text(self.text_features[qid], f"qid {qid}")
 
 
-def _name(store: Mapping) -> str:
-    return str(getattr(store, "path", "the given mapping"))
+@dataclass(frozen=True)
+class _EpochDraws:
+    """Of R rows: for `corrupt`; for the pairs of clips, (R, 2, P); for the query of another video, (R,); in [0, 1)."""
+
+    corruption: Draws
+    saliency: Tensor
+    negative: Tensor
+
+
+class _Truth:
+    """
+    The annotations of R rows as tensors, padded with NaN: true windows in seconds (R, M, 2), and the clips that
+    annotators gave scores to, by their centre in seconds (R, A), with the sum of what they gave (R, A).
+    """
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]]):
+        self.windows = _padded([row.get("relevant_windows") or [] for row in rows], 2)
+        scored = [row if row.get("saliency_scores") else {} for row in rows]
+        self.centers = (_padded([row.get("relevant_clip_ids", []) for row in scored]) + 0.5) * SALIENCY_CLIP_SECONDS
+        self.scores = _padded([list(map(sum, row.get("saliency_scores", []))) for row in scored])
+
+    def spans(self, rows: Tensor, covered: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        The true spans (B, M, 2) of some rows, the real ones first, and their counts (B,), where features cover so many
+        seconds (B,). Of a window that reaches beyond them it is the part that they cover; of one wholly beyond, none.
+        """
+        windows = self.windows[rows] / covered[:, None, None]
+        inside = windows[..., 0] < 1  # false of NaN
+        order = (~inside).byte().argsort(dim=1, stable=True)[..., None].expand(-1, -1, 2)
+        return window_to_span(windows.clamp(max=1).nan_to_num()).gather(1, order), inside.sum(1)
+
+    def clip_scores(self, rows: Tensor, spans: Tensor, counts: Tensor, covered: Tensor, num_clips: Tensor) -> Tensor:
+        """
+        How salient each clip is (B, L): above 0 where it is relevant, and more where annotators gave more. Spans and
+        counts are those of `spans`; without annotators' scores all relevant clips have the same.
+        """
+        longest = int(num_clips.max())
+        relevant = relevant_clips(spans, torch.arange(spans.shape[1]) < counts[:, None], num_clips, longest).float()
+        scores = self.scores[rows]
+        given = scores.isfinite()
+        clips = (self.centers[rows] / covered[:, None] * num_clips[:, None]).nan_to_num().long()
+        clips = torch.minimum(clips, num_clips[:, None] - 1)
+        annotated = torch.zeros_like(relevant).scatter_reduce(1, clips, (scores + 1).nan_to_num(), "amax")
+        return torch.where(given.any(1, keepdim=True), annotated, relevant)
+
+
+def _padded(lists: Sequence[Sequence], *size: int) -> Tensor:
+    """Lists of different lengths -> (R, longest, *size) float32, padded with NaN."""
+    table = torch.full((len(lists), max(map(len, lists), default=0), *size), math.nan)
+    for row, values in zip(table, lists):
+        if len(values):
+            row[: len(values)] = torch.as_tensor(np.asarray(values, dtype=np.float32))
+    return table
+
+
+def _saliency_pairs(scores: Tensor, num_clips: Tensor, uniform: Tensor) -> tuple[Tensor, list[int]]:
+    """
+    Clips that are more salient, and clips that are less: (2, B, P), and how many pairs of each sample are to be used.
+
+    As in Moment-DETR one pair is hard, the best against the worst of the relevant clips by the annotators' scores, and
+    one easy, a relevant clip against one that is not. Where a video gives one kind only, both are of that kind.
+
+    Args:
+        scores: (B, L), from `_Truth.clip_scores`.
+        num_clips: (B,), the real clips.
+        uniform: (B, 2, P) in [0, 1).
+    """
+    relevant = scores > 0
+    other = ~relevant & (torch.arange(scores.shape[1]) < num_clips[:, None])
+    best = relevant & (scores == scores.amax(1, keepdim=True))
+    worst = relevant & (scores == scores.masked_fill(~relevant, math.inf).amin(1, keepdim=True)) & ~best
+    hard, easy = torch.stack((best, worst)), torch.stack((relevant, other))  # (2, B, L)
+    has_hard, has_easy = (pair.any(2).all(0) for pair in (hard, easy))
+    kinds = (
+        torch.where(has_hard[:, None], hard, easy),
+        torch.where(has_easy[:, None], easy, hard),
+    )
+    allowed = torch.stack(kinds, dim=2)  # (2, B, P, L)
+    # The position at which as many are counted as a uniform choice among them says
+    counted = allowed.cumsum(3)
+    rank = (uniform.transpose(0, 1) * counted[..., -1]).long() + 1
+    return (counted >= rank[..., None]).byte().argmax(3), ((has_hard | has_easy) * NUM_SALIENCY_PAIRS).tolist()
 
 
 class DiffusionVMRDataCollator:

@@ -5,6 +5,7 @@ Plain tensors; nothing here knows of the network. Spans in [0, 1] are diffused a
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,27 @@ def sampling_timesteps(timesteps: Tensor, num_sampling_steps: int) -> Tensor:
     left = torch.arange(num_sampling_steps, 0, -1, device=timesteps.device)[:, None] / num_sampling_steps
     visited = (((timesteps + 1) * left).round().long() - 1).clamp(min=0)
     return torch.cat((visited, torch.full_like(timesteps[None], -1)))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """
+    The random numbers of B training samples: `order` (B, M) in [0, 1) shuffles the true spans; `padding` (B, N, 2) and
+    `noise` (B, N, 2) are normal; `timesteps` (B,) are t, long.
+    """
+
+    order: Tensor
+    padding: Tensor
+    timesteps: Tensor
+    noise: Tensor
+
+    def of(self, samples: Tensor) -> "Draws":
+        """Those of some of the samples, by their indices."""
+        return Draws(*(numbers[samples] for numbers in self.tensors()))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All, in the order in which `Draws` takes them."""
+        return self.order, self.padding, self.timesteps, self.noise
 
 
 class DiffusionSchedule(nn.Module):
@@ -118,12 +140,32 @@ class DiffusionSchedule(nn.Module):
         noise = (noisy - alpha.sqrt() * predicted) / (1 - alpha).sqrt()
         return next_alpha.sqrt() * predicted + (1 - next_alpha).sqrt() * noise
 
-    def corrupt(
-        self, spans: Tensor, counts: Tensor, num_proposals: int, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def draw(
+        self,
+        batch: int,
+        most: int,
+        num_proposals: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | None = None,
+    ) -> Draws:
         """
-        The training pipeline of section 3.2: pads the true spans with random ones, draws a step t for each sample, and
-        adds noise.
+        All that `corrupt` needs of chance.
+
+        Args:
+            batch: B; most: M, the spans of the sample that has most; num_proposals: N.
+            generator: for draws that can be repeated, on `device`.
+        """
+        options = {"device": device, "generator": generator}
+        return Draws(
+            padding=torch.randn(batch, num_proposals, 2, **options),
+            timesteps=torch.randint(self.num_steps, (batch,), **options),
+            noise=torch.randn(batch, num_proposals, 2, **options),
+            order=torch.rand(most, batch, **options).T,  # last and so that a greater M changes nothing else
+        )
+
+    def corrupt(self, spans: Tensor, counts: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """
+        The training pipeline of section 3.2: pads the true spans with random ones, and adds the noise of step t.
 
         The true spans come first, in random order, so that the first N rows are right for any N; where there are more
         of them than proposals, some are left out. Padding is drawn as in DiffusionDet: center and width from
@@ -132,20 +174,17 @@ class DiffusionSchedule(nn.Module):
         Args:
             spans: (B, M, 2), padded on the right.
             counts: (B,), the real spans of each sample.
-            num_proposals: N.
-            generator: for draws that can be repeated, on the device of `spans`.
+            draws: from `draw`.
 
         Returns:
             X_t (B, N, 2) in signal space, and t (B,), long.
         """
-        batch, most = spans.shape[:2]
-        options = {"device": spans.device, "generator": generator}
-        order = torch.rand(batch, most, **options) + (torch.arange(most, device=spans.device) >= counts[:, None])
+        most, num_proposals = draws.order.shape[1], draws.noise.shape[1]
+        order = draws.order + (torch.arange(most, device=spans.device) >= counts[:, None])
         shuffled = spans.gather(1, order.argsort(dim=1)[..., None].expand(-1, -1, 2))[:, :num_proposals]
         shuffled = nn.functional.pad(shuffled, (0, 0, 0, num_proposals - shuffled.shape[1]))
-        padding = (torch.randn(batch, num_proposals, 2, **options) / 6 + 0.5).clamp(0, 1)
+        padding = (draws.padding / 6 + 0.5).clamp(0, 1)
         is_true = torch.arange(num_proposals, device=spans.device) < counts[:, None]
         clean = torch.where(is_true[..., None], shuffled, padding)
-        timesteps = torch.randint(self.num_steps, (batch,), **options)
-        noise = torch.randn(batch, num_proposals, 2, **options)
-        return self.add_noise(spans_to_signal(clean, self.scale), noise, timesteps), timesteps
+        noisy = self.add_noise(spans_to_signal(clean, self.scale), draws.noise, draws.timesteps)
+        return noisy, draws.timesteps

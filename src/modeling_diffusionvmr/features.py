@@ -4,32 +4,46 @@ Id -> array of features, and every check of a feature file.
 A plain dict {id: array} serves wherever a mapping is asked for here.
 """
 
+import json
+import math
 import os
+import string
+import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from .annotations import whole_file
+from .annotations import ANNOTATIONS_CONFIG, whole_file
+from .processing_diffusionvmr import check_finite
 
 VIDEO_KEY, TEXT_KEY = "features", "last_hidden_state"  # of the arrays in the official npz files
 TEXT_PREFIX = "qid"  # of the official files of sentences
+VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov")  # that the names in some released files have
+METADATA_FILE = "features.json"  # of a folder that the library wrote
+VIDEOS_CONFIG = "videos"  # of a converted folder
+TEXT_COLUMN = "text_features"  # of its annotations
 
 
-def open_features(path: str | os.PathLike) -> Mapping[int | str, np.ndarray]:
+def open_features(path: str | os.PathLike, column: str | None = None) -> "Features":
     """
     Opens features by their id, a `vid` or a `qid`.
 
     Args:
         path: a folder of `.npz` files as officially released (`{vid}.npz` with `features`, or `qid{qid}.npz` with
-            `last_hidden_state`), a folder of `.npy` files of these names, or an HDF5 file of one data set an id.
+            `last_hidden_state`), a folder of `.npy` files of these names, an HDF5 file of one data set an id, or a
+            folder that one of `dataset_scripts/` made.
+        column: of such a folder: the name of a video backbone, or `text_features`. May be left out where there is one
+            video backbone.
 
     Returns:
         A read-only mapping, whose ids iterate as strings, to arrays (length, size) float32. They are read, and checked,
-        each time that they are asked for. It may be used from several processes.
+        each time that they are asked for; a converted folder is read memory-mapped. It may be used from several
+        processes. Its `clip_seconds` is the length of a clip where the files say it, otherwise `None`.
 
     Raises:
         FileNotFoundError: when there is nothing at `path`.
@@ -38,23 +52,65 @@ def open_features(path: str | os.PathLike) -> Mapping[int | str, np.ndarray]:
         KeyError: on access, for an id without features; it names file and id.
     """
     path = Path(path)
-    if path.is_dir():
-        return FolderFeatures(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder of features")
-    return Hdf5Features(path)
+    if (path / VIDEOS_CONFIG).is_dir():
+        return ConvertedFeatures(path, column)
+    if column is not None:
+        raise ValueError(f"{path}: only a converted folder has columns, got {column!r}")
+    return FolderFeatures(path) if path.is_dir() else Hdf5Features(path)
+
+
+def open_video_features(paths: Iterable[str | os.PathLike]) -> list["Features"]:
+    """One store a backbone, in order; of a converted folder all its backbones. Raises as `open_features`."""
+    stores = []
+    for path in map(Path, paths):
+        converted = (path / VIDEOS_CONFIG).is_dir()
+        columns = ConvertedFeatures.columns(path, VIDEOS_CONFIG) if converted else [None]
+        stores += [open_features(path, column) for column in columns]
+    return stores
+
+
+def open_text_features(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> Mapping[int | str, np.ndarray]:
+    """
+    The features of sentences: `open_features`, or where `path` is GloVe's `.txt`, word vectors for the queries of
+    `rows`. Raises as `open_features` and `GloveFeatures`.
+    """
+    if Path(path).suffix == ".txt":
+        return GloveFeatures(path, rows)
+    return open_features(path, TEXT_COLUMN if (Path(path) / VIDEOS_CONFIG).is_dir() else None)
+
+
+def common_clip_seconds(stores: Sequence[Mapping]) -> float | None:
+    """
+    The length of a clip that the stores of one video say, `None` where none does. Raises `ValueError` where they
+    differ.
+    """
+    said = {store.clip_seconds: store for store in stores if getattr(store, "clip_seconds", None) is not None}
+    if len(said) > 1:
+        lengths = ", ".join(f"{seconds} s in {name_of(store)}" for seconds, store in said.items())
+        raise ValueError(f"the backbones of one video need clips of the same length, got {lengths}")
+    return next(iter(said), None)
+
+
+def name_of(store: Mapping) -> str:
+    """What an error calls a store."""
+    return str(getattr(store, "path", "the given mapping"))
 
 
 class Features(Mapping):
     """What all stores share. `places` says, for each name in the store, where `_read` finds its array."""
 
-    def __init__(self, path: Path, places: Mapping[str, Any]):
+    def __init__(self, path: Path, places: Mapping[str, Any], clip_seconds: float | None = None):
         if not places:
             raise ValueError(f"{path}: holds no features")
+        if clip_seconds is not None and not (isinstance(clip_seconds, (int, float)) and 0 < clip_seconds < math.inf):
+            raise ValueError(f"{path}: its `clip_seconds` must be a number above 0, got {clip_seconds!r}")
         self.path = path
+        self.clip_seconds = clip_seconds
         # Sentences lie under "qid" and their id
         prefix = TEXT_PREFIX if all(name.startswith(TEXT_PREFIX) for name in places) else ""
-        self._places = {name.removeprefix(prefix): place for name, place in places.items()}
+        self._places = {_without_suffix(name.removeprefix(prefix)): place for name, place in places.items()}
 
     def __getitem__(self, identifier: int | str) -> np.ndarray:
         place = self._places.get(str(identifier))
@@ -80,20 +136,27 @@ class Features(Mapping):
         raise NotImplementedError
 
 
+def _without_suffix(name: str) -> str:
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix in VIDEO_SUFFIXES else name
+
+
 class FolderFeatures(Features):
-    """One `.npz` or `.npy` file an id."""
+    """One `.npz` or `.npy` file an id, and maybe a `features.json` with `clip_seconds`."""
 
     def __init__(self, path: Path):
-        places = {}
+        places, metadata = {}, {}
         with os.scandir(path) as files:
             for file in files:
                 name, suffix = os.path.splitext(file.name)
+                if file.name == METADATA_FILE:
+                    metadata = _read_metadata(file.path)
                 if suffix not in (".npz", ".npy") or name.startswith("."):
                     continue
                 if name in places:
                     raise ValueError(f"{path}: has both {name}.npz and {name}.npy")
                 places[name] = file.path
-        super().__init__(path, dict(sorted(places.items())))
+        super().__init__(path, dict(sorted(places.items())), metadata.get("clip_seconds"))
 
     def _read(self, place):
         # Never pickle, which runs what a file says
@@ -107,12 +170,27 @@ class FolderFeatures(Features):
             raise ValueError(f"needs an array `{VIDEO_KEY}` or `{TEXT_KEY}`, has {loaded.files}")
 
 
+def _read_metadata(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            metadata = json.load(file)
+        if not isinstance(metadata, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise ValueError(f"{path}: must be a JSON object ({error})") from None
+    return metadata
+
+
 class Hdf5Features(Features):
-    """One data set an id. The file is opened for each read, since an open one does not outlive a fork."""
+    """
+    One data set an id, and maybe an attribute `clip_seconds` of the file. The file is opened for each read, since an
+    open one does not outlive a fork.
+    """
 
     def __init__(self, path: Path):
         with self._opened(path) as file:
-            super().__init__(path, {name: name for name in file})
+            seconds = file.attrs.get("clip_seconds")
+            super().__init__(path, {name: name for name in file}, None if seconds is None else float(seconds))
 
     @staticmethod
     def _opened(path):
@@ -132,6 +210,127 @@ class Hdf5Features(Features):
             return file[place][()]
 
 
+class ConvertedFeatures(Features):
+    """
+    A column of a folder that one of `dataset_scripts/` made. `datasets` turns Parquet into Arrow files in its cache the
+    first time; from then on rows are read from these, memory-mapped.
+    """
+
+    def __init__(self, path: Path, column: str | None = None):
+        import datasets  # slow to import, and only those who have such a folder need it
+
+        backbones = self.columns(path, VIDEOS_CONFIG)
+        texts = self.columns(path, ANNOTATIONS_CONFIG)
+        if column is None and len(backbones) == 1:
+            column = backbones[0]
+        if column not in backbones + texts:
+            raise ValueError(f"{path}: `column` must be one of {', '.join(backbones + texts)}, got {column!r}")
+        is_video = column in backbones
+        self.column = column
+        self._chunks, places, seconds = [], {}, None
+        for split in datasets.load_dataset(str(path), VIDEOS_CONFIG if is_video else ANNOTATIONS_CONFIG).values():
+            identifiers = split.data.column("vid" if is_video else "qid").to_pylist()
+            if is_video and "clip_seconds" in split.column_names:
+                seconds = split.data.column("clip_seconds")[0].as_py()
+            numbers = iter(identifiers)
+            for chunk in split.data.column(column).chunks:
+                arrays = chunk.storage  # a list (rows) of lists (length) of lists (size)
+                vectors = arrays.values
+                starts = vectors.offsets.to_numpy()[arrays.offsets.to_numpy()]
+                values = vectors.values.to_numpy(zero_copy_only=True)
+                places.update((str(next(numbers)), (len(self._chunks), row)) for row in range(len(arrays)))
+                self._chunks.append((values, starts, split.features[column].shape[1]))
+        super().__init__(path, places, seconds)
+
+    @staticmethod
+    def columns(path: Path, config: str) -> list[str]:
+        """The columns of a converted folder's table that hold features."""
+        import datasets
+
+        features = datasets.load_dataset_builder(str(path), config).info.features
+        return [name for name, kind in features.items() if isinstance(kind, datasets.Array2D)]
+
+    def __reduce__(self):  # another process maps the files itself
+        return type(self), (self.path, self.column)
+
+    def _read(self, place):
+        chunk, row = place
+        values, starts, size = self._chunks[chunk]
+        return values[starts[row] : starts[row + 1]].reshape(-1, size).copy()  # not a view of what cannot be written
+
+
+class GloveFeatures(Mapping):
+    """
+    Queries -> GloVe vectors of their words, (words, size) float32, by qid.
+
+    Words are split at spaces and in lower case, as in Moment-DETR's and UMT's loaders; a word that is unknown with the
+    punctuation around it ("bag.") is looked up without. One that is still unknown is a vector of zeros, and one warning
+    counts them.
+
+    Args:
+        path: a text file of a word and its numbers a line, as released (`glove.6B.300d.txt`).
+        rows: whose queries are asked for.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: for a line that is not as the first one; it names file and line.
+        KeyError: on access, for a qid that is not of the rows.
+    """
+
+    def __init__(self, path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]):
+        self.path = path
+        queries = {str(row["qid"]): row["query"].lower().split() for row in rows}
+        written = {word for words in queries.values() for word in words}
+        vectors = self._load(path, written | {word.strip(string.punctuation) for word in written})
+        index = {word: number for number, word in enumerate(vectors, start=1)}
+        self._vectors = np.stack([np.zeros_like(next(iter(vectors.values()))), *vectors.values()])
+        place = {word: index.get(word, index.get(word.strip(string.punctuation), 0)) for word in written}
+        self._words = {qid: np.array([place[word] for word in words]) for qid, words in queries.items()}
+        unknown = sorted(word for word in written if not place[word])
+        if unknown:
+            warnings.warn(
+                f"{path}: {len(unknown)} of {len(written)} words are unknown, and get zeros: "
+                f"{', '.join(unknown[:10])}{', ...' if len(unknown) > 10 else ''}",
+                stacklevel=3,
+            )
+
+    @staticmethod
+    def _load(path, words: set[str]) -> dict[str, np.ndarray]:
+        vectors, size = {}, None
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                word, _, numbers = line.rstrip().partition(" ")
+                if word not in words and size is not None:
+                    continue
+                try:
+                    vector = np.array(numbers.split(" "), dtype=np.float32)
+                    if len(vector) != (size or len(vector)) or not np.isfinite(vector).all():
+                        raise ValueError
+                except ValueError:
+                    raise ValueError(f"{path}, line {number}: must be a word and {size or 'its'} numbers") from None
+                size = len(vector)
+                if word in words:
+                    vectors[word] = vector
+        if not vectors:
+            raise ValueError(f"{path}: has a vector for none of {len(words)} words")
+        return vectors
+
+    def __getitem__(self, identifier: int | str) -> np.ndarray:
+        words = self._words.get(str(identifier))
+        if words is None:
+            raise KeyError(f"{self.path}: qid {identifier} is not of the rows that it was opened for")
+        return self._vectors[words]
+
+    def __contains__(self, identifier: object) -> bool:
+        return str(identifier) in self._words
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._words)
+
+    def __len__(self) -> int:
+        return len(self._words)
+
+
 def _checked(array: np.ndarray, where: str) -> np.ndarray:
     array = np.asarray(array)
     if array.dtype.kind not in "fiu":
@@ -140,10 +339,11 @@ def _checked(array: np.ndarray, where: str) -> np.ndarray:
         raise ValueError(f"{where}: features must be (length, size), got the shape {array.shape}")
     if not array.size:
         raise ValueError(f"{where}: features are empty, of the shape {array.shape}")
+    if array.dtype == np.float16:
+        array = torch.from_numpy(array).float().numpy()  # 10 times as fast as NumPy
     with np.errstate(over="ignore"):  # what float32 cannot hold is found as infinity
         array = array.astype(np.float32, copy=False)
-    if not np.isfinite(array).all():
-        raise ValueError(f"{where}: features have NaN or infinity in row {np.argwhere(~np.isfinite(array))[0][0]}")
+    check_finite(torch.from_numpy(array), where)
     return array
 
 

@@ -602,7 +602,9 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
                 raise ValueError("in training `noisy_spans` and `timesteps` are given together, or neither is")
             if noisy_spans is None:
                 most = self.config.max_training_proposals if num_proposals is None else max(num_proposals, 1)
-                noisy_spans, timesteps = self.model.schedule.corrupt(targets.spans, targets.window_mask.sum(1), most)
+                schedule = self.model.schedule
+                draws = schedule.draw(*targets.spans.shape[:2], most, device=targets.spans.device)
+                noisy_spans, timesteps = schedule.corrupt(targets.spans, targets.window_mask.sum(1), draws)
             start = self.model.starting_point(batch_size, num_proposals, noisy_spans, timesteps)
             decoded = self.model.denoise(memory, *start, **flags)
         else:

@@ -15,18 +15,26 @@ from .spans import nms, span_to_window
 MAX_LENGTH_GAP = 2  # clips by which released features of two backbones differ for the same video
 
 
-def average_down(features: np.ndarray, num_parts: int) -> np.ndarray:
+def average_down(features: Tensor, num_parts: int) -> Tensor:
     """The means of features (L, D) over `num_parts` equal parts of the time that they cover: (num_parts, D)."""
-    total = np.concatenate((np.zeros_like(features[:1]), features), dtype=np.float64).cumsum(0)
-    edges = np.linspace(0, len(features), num_parts + 1)
-    whole = np.minimum(edges.astype(int), len(features) - 1)
-    at_edges = total[whole] + (edges - whole)[:, None] * features[whole]
-    return (np.diff(at_edges, axis=0) * (num_parts / len(features))).astype(np.float32)
+    total = torch.cat((torch.zeros_like(features[:1]), features)).cumsum(0)
+    edges = torch.linspace(0, len(features), num_parts + 1, dtype=torch.float64)
+    whole = edges.long().clamp(max=len(features) - 1)
+    at_edges = total[whole] + (edges - whole).float()[:, None] * features[whole]
+    return at_edges.diff(dim=0) * (num_parts / len(features))
 
 
-def normalize(features: np.ndarray) -> np.ndarray:
+def normalize(features: Tensor) -> Tensor:
     """Each vector of (L, D) at length 1, as Moment-DETR does (its epsilon too)."""
-    return features / (np.linalg.norm(features, axis=-1, keepdims=True) + 1e-5)
+    return features / (torch.linalg.vector_norm(features, dim=-1, keepdim=True) + 1e-5)
+
+
+def check_finite(features: Tensor, name: str) -> None:
+    """Raises `ValueError`, which begins with `name`, for NaN or infinity in features (L, D)."""
+    # One number tells of all that is well, and is cheap
+    if not math.isfinite(features.sum().item()) and not features.isfinite().all():
+        row = (~features.isfinite()).any(1).nonzero()[0].item()
+        raise ValueError(f"{name}: features have NaN or infinity in row {row}")
 
 
 class DiffusionVMRProcessor(ProcessorMixin):
@@ -118,10 +126,8 @@ class DiffusionVMRProcessor(ProcessorMixin):
         lengths = [len(array) for array in arrays]
         if max(lengths) - min(lengths) > MAX_LENGTH_GAP:
             raise ValueError(f"{name}: its backbones have {lengths} clips, which is not the same video")
-        features = np.concatenate([normalize(array[: min(lengths)]) for array in arrays], axis=1)
-        if len(features) > self.max_clips:
-            features = average_down(features, self.max_clips)
-        return torch.from_numpy(features)
+        features = torch.cat([normalize(array[: min(lengths)]) for array in arrays], dim=1)
+        return average_down(features, self.max_clips) if len(features) > self.max_clips else features
 
     def prepare_text(self, array: np.ndarray, name: str = "the sentence") -> Tensor:
         """
@@ -130,18 +136,20 @@ class DiffusionVMRProcessor(ProcessorMixin):
         Raises:
             ValueError: for another size, no tokens, or values that are no finite numbers. It begins with `name`.
         """
-        return torch.from_numpy(normalize(self._checked(array, self.text_feature_size, name)[: self.max_tokens]))
+        return normalize(self._checked(array, self.text_feature_size, name)[: self.max_tokens])
 
     @staticmethod
-    def _checked(array: np.ndarray, size: int, name: str) -> np.ndarray:
-        array = np.asarray(array, dtype=np.float32)
+    def _checked(array: np.ndarray, size: int, name: str) -> Tensor:
+        array = np.asarray(array)
         if array.ndim != 2 or array.shape[1] != size:
             raise ValueError(f"{name}: features must be (length, {size}), got {array.shape}")
         if not len(array):
             raise ValueError(f"{name}: there are no features, at least one vector is needed")
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name}: features have NaN or infinity in row {np.argwhere(~np.isfinite(array))[0][0]}")
-        return array
+        if array.dtype.kind not in "fiu":
+            raise ValueError(f"{name}: features must be real numbers, got {array.dtype}")
+        features = torch.from_numpy(np.require(array, requirements="W")).float()
+        check_finite(features, name)
+        return features
 
     @staticmethod
     def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
