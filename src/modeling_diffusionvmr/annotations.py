@@ -173,7 +173,7 @@ def _read_converted(path: str | os.PathLike, split: str | None) -> Read:
         raise ValueError(f"{path}: `split` must be one of {', '.join(splits)}, got {split!r}")
     table = splits[split]
     table = table.remove_columns([name for name, kind in table.features.items() if isinstance(kind, datasets.Array2D)])
-    for index, row in enumerate(table):
+    for index, row in enumerate(table.to_list()):
         yield f"{path}, {split}, row {index}", {name: value for name, value in row.items() if value is not None}
 
 

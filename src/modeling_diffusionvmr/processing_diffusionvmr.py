@@ -29,6 +29,16 @@ def normalize(features: Tensor) -> Tensor:
     return features / (torch.linalg.vector_norm(features, dim=-1, keepdim=True) + 1e-5)
 
 
+def common_length(lengths: Sequence[int], name: str) -> int:
+    """
+    The clips of a video whose backbones have `lengths`: those of the shortest, as in Moment-DETR, since released
+    features differ by a clip or two. Raises `ValueError`, which begins with `name`, where they differ by more.
+    """
+    if max(lengths) - min(lengths) > MAX_LENGTH_GAP:
+        raise ValueError(f"{name}: its backbones have {list(lengths)} clips, which is not the same video")
+    return min(lengths)
+
+
 def check_finite(features: Tensor, name: str) -> None:
     """Raises `ValueError`, which begins with `name`, for NaN or infinity in features (L, D)."""
     # One number tells of all that is well, and is cheap
@@ -123,10 +133,8 @@ class DiffusionVMRProcessor(ProcessorMixin):
             self._checked(array, size, f"{name}, backbone {index}")
             for index, (array, size) in enumerate(zip(arrays, self.video_feature_sizes))
         ]
-        lengths = [len(array) for array in arrays]
-        if max(lengths) - min(lengths) > MAX_LENGTH_GAP:
-            raise ValueError(f"{name}: its backbones have {lengths} clips, which is not the same video")
-        features = torch.cat([normalize(array[: min(lengths)]) for array in arrays], dim=1)
+        length = common_length([len(array) for array in arrays], name)
+        features = torch.cat([normalize(array[:length]) for array in arrays], dim=1)
         return average_down(features, self.max_clips) if len(features) > self.max_clips else features
 
     def prepare_text(self, array: np.ndarray, name: str = "the sentence") -> Tensor:

@@ -1,0 +1,359 @@
+"""
+An official release -> a folder of Parquet that `datasets.load_dataset(folder)` opens as it is.
+
+The folder holds two tables, each with its splits: `annotations` (the default; one row a query, the features of its
+sentence beside it) and `videos` (one row a video, one column a backbone), so that features are stored once a video.
+`load_annotations` and `open_features` read it back. The commands are in `dataset_scripts/`, one a benchmark.
+"""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from datasets import Array2D, BuilderConfig, DatasetInfo, GeneratorBasedBuilder, List, SplitGenerator, Value
+from datasets import Features as Columns
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+
+from .annotations import ANNOTATIONS_CONFIG, load_annotations
+from .features import TEXT_COLUMN, VIDEOS_CONFIG, common_clip_seconds, open_features, open_text_features
+from .processing_diffusionvmr import common_length
+
+NEWLINE = "\n"  # which Python 3.10 and 3.11 allow in no f-string's braces
+DTYPES = ("float16", "float32")
+VIDEO_COLUMNS = {"vid": Value("string"), "duration": Value("float64"), "clip_seconds": Value("float64")}
+
+
+class MomentRetrievalBuilder(GeneratorBasedBuilder):
+    """
+    A benchmark's builder: subclasses describe the release by the attributes below, and may override `splits`.
+
+    Args:
+        config_name: `videos` or `annotations`, in this order where invalid rows are skipped.
+        source: what the release was read as.
+        kwargs: `GeneratorBasedBuilder`'s.
+    """
+
+    FILES: Mapping[str, Sequence[str]]
+    """For each split the official names of its annotation file, of which the first one that is there is read."""
+    CLIP_SECONDS: float | None
+    """Of the released features; `None` where they cover the whole duration."""
+    TITLE: str
+    ABOUT: str
+    HOMEPAGE: str
+    LICENSE: str
+    CITATION: str
+
+    BUILDER_CONFIGS = [BuilderConfig(ANNOTATIONS_CONFIG), BuilderConfig(VIDEOS_CONFIG)]
+    DEFAULT_CONFIG_NAME = ANNOTATIONS_CONFIG
+
+    def __init__(self, source: "Source", **kwargs):
+        self.source = source
+        super().__init__(dataset_name=self.slug(), **kwargs)
+
+    @classmethod
+    def slug(cls) -> str:
+        """The name of the benchmark in file names."""
+        return cls.TITLE.lower().replace("-", "_")
+
+    @classmethod
+    def splits(cls, folder: Path, skip_invalid: bool) -> dict[str, list[dict[str, Any]]]:
+        """The rows of each split of the release whose annotation files lie in `folder`."""
+        rows = {}
+        for split, names in cls.FILES.items():
+            paths = [folder / name for name in names if (folder / name).exists()]
+            if not paths:
+                raise FileNotFoundError(f"{folder}: there is no {' or '.join(names)}, the {split} split of {cls.TITLE}")
+            rows[split] = load_annotations(paths[0], skip_invalid=skip_invalid)
+        return rows
+
+    def _info(self):
+        columns = self.source.columns(self.config.name)
+        return DatasetInfo(
+            description=self.ABOUT,
+            homepage=self.HOMEPAGE,
+            license=self.LICENSE,
+            citation=self.CITATION,
+            features=columns,
+        )
+
+    def _split_generators(self, dl_manager):
+        return [SplitGenerator(split, gen_kwargs={"split": split}) for split in self.source.rows]
+
+    def _generate_examples(self, split):
+        yield from enumerate(self.source.table(self.config.name, split))
+
+
+class Source:
+    """
+    The rows of a release and the features of its videos and sentences, as the rows of the two tables.
+
+    Args:
+        rows: of each split.
+        video_features: stores by the names of their columns.
+        text_features: of the sentences.
+        clip_seconds: length of a clip; `None` where the features cover the whole duration.
+        dtype: of the written features, "float16" or "float32".
+        skip_invalid: leave out the videos whose features cannot be used and their queries, and keep in `dropped` which.
+    """
+
+    def __init__(
+        self,
+        rows: Mapping[str, Sequence[Mapping[str, Any]]],
+        video_features: Mapping[str, Mapping],
+        text_features: Mapping,
+        clip_seconds: float | None,
+        dtype: str = "float16",
+        skip_invalid: bool = False,
+    ):
+        for name in video_features:
+            if name in VIDEO_COLUMNS or not name.isidentifier():
+                raise ValueError(f"{name!r} cannot be the name of a column of features: give NAME=PATH")
+        self.rows = rows
+        self.video_features = video_features
+        self.text_features = text_features
+        self.clip_seconds = clip_seconds
+        self.dtype = dtype
+        self.skip_invalid = skip_invalid
+        self.dropped: list[str] = []
+        self._dropped_videos: set[str] = set()
+        self.sizes = {name: self._size(store, "vid") for name, store in video_features.items()}
+        self.text_size = self._size(text_features, "qid")
+
+    def _size(self, store: Mapping, key: str) -> int:
+        for rows in self.rows.values():
+            for row in rows:
+                try:
+                    return store[row[key]].shape[1]
+                except (KeyError, ValueError):
+                    continue  # the tables say what is wrong with it
+        raise ValueError(f"{getattr(store, 'path', store)}: has usable features for no {key} of the annotations")
+
+    def columns(self, config_name: str) -> Columns:
+        """The types of a table's columns."""
+        if config_name == VIDEOS_CONFIG:
+            features = {name: Array2D((None, size), self.dtype) for name, size in self.sizes.items()}
+            return Columns({**VIDEO_COLUMNS, **features})
+        numbers = all(isinstance(row["qid"], int) for rows in self.rows.values() for row in rows)
+        return Columns(
+            {
+                "qid": Value("int64" if numbers else "string"),
+                "query": Value("string"),
+                "vid": Value("string"),
+                "duration": Value("float64"),
+                "relevant_windows": List(List(Value("float64"))),
+                "relevant_clip_ids": List(Value("int32")),
+                "saliency_scores": List(List(Value("float32"))),
+                TEXT_COLUMN: Array2D((None, self.text_size), self.dtype),
+            }
+        )
+
+    def table(self, config_name: str, split: str) -> Iterator[dict[str, Any]]:
+        """The rows of a table. Raises `ValueError` for features that cannot be used, or leaves them out."""
+        if config_name == VIDEOS_CONFIG:
+            videos = {row["vid"]: row for row in self.rows[split]}
+            make, items, what = self._video, videos.values(), "vid"
+        else:
+            make, items, what = self._annotation, self.rows[split], "qid"
+        for row in items:
+            try:
+                yield make(row)
+            except (KeyError, ValueError) as error:
+                message = f"{split}, {what} {row[what]}: {error.args[0]}"
+                if not self.skip_invalid:
+                    raise ValueError(message) from None
+                self.dropped.append(message)
+                if what == "vid":
+                    self._dropped_videos.add(row["vid"])
+
+    def _video(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        arrays = {
+            name: self._converted(store[row["vid"]], self.sizes[name], name)
+            for name, store in self.video_features.items()
+        }
+        common_length([len(array) for array in arrays.values()], "the video")
+        return {"vid": row["vid"], "duration": row["duration"], "clip_seconds": self.clip_seconds, **arrays}
+
+    def _annotation(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        if row["vid"] in self._dropped_videos:
+            raise ValueError(f"video {row['vid']} was dropped")
+        fields = {name: row.get(name) for name in self.columns(ANNOTATIONS_CONFIG) if name != TEXT_COLUMN}
+        return {
+            **fields,
+            TEXT_COLUMN: self._converted(self.text_features[row["qid"]], self.text_size, TEXT_COLUMN),
+        }
+
+    def _converted(self, array: np.ndarray, size: int, name: str) -> np.ndarray:
+        if array.shape[1] != size:
+            raise ValueError(f"{name}: features must be (length, {size}), got {array.shape}")
+        with np.errstate(over="ignore"):
+            converted = array.astype(self.dtype)
+        if not np.isfinite(converted).all():
+            raise ValueError(f"{name}: has values beyond what {self.dtype} holds; float32 would hold them")
+        return converted
+
+
+def convert(
+    builder: type[MomentRetrievalBuilder], source: Source, output: str | os.PathLike
+) -> dict[str, dict[str, int]]:
+    """
+    Writes the folder, whole or not at all.
+
+    Returns:
+        For each table the rows of its splits.
+
+    Raises:
+        FileExistsError: when there is something at `output`.
+        ValueError: for features that cannot be used, unless they are skipped.
+    """
+    output = Path(output)
+    if output.exists():
+        raise FileExistsError(f"{output}: is there already; remove it, or give another name")
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    counts = {}
+    with TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}.") as work:
+        folder = Path(work) / output.name
+        for config_name in (VIDEOS_CONFIG, ANNOTATIONS_CONFIG):  # the queries of a dropped video are dropped after it
+            table = builder(source, config_name=config_name, cache_dir=f"{work}/cache")
+            try:
+                table.download_and_prepare(f"{work}/{config_name}", file_format="parquet")
+            except DatasetGenerationError as error:
+                raise error.__cause__ from None  # the line that says what is wrong
+            (folder / config_name).mkdir(parents=True)
+            for path in Path(work, config_name).glob("*.parquet"):  # and none of the builder's own files
+                path.rename(folder / config_name / path.name)
+            counts[config_name] = {split: info.num_examples for split, info in table.info.splits.items()}
+        DatasetCard(_card(builder, source, counts)).save(folder / "README.md")
+        folder.rename(output)
+    return counts
+
+
+def _card(builder: type[MomentRetrievalBuilder], source: Source, counts: Mapping[str, Mapping[str, int]]) -> str:
+    slug = builder.slug()
+    data = DatasetCardData(
+        pretty_name=builder.TITLE,
+        language=["en"],
+        license=builder.LICENSE,
+        tags=["video-moment-retrieval", "temporal-grounding", "video"],
+        configs=[
+            {
+                "config_name": name,
+                **({"default": True} if name == ANNOTATIONS_CONFIG else {}),
+                "data_files": [{"split": split, "path": f"{name}/{slug}-{split}*.parquet"} for split in source.rows],
+            }
+            for name in (ANNOTATIONS_CONFIG, VIDEOS_CONFIG)
+        ],
+    )
+    splits = [
+        f"| {split} | {counts[ANNOTATIONS_CONFIG][split]} | {counts[VIDEOS_CONFIG][split]} |" for split in source.rows
+    ]
+    columns = [f"| `{VIDEOS_CONFIG}` | `{name}` | clips x {size} |" for name, size in source.sizes.items()]
+    columns.append(f"| `{ANNOTATIONS_CONFIG}` | `{TEXT_COLUMN}` | tokens x {source.text_size} |")
+    clip = "The clips share the duration" if source.clip_seconds is None else f"A clip has {source.clip_seconds:g} s"
+    dropped = "".join(f"- {line}\n" for line in source.dropped)
+    return f"""---
+{data.to_yaml()}
+---
+# {builder.TITLE}
+
+{builder.ABOUT} [Homepage]({builder.HOMEPAGE}).
+
+| split | queries | videos |
+| --- | ---: | ---: |
+{NEWLINE.join(splits)}
+
+```python
+load_dataset(folder, split="train")            # one row a query
+load_dataset(folder, "{VIDEOS_CONFIG}", split="train")  # one row a video
+```
+
+Times are seconds. {clip}. Features ({source.dtype}) are as released, not normalised:
+
+| table | column | features |
+| --- | --- | --- |
+{NEWLINE.join(columns)}
+
+{"Left out, since features could not be used:" if dropped else "Nothing was left out for its features."}
+
+{dropped}
+The licence is that of the annotations, by their authors; cite them:
+
+```bibtex
+{builder.CITATION.strip()}
+```
+"""
+
+
+def main(builder: type[MomentRetrievalBuilder]) -> None:
+    """The command of a benchmark's script."""
+    parser = argparse.ArgumentParser(
+        description=f"{builder.TITLE}, as released -> a folder that datasets.load_dataset opens. {builder.ABOUT}"
+    )
+    parser.add_argument("output", help="folder to write; nothing may be there")
+    files = ", ".join(" or ".join(names) for names in builder.FILES.values())
+    parser.add_argument("--annotations", required=True, type=Path, metavar="DIR", help=f"folder of {files}")
+    parser.add_argument(
+        "--video_features",
+        required=True,
+        nargs="+",
+        metavar="[NAME=]PATH",
+        help="one a backbone, in the order of concatenation: folder of .npz or .npy, or HDF5 file; NAME is its column",
+    )
+    parser.add_argument("--text_features", required=True, help="folder of qid*.npz, HDF5 file, or GloVe's .txt")
+    parser.add_argument(
+        "--clip_seconds",
+        type=float,
+        help="length of a clip (default: what the features say, "
+        + ("or else duration / clips)" if builder.CLIP_SECONDS is None else f"or else {builder.CLIP_SECONDS:g})"),
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the features (default: float16)")
+    parser.add_argument("--skip_invalid", action="store_true", help="leave out what cannot be used, and say what")
+    parser.add_argument("--push_to_hub", metavar="REPO_ID", help="send the folder to the Hub")
+    parser.add_argument("--private", action="store_true", help="to a private repository")
+    arguments = parser.parse_args()
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        _run(builder, arguments)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _run(builder: type[MomentRetrievalBuilder], arguments: argparse.Namespace) -> None:
+    rows = builder.splits(arguments.annotations, arguments.skip_invalid)
+    stores = {}
+    for given in arguments.video_features:
+        name, separator, path = given.rpartition("=")
+        name = name if separator else Path(path).stem
+        if name in stores:
+            raise ValueError(f"two backbones are called {name}: give NAME=PATH")
+        stores[name] = open_features(path)
+    clip_seconds = arguments.clip_seconds or common_clip_seconds(list(stores.values())) or builder.CLIP_SECONDS
+    every_row = [row for split in rows.values() for row in split]
+    source = Source(
+        rows,
+        stores,
+        open_text_features(arguments.text_features, every_row),
+        clip_seconds,
+        arguments.dtype,
+        arguments.skip_invalid,
+    )
+    counts = convert(builder, source, arguments.output)
+    if source.dropped:
+        lines = "\n  ".join(source.dropped)
+        warnings.warn(f"{len(source.dropped)} rows were left out for their features:\n  {lines}", stacklevel=2)
+    for split in rows:
+        print(f"{split}: {counts[ANNOTATIONS_CONFIG][split]} queries, {counts[VIDEOS_CONFIG][split]} videos")
+    print(f"wrote {arguments.output}")
+    if arguments.push_to_hub:
+        api = HfApi()
+        repository = api.create_repo(
+            arguments.push_to_hub, repo_type="dataset", private=arguments.private, exist_ok=True
+        )
+        api.upload_folder(repo_id=repository.repo_id, folder_path=arguments.output, repo_type="dataset")
+        print(f"sent to {repository}")
