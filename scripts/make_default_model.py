@@ -34,11 +34,10 @@ from modeling_diffusionvmr import (
 )
 from modeling_diffusionvmr.annotations import save_jsonl
 from modeling_diffusionvmr.backbones import Backbones, ClipBackbone
-from modeling_diffusionvmr.features import TEXT_KEY, VIDEO_KEY, write_features
+from modeling_diffusionvmr.extraction import extract_sentence, extract_video
 from modeling_diffusionvmr.modeling_diffusionvmr import TASK
 from modeling_diffusionvmr.rendered_backbone import measure_clip, train_rendered_clip
 from modeling_diffusionvmr.rendered_world import VideoPlan, annotation_rows, plan_video, write_video
-from modeling_diffusionvmr.video import open_video
 
 CLIP_SECONDS = 2.0
 TRAINING_VIDEOS = 1200
@@ -91,11 +90,11 @@ def render_and_encode(seed: int, folder: Path, backbones: Backbones) -> list[dic
     plan = plan_video(seed)
     rows = annotation_rows(plan)
     path = render(plan, folder / "rendered")
-    (clips,) = backbones.encode_video(open_video(path, CLIP_SECONDS))
+    (clip,) = backbones.models
+    extract_video(clip, path, folder / "video", plan.vid, CLIP_SECONDS)
     path.unlink()
-    write_features(folder / "video", plan.vid, clips, VIDEO_KEY)
-    for row, tokens in zip(rows, backbones.encode_text([row["query"] for row in rows])):
-        write_features(folder / "text", row["qid"], tokens, TEXT_KEY)
+    for row in rows:
+        extract_sentence(clip, row["query"], folder / "text", row["qid"])
     return rows
 
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import BertConfig, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from modeling_diffusionvmr.backbones import Backbones, ClipBackbone, load_backbones
+from modeling_diffusionvmr.backbones import Backbones, ClipBackbone, load_backbone, load_backbones
 
 WORDS = ["a", "red", "dog", "runs", "fast"]
 
@@ -192,3 +192,20 @@ def test_backbones_that_cannot_be_run_are_named(clip, tmp_path):
         load_backbones(SimpleNamespace(backbones=backbones), tmp_path)
     with pytest.raises(ValueError, match="names no `backbones`"):
         load_backbones(SimpleNamespace(backbones=None), tmp_path)
+
+
+def test_one_backbone_alone(clip, frames, tmp_path):
+    put_on_hub(clip, tmp_path / "cache", "someone/clip")
+    clip.save_pretrained(tmp_path / "clip")
+    from_hub = load_backbone("someone/clip", cache_dir=str(tmp_path / "cache"), local_files_only=True)
+    for loaded in (from_hub, load_backbone(tmp_path / "clip", "cpu", torch.float32)):
+        np.testing.assert_array_equal(loaded.encode_video(frames), clip.encode_video(frames))
+    BertConfig().save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match="bert: its type is bert; backbones are of clip"):
+        load_backbone(tmp_path / "bert")
+    for name in ("no/model", str(tmp_path / "absent")):
+        with pytest.raises(
+            OSError, match=f"^{name}: neither a checkpoint's folder nor a model that can be had"
+        ) as caught:
+            load_backbone(name, local_files_only=True)
+        assert "\n" not in str(caught.value)

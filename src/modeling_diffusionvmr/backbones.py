@@ -101,6 +101,29 @@ class ClipBackbone:
 BACKBONE_CLASSES = {"clip": ClipBackbone}  # by the `model_type` of their checkpoints
 
 
+def load_backbone(
+    path_or_id: str | os.PathLike,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **hub_kwargs,
+) -> ClipBackbone:
+    """
+    Loads one backbone from a folder or the Hub: a complete standard checkpoint, with its image processor and tokenizer.
+
+    Raises:
+        ValueError: for a model of a type that is not known here.
+        OSError: when it is neither a folder of a checkpoint nor a model that can be had.
+    """
+    try:
+        model_type = PreTrainedConfig.get_config_dict(path_or_id, **hub_kwargs)[0].get("model_type")
+        if model_type in BACKBONE_CLASSES:
+            return BACKBONE_CLASSES[model_type].from_pretrained(path_or_id, **hub_kwargs).to(device, dtype)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise OSError(f"{path_or_id}: neither a checkpoint's folder nor a model that can be had ({reason})") from error
+    raise ValueError(f"{path_or_id}: its type is {model_type}; backbones are of {', '.join(BACKBONE_CLASSES)}")
+
+
 class Backbones:
     """
     The backbones of one model, in the order in which their features are concatenated.

@@ -89,8 +89,9 @@ class FileVideo(Video):
 
     def __init__(self, file: Any, clip_seconds: float):
         self.file = file
-        self.name = str(getattr(file, "name", file))
-        if isinstance(file, (str, os.PathLike)) and not os.path.exists(file):
+        is_path = isinstance(file, (str, os.PathLike))
+        self.name = str(file if is_path else getattr(file, "name", file))  # a `Path` has a name, too: the last part
+        if is_path and not os.path.exists(file):
             raise FileNotFoundError(f"{self.name}: no such file")
         super().__init__(self._measure(), clip_seconds)
 
