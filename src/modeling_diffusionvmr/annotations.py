@@ -10,6 +10,7 @@ import csv
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ SALIENCY_CLIP_SECONDS = 2  # the clips that QVHighlights' people gave scores to
 NUM_SALIENCY_ANNOTATORS = 3
 CHARADES_DURATIONS = "Charades_v1_*.csv"
 CHARADES_TEST_QID = 12404  # of the first line, in the released features of sentences
-ANNOTATIONS_CONFIG = "annotations"  # of a converted folder
+ANNOTATIONS_CONFIG, TEXT_COLUMN = "annotations", "text_features"  # of a converted folder, and of sentences there
+SPLIT_OF_FILE = re.compile(r"(?:^|-)(\w+)-\d{5}-of-\d{5}")
 
 
 @contextmanager
@@ -90,7 +92,7 @@ def _read_jsonl(path: str | os.PathLike) -> Read:
 def _parse_json(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:  # of the encoding, too
+    except (ValueError, RecursionError) as error:  # of the encoding, too
         raise ValueError(f"not JSON ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(f"a row must be a JSON object, got {line.strip()[:60]!r}")
@@ -99,13 +101,14 @@ def _parse_json(line: bytes) -> dict[str, Any]:
 
 def _read_charades(path: str | os.PathLike) -> Read:
     durations = _charades_durations(Path(path).parent)
-    qid = CHARADES_TEST_QID if "test" in Path(path).stem else 0
+    qid = CHARADES_TEST_QID if "test" in Path(path).stem.split("_") else 0
     for where, line in _lines(path):
         row = _attempt(_parse_charades, line, durations)
+        start, end = 0, 1
         if isinstance(row, dict):
             row["qid"] = qid
             start, end = row["relevant_windows"][0]
-            qid += start < end  # the released features do not count the lines that end before they start
+        qid += start < end  # the released features do not count the lines that end before they start
         yield where, row
 
 
@@ -130,17 +133,23 @@ def _charades_durations(folder: Path) -> dict[str, float]:
     durations = {}
     for path in files:
         with open(path, newline="", encoding="utf-8") as file:
-            for number, row in enumerate(csv.DictReader(file), start=2):
-                try:
+            table = csv.DictReader(file)
+            try:
+                for row in table:
                     durations[row["id"]] = float(row["length"])
-                except (KeyError, TypeError, ValueError):
-                    raise ValueError(f"{path}, line {number}: needs an `id` and a `length` in seconds") from None
+            except (KeyError, TypeError, ValueError, csv.Error) as error:
+                raise ValueError(
+                    f"{path}, line {table.line_num}: needs an `id` and a `length` in seconds ({error})"
+                ) from None
     return durations
 
 
 def _read_tacos(path: str | os.PathLike) -> Read:
-    with open(path, "rb") as file:
-        videos = _parse_json(file.read())
+    try:
+        with open(path, "rb") as file:
+            videos = _parse_json(file.read())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     for name, video in videos.items():
         where = f"{path}, {name}"
         rows = _attempt(_parse_tacos, Path(name).stem, video)
@@ -165,14 +174,36 @@ def _parse_tacos(vid: str, video: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _read_converted(path: str | os.PathLike, split: str | None) -> Read:
-    import datasets  # slow to import, and only those who have such a folder need it
+def open_converted(path: str | os.PathLike, config_name: str) -> dict[str, Any]:
+    """
+    The splits of a table of a converted folder, each a `datasets.Dataset`. `datasets` turns Parquet into Arrow files in
+    its cache the first time; from then on rows are read from these, memory-mapped.
 
-    splits = datasets.load_dataset(os.fspath(path), ANNOTATIONS_CONFIG)
+    Raises:
+        ValueError: when it is no such folder, or a file of it is broken; it names the folder.
+    """
+    import datasets  # slow to import, and only those who have such a folder need it
+    from datasets.exceptions import DatasetGenerationError
+
+    files: dict[str, list[str]] = {}
+    for file in sorted(Path(path, config_name).glob("*.parquet")):
+        split = SPLIT_OF_FILE.search(file.stem)
+        if split:
+            files.setdefault(split[1], []).append(str(file))
+    if not files:
+        raise ValueError(f"{path}: is no converted folder, as it has no {config_name}/*-SPLIT-00000-of-00001*.parquet")
+    try:
+        # By its files, since the cache tells apart neither two folders of one name nor an old and a new one
+        return datasets.load_dataset("parquet", data_files=files)
+    except (ValueError, OSError, DatasetGenerationError) as error:
+        raise ValueError(f"{path}: cannot be read ({error.__cause__ or error})") from error
+
+
+def _read_converted(path: str | os.PathLike, split: str | None) -> Read:
+    splits = open_converted(path, ANNOTATIONS_CONFIG)
     if split not in splits:
         raise ValueError(f"{path}: `split` must be one of {', '.join(splits)}, got {split!r}")
-    table = splits[split]
-    table = table.remove_columns([name for name, kind in table.features.items() if isinstance(kind, datasets.Array2D)])
+    table = splits[split].select_columns([name for name in splits[split].column_names if name != TEXT_COLUMN])
     for index, row in enumerate(table.to_list()):
         yield f"{path}, {split}, row {index}", {name: value for name, value in row.items() if value is not None}
 
@@ -188,7 +219,7 @@ def load_annotations(
     it), TACoS' `.json` as released with 2D-TAN, or a folder that one of `dataset_scripts/` made.
 
     Charades-STA's rows get the numbers, and TACoS' the names, that the released features of their sentences have: lines
-    that cannot be used are not counted, and the test file goes on where the training file ends; `{vid}_{index}`.
+    that end before they start are not counted, and the test file goes on where the training file ends; `{vid}_{index}`.
 
     A row without `relevant_windows` is one to predict. A window that ends after its video is cut there, and one warning
     counts them. Fields that the library does not know are kept.
@@ -286,7 +317,10 @@ def check_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number that is no float
+        return False
 
 
 def _check_duration(duration: Any) -> None:

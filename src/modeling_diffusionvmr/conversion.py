@@ -7,26 +7,31 @@ sentence beside it) and `videos` (one row a video, one column a backbone), so th
 """
 
 import argparse
+import hashlib
+import math
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from datasets import Array2D, BuilderConfig, DatasetInfo, GeneratorBasedBuilder, List, SplitGenerator, Value
+import pyarrow.parquet
+from datasets import Array2D, BuilderConfig, Dataset, DatasetInfo, GeneratorBasedBuilder, List, SplitGenerator, Value
 from datasets import Features as Columns
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
-from .annotations import ANNOTATIONS_CONFIG, load_annotations
-from .features import TEXT_COLUMN, VIDEOS_CONFIG, common_clip_seconds, open_features, open_text_features
+from .annotations import ANNOTATIONS_CONFIG, TEXT_COLUMN, load_annotations
+from .command_line import run
+from .features import VIDEOS_CONFIG, common_clip_seconds, open_features, open_text_features
 from .processing_diffusionvmr import common_length
 
 NEWLINE = "\n"  # which Python 3.10 and 3.11 allow in no f-string's braces
 DTYPES = ("float16", "float32")
+MAX_FILE_BYTES, MAX_GROUP_BYTES = 500 << 20, 64 << 20  # as the Hub likes them; groups are what must fit in memory
 VIDEO_COLUMNS = {"vid": Value("string"), "duration": Value("float64"), "clip_seconds": Value("float64")}
 
 
@@ -52,6 +57,7 @@ class MomentRetrievalBuilder(GeneratorBasedBuilder):
 
     BUILDER_CONFIGS = [BuilderConfig(ANNOTATIONS_CONFIG), BuilderConfig(VIDEOS_CONFIG)]
     DEFAULT_CONFIG_NAME = ANNOTATIONS_CONFIG
+    DEFAULT_WRITER_BATCH_SIZE = 64  # videos that are in memory at once
 
     def __init__(self, source: "Source", **kwargs):
         self.source = source
@@ -100,7 +106,8 @@ class Source:
         text_features: of the sentences.
         clip_seconds: length of a clip; `None` where the features cover the whole duration.
         dtype: of the written features, "float16" or "float32".
-        skip_invalid: leave out the videos whose features cannot be used and their queries, and keep in `dropped` which.
+        skip_invalid: leave out the videos whose features cannot be used and their queries, and keep in `dropped`
+            which, and why.
     """
 
     def __init__(
@@ -113,15 +120,17 @@ class Source:
         skip_invalid: bool = False,
     ):
         for name in video_features:
-            if name in VIDEO_COLUMNS or not name.isidentifier():
+            if name in (*VIDEO_COLUMNS, TEXT_COLUMN) or not name.isidentifier():
                 raise ValueError(f"{name!r} cannot be the name of a column of features: give NAME=PATH")
+        if clip_seconds is not None and not 0 < clip_seconds < math.inf:
+            raise ValueError(f"`clip_seconds` must be a number of seconds above 0, got {clip_seconds}")
         self.rows = rows
         self.video_features = video_features
         self.text_features = text_features
         self.clip_seconds = clip_seconds
         self.dtype = dtype
         self.skip_invalid = skip_invalid
-        self.dropped: list[str] = []
+        self.dropped: dict[str, str] = {}
         self._dropped_videos: set[str] = set()
         self.sizes = {name: self._size(store, "vid") for name, store in video_features.items()}
         self.text_size = self._size(text_features, "qid")
@@ -165,10 +174,9 @@ class Source:
             try:
                 yield make(row)
             except (KeyError, ValueError) as error:
-                message = f"{split}, {what} {row[what]}: {error.args[0]}"
                 if not self.skip_invalid:
-                    raise ValueError(message) from None
-                self.dropped.append(message)
+                    raise ValueError(f"{split}, {what} {row[what]}: {error.args[0]}") from None
+                self.dropped[f"{split}, {what} {row[what]}"] = error.args[0]
                 if what == "vid":
                     self._dropped_videos.add(row["vid"])
 
@@ -215,27 +223,57 @@ def convert(
     output = Path(output)
     if output.exists():
         raise FileExistsError(f"{output}: is there already; remove it, or give another name")
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    counts = {}
-    with TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}.") as work:
-        folder = Path(work) / output.name
+    counts, files = {}, {}
+    around = next(parent for parent in output.absolute().parents if parent.exists())
+    with TemporaryDirectory(dir=around, prefix=f".{output.name}.") as work:
+        folder = Path(work) / "folder"
         for config_name in (VIDEOS_CONFIG, ANNOTATIONS_CONFIG):  # the queries of a dropped video are dropped after it
             table = builder(source, config_name=config_name, cache_dir=f"{work}/cache")
             try:
-                table.download_and_prepare(f"{work}/{config_name}", file_format="parquet")
+                table.download_and_prepare()
             except DatasetGenerationError as error:
                 raise error.__cause__ from None  # the line that says what is wrong
-            (folder / config_name).mkdir(parents=True)
-            for path in Path(work, config_name).glob("*.parquet"):  # and none of the builder's own files
-                path.rename(folder / config_name / path.name)
-            counts[config_name] = {split: info.num_examples for split, info in table.info.splits.items()}
-        DatasetCard(_card(builder, source, counts)).save(folder / "README.md")
+            counts[config_name], files[config_name] = {}, {}
+            for split, info in table.info.splits.items():
+                if not info.num_examples:
+                    raise ValueError(f"the {split} split has no {config_name} whose features can be used")
+                paths = _write_parquet(table.as_dataset(split), folder / config_name, f"{builder.slug()}-{split}")
+                files[config_name][split] = [f"{config_name}/{path.name}" for path in paths]
+                counts[config_name][split] = info.num_examples
+        DatasetCard(_card(builder, source, counts, files)).save(folder / "README.md")
+        output.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(output)
     return counts
 
 
-def _card(builder: type[MomentRetrievalBuilder], source: Source, counts: Mapping[str, Mapping[str, int]]) -> str:
-    slug = builder.slug()
+def _write_parquet(dataset: Dataset, folder: Path, name: str) -> list[Path]:
+    # Not `Dataset.to_parquet`: it looks for repeated values and repeated chunks, which features do not have, and took
+    # 4 times as long here
+    folder.mkdir(parents=True, exist_ok=True)
+    table = dataset.data.table
+    num_files = math.ceil(table.nbytes / MAX_FILE_BYTES)
+    num_rows = math.ceil(len(dataset) / num_files)
+    paths = []
+    for index in range(num_files):
+        path = folder / f"{name}-{index:05d}-of-{num_files:05d}"
+        part = table.slice(index * num_rows, num_rows)
+        group = math.ceil(len(part) / math.ceil(part.nbytes / MAX_GROUP_BYTES))
+        pyarrow.parquet.write_table(part, path, row_group_size=group, compression="zstd", use_dictionary=False)
+        # `load_dataset` tells two local folders of one name apart by the names of their files alone
+        digest = hashlib.blake2b(digest_size=4)
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        paths.append(path.rename(f"{path}-{digest.hexdigest()}.parquet"))
+    return paths
+
+
+def _card(
+    builder: type[MomentRetrievalBuilder],
+    source: Source,
+    counts: Mapping[str, Mapping[str, int]],
+    files: Mapping[str, Mapping[str, list[str]]],
+) -> str:
     data = DatasetCardData(
         pretty_name=builder.TITLE,
         language=["en"],
@@ -245,7 +283,7 @@ def _card(builder: type[MomentRetrievalBuilder], source: Source, counts: Mapping
             {
                 "config_name": name,
                 **({"default": True} if name == ANNOTATIONS_CONFIG else {}),
-                "data_files": [{"split": split, "path": f"{name}/{slug}-{split}*.parquet"} for split in source.rows],
+                "data_files": [{"split": split, "path": paths} for split, paths in files[name].items()],
             }
             for name in (ANNOTATIONS_CONFIG, VIDEOS_CONFIG)
         ],
@@ -256,7 +294,7 @@ def _card(builder: type[MomentRetrievalBuilder], source: Source, counts: Mapping
     columns = [f"| `{VIDEOS_CONFIG}` | `{name}` | clips x {size} |" for name, size in source.sizes.items()]
     columns.append(f"| `{ANNOTATIONS_CONFIG}` | `{TEXT_COLUMN}` | tokens x {source.text_size} |")
     clip = "The clips share the duration" if source.clip_seconds is None else f"A clip has {source.clip_seconds:g} s"
-    dropped = "".join(f"- {line}\n" for line in source.dropped)
+    dropped = "".join(f"- {what}\n" for what in source.dropped)
     return f"""---
 {data.to_yaml()}
 ---
@@ -279,7 +317,7 @@ Times are seconds. {clip}. Features ({source.dtype}) are as released, not normal
 | --- | --- | --- |
 {NEWLINE.join(columns)}
 
-{"Left out, since features could not be used:" if dropped else "Nothing was left out for its features."}
+{"Left out, since features could not be used:" if dropped else "No query was left out for its features."}
 
 {dropped}
 The licence is that of the annotations, by their authors; cite them:
@@ -316,24 +354,22 @@ def main(builder: type[MomentRetrievalBuilder]) -> None:
     parser.add_argument("--skip_invalid", action="store_true", help="leave out what cannot be used, and say what")
     parser.add_argument("--push_to_hub", metavar="REPO_ID", help="send the folder to the Hub")
     parser.add_argument("--private", action="store_true", help="to a private repository")
-    arguments = parser.parse_args()
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    try:
-        _run(builder, arguments)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    run(partial(_run, builder), parser)
 
 
 def _run(builder: type[MomentRetrievalBuilder], arguments: argparse.Namespace) -> None:
     rows = builder.splits(arguments.annotations, arguments.skip_invalid)
     stores = {}
     for given in arguments.video_features:
-        name, separator, path = given.rpartition("=")
-        name = name if separator else Path(path).stem
+        name, _, path = given.partition("=")
+        if not path or not name.isidentifier():
+            name, path = Path(given).stem, given
         if name in stores:
             raise ValueError(f"two backbones are called {name}: give NAME=PATH")
         stores[name] = open_features(path)
-    clip_seconds = arguments.clip_seconds or common_clip_seconds(list(stores.values())) or builder.CLIP_SECONDS
+    clip_seconds = arguments.clip_seconds
+    if clip_seconds is None:
+        clip_seconds = common_clip_seconds(list(stores.values())) or builder.CLIP_SECONDS
     every_row = [row for split in rows.values() for row in split]
     source = Source(
         rows,
@@ -345,7 +381,7 @@ def _run(builder: type[MomentRetrievalBuilder], arguments: argparse.Namespace) -
     )
     counts = convert(builder, source, arguments.output)
     if source.dropped:
-        lines = "\n  ".join(source.dropped)
+        lines = "\n  ".join(f"{what}: {why}" for what, why in source.dropped.items())
         warnings.warn(f"{len(source.dropped)} rows were left out for their features:\n  {lines}", stacklevel=2)
     for split in rows:
         print(f"{split}: {counts[ANNOTATIONS_CONFIG][split]} queries, {counts[VIDEOS_CONFIG][split]} videos")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -63,8 +63,10 @@ class MomentRetrievalDataset(Dataset):
         self.processor = processor
         self.config = config
         self.clip_seconds = common_clip_seconds(self.video_features) if clip_seconds is None else clip_seconds
+        if self.clip_seconds is not None and not 0 < self.clip_seconds < math.inf:
+            raise ValueError(f"`clip_seconds` must be a number of seconds above 0, got {self.clip_seconds}")
         self.seed = seed
-        self._averaged: dict[str, tuple[Tensor, float]] = {}
+        self._averaged: dict[str, tuple[Tensor, int]] = {}
         self.rows = [self._checked(row) for row in rows]
         if skip_invalid:
             self.rows = self._readable()
@@ -157,6 +159,7 @@ class MomentRetrievalDataset(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The samples of a batch. A `DataLoader` asks for them so: what is computed is computed for all at once."""
         samples = []
+        indices = [range(len(self))[index] for index in indices]  # -1 is the last one
         for index in indices:
             row = self.rows[index]
             video, covered = self._video(row)
@@ -176,15 +179,14 @@ class MomentRetrievalDataset(Dataset):
         """The features (Lv, Dv) of a row's video, and the seconds that they cover."""
         vid = row["vid"]
         if vid in self._averaged:
-            return self._averaged[vid]
-        arrays = [store[vid] for store in self.video_features]
-        features = self.processor.prepare_video(arrays, f"video {vid}")
-        length = min(map(len, arrays))
-        result = features, self.covered_duration(row, length)
-        # A long video is small now, was slow to read, and has many queries (TACoS: 130)
-        if length > len(features) and len(self._averaged) < MAX_AVERAGED_VIDEOS:
-            self._averaged[vid] = result
-        return result
+            features, length = self._averaged[vid]
+        else:
+            arrays = [store[vid] for store in self.video_features]
+            features, length = self.processor.prepare_video(arrays, f"video {vid}"), min(map(len, arrays))
+            # A long video is small now, was slow to read, and has many queries (TACoS: 130)
+            if length > len(features) and len(self._averaged) < MAX_AVERAGED_VIDEOS:
+                self._averaged[vid] = features, length
+        return features, self.covered_duration(row, length)
 
     def _text(self, row: Mapping[str, Any]) -> Tensor:
         return self.processor.prepare_text(self.text_features[row["qid"]], f"qid {row['qid']}")
@@ -244,15 +246,22 @@ class _EpochDraws:
 
 class _Truth:
     """
-    The annotations of R rows as tensors, padded with NaN: true windows in seconds (R, M, 2), and the clips that
-    annotators gave scores to, by their centre in seconds (R, A), with the sum of what they gave (R, A).
+    The annotations of R rows as tensors: true windows in seconds (R, M, 2), padded with NaN, and what annotators gave
+    each of their clips, the sum of all and 1 (R, A); 0 for clips that they gave nothing.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]]):
-        self.windows = _padded([row.get("relevant_windows") or [] for row in rows], 2)
-        scored = [row if row.get("saliency_scores") else {} for row in rows]
-        self.centers = (_padded([row.get("relevant_clip_ids", []) for row in scored]) + 0.5) * SALIENCY_CLIP_SECONDS
-        self.scores = _padded([list(map(sum, row.get("saliency_scores", []))) for row in scored])
+        windows = [row.get("relevant_windows") or [] for row in rows]
+        self.windows = torch.full((len(rows), max(map(len, windows), default=0), 2), math.nan)
+        for table, row_windows in zip(self.windows, windows):
+            if row_windows:
+                table[: len(row_windows)] = torch.tensor(row_windows)
+        scored = [row if row.get("saliency_scores") else {"relevant_clip_ids": []} for row in rows]
+        most = max((max(row["relevant_clip_ids"], default=-1) + 1 for row in scored), default=0)
+        self.scores = torch.zeros(len(rows), max(most, 1))
+        for table, row in zip(self.scores, scored):
+            for clip, scores in zip(row["relevant_clip_ids"], row.get("saliency_scores", [])):
+                table[clip] = sum(scores) + 1
 
     def spans(self, rows: Tensor, covered: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -271,21 +280,15 @@ class _Truth:
         """
         longest = int(num_clips.max())
         relevant = relevant_clips(spans, torch.arange(spans.shape[1]) < counts[:, None], num_clips, longest).float()
-        scores = self.scores[rows]
-        given = scores.isfinite()
-        clips = (self.centers[rows] / covered[:, None] * num_clips[:, None]).nan_to_num().long()
-        clips = torch.minimum(clips, num_clips[:, None] - 1)
-        annotated = torch.zeros_like(relevant).scatter_reduce(1, clips, (scores + 1).nan_to_num(), "amax")
-        return torch.where(given.any(1, keepdim=True), annotated, relevant)
-
-
-def _padded(lists: Sequence[Sequence], *size: int) -> Tensor:
-    """Lists of different lengths -> (R, longest, *size) float32, padded with NaN."""
-    table = torch.full((len(lists), max(map(len, lists), default=0), *size), math.nan)
-    for row, values in zip(table, lists):
-        if len(values):
-            row[: len(values)] = torch.as_tensor(np.asarray(values, dtype=np.float32))
-    return table
+        # A clip has the scores of those annotators' clips whose centre it holds, and of the one that holds its centre
+        centers = (torch.arange(self.scores.shape[1]) + 0.5) * SALIENCY_CLIP_SECONDS
+        scores = self.scores[rows] * (centers < covered[:, None])
+        held = torch.minimum((centers / covered[:, None] * num_clips[:, None]).long(), num_clips[:, None] - 1)
+        centers = (torch.arange(longest) + 0.5) * (covered / num_clips)[:, None]
+        holders = (centers / SALIENCY_CLIP_SECONDS).long().clamp(max=scores.shape[1])
+        annotated = nn.functional.pad(scores, (0, 1)).gather(1, holders).scatter_reduce(1, held, scores, "amax")
+        annotated = annotated * (torch.arange(longest) < num_clips[:, None])
+        return torch.where(scores.any(1, keepdim=True), annotated, relevant)
 
 
 def _saliency_pairs(scores: Tensor, num_clips: Tensor, uniform: Tensor) -> tuple[Tensor, list[int]]:
@@ -313,7 +316,7 @@ def _saliency_pairs(scores: Tensor, num_clips: Tensor, uniform: Tensor) -> tuple
     allowed = torch.stack(kinds, dim=2)  # (2, B, P, L)
     # The position at which as many are counted as a uniform choice among them says
     counted = allowed.cumsum(3)
-    rank = (uniform.transpose(0, 1) * counted[..., -1]).long() + 1
+    rank = torch.minimum((uniform.transpose(0, 1) * counted[..., -1]).long() + 1, counted[..., -1])
     return (counted >= rank[..., None]).byte().argmax(3), ((has_hard | has_easy) * NUM_SALIENCY_PAIRS).tolist()
 
 

@@ -9,8 +9,6 @@ import math
 import os
 import string
 import warnings
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .annotations import ANNOTATIONS_CONFIG, whole_file
+from .annotations import ANNOTATIONS_CONFIG, TEXT_COLUMN, open_converted, whole_file
 from .processing_diffusionvmr import check_finite
 
 VIDEO_KEY, TEXT_KEY = "features", "last_hidden_state"  # of the arrays in the official npz files
@@ -26,7 +24,6 @@ TEXT_PREFIX = "qid"  # of the official files of sentences
 VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov")  # that the names in some released files have
 METADATA_FILE = "features.json"  # of a folder that the library wrote
 VIDEOS_CONFIG = "videos"  # of a converted folder
-TEXT_COLUMN = "text_features"  # of its annotations
 
 
 def open_features(path: str | os.PathLike, column: str | None = None) -> "Features":
@@ -66,7 +63,7 @@ def open_video_features(paths: Iterable[str | os.PathLike]) -> list["Features"]:
     stores = []
     for path in map(Path, paths):
         converted = (path / VIDEOS_CONFIG).is_dir()
-        columns = ConvertedFeatures.columns(path, VIDEOS_CONFIG) if converted else [None]
+        columns = ConvertedFeatures.columns(path) if converted else [None]
         stores += [open_features(path, column) for column in columns]
     return stores
 
@@ -110,21 +107,26 @@ class Features(Mapping):
         self.clip_seconds = clip_seconds
         # Sentences lie under "qid" and their id
         prefix = TEXT_PREFIX if all(name.startswith(TEXT_PREFIX) for name in places) else ""
-        self._places = {_without_suffix(name.removeprefix(prefix)): place for name, place in places.items()}
+        self._places = {}
+        for name, place in places.items():
+            identifier = _without_suffix(name.removeprefix(prefix))
+            if identifier in self._places:
+                raise ValueError(f"{path}: has features of {identifier} twice")
+            self._places[identifier] = place
 
     def __getitem__(self, identifier: int | str) -> np.ndarray:
-        place = self._places.get(str(identifier))
-        if place is None:
+        if identifier not in self:
             raise KeyError(f"{self.path}: no features of {identifier}")
         try:
-            array = self._read(place)
-        # Whatever NumPy and zipfile raise for a file that is cut off, pickled, or something else altogether
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+            array = self._read(self._places[_without_suffix(str(identifier))])
+        # What NumPy, zipfile and h5py raise for a file that is cut off, pickled, or something else altogether, is of
+        # many kinds, MemoryError and tokenize.TokenError among them
+        except Exception as error:
             raise ValueError(f"{self.path}, {identifier}: cannot be read ({error})") from error
         return _checked(array, f"{self.path}, {identifier}")
 
     def __contains__(self, identifier: object) -> bool:
-        return str(identifier) in self._places
+        return _without_suffix(str(identifier)) in self._places
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -189,8 +191,12 @@ class Hdf5Features(Features):
 
     def __init__(self, path: Path):
         with self._opened(path) as file:
-            seconds = file.attrs.get("clip_seconds")
-            super().__init__(path, {name: name for name in file}, None if seconds is None else float(seconds))
+            try:
+                places = {name: name for name in file}
+                seconds = file.attrs.get("clip_seconds")
+            except (RuntimeError, KeyError) as error:
+                raise ValueError(f"{path}: a broken HDF5 file ({error})") from error
+        super().__init__(path, places, seconds.item() if isinstance(seconds, np.generic) else seconds)
 
     @staticmethod
     def _opened(path):
@@ -211,47 +217,36 @@ class Hdf5Features(Features):
 
 
 class ConvertedFeatures(Features):
-    """
-    A column of a folder that one of `dataset_scripts/` made. `datasets` turns Parquet into Arrow files in its cache the
-    first time; from then on rows are read from these, memory-mapped.
-    """
+    """A column of a folder that one of `dataset_scripts/` made, see `open_converted`."""
 
     def __init__(self, path: Path, column: str | None = None):
-        import datasets  # slow to import, and only those who have such a folder need it
-
-        backbones = self.columns(path, VIDEOS_CONFIG)
-        texts = self.columns(path, ANNOTATIONS_CONFIG)
+        backbones = self.columns(path)
         if column is None and len(backbones) == 1:
             column = backbones[0]
-        if column not in backbones + texts:
-            raise ValueError(f"{path}: `column` must be one of {', '.join(backbones + texts)}, got {column!r}")
-        is_video = column in backbones
+        if column not in (*backbones, TEXT_COLUMN):
+            raise ValueError(f"{path}: `column` must be one of {', '.join((*backbones, TEXT_COLUMN))}, got {column!r}")
+        config_name, key = (ANNOTATIONS_CONFIG, "qid") if column == TEXT_COLUMN else (VIDEOS_CONFIG, "vid")
         self.column = column
         self._chunks, places, seconds = [], {}, None
-        for split in datasets.load_dataset(str(path), VIDEOS_CONFIG if is_video else ANNOTATIONS_CONFIG).values():
-            identifiers = split.data.column("vid" if is_video else "qid").to_pylist()
-            if is_video and "clip_seconds" in split.column_names:
+        for split in open_converted(path, config_name).values():
+            identifiers = iter(split.data.column(key).to_pylist())
+            if "clip_seconds" in split.column_names:
                 seconds = split.data.column("clip_seconds")[0].as_py()
-            numbers = iter(identifiers)
             for chunk in split.data.column(column).chunks:
                 arrays = chunk.storage  # a list (rows) of lists (length) of lists (size)
                 vectors = arrays.values
                 starts = vectors.offsets.to_numpy()[arrays.offsets.to_numpy()]
                 values = vectors.values.to_numpy(zero_copy_only=True)
-                places.update((str(next(numbers)), (len(self._chunks), row)) for row in range(len(arrays)))
+                places.update((str(next(identifiers)), (len(self._chunks), row)) for row in range(len(arrays)))
                 self._chunks.append((values, starts, split.features[column].shape[1]))
         super().__init__(path, places, seconds)
 
     @staticmethod
-    def columns(path: Path, config: str) -> list[str]:
-        """The columns of a converted folder's table that hold features."""
+    def columns(path: Path) -> list[str]:
+        """The video backbones of a converted folder."""
         import datasets
-        import pyarrow.parquet
 
-        file = next((path / config).glob("*.parquet"), None)
-        if file is None:
-            raise ValueError(f"{path}: has no Parquet files in {config}/, as a converted folder does")
-        features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(file))
+        features = next(iter(open_converted(path, VIDEOS_CONFIG).values())).features
         return [name for name, kind in features.items() if isinstance(kind, datasets.Array2D)]
 
     def __reduce__(self):  # another process maps the files itself
@@ -301,20 +296,19 @@ class GloveFeatures(Mapping):
     @staticmethod
     def _load(path, words: set[str]) -> dict[str, np.ndarray]:
         vectors, size = {}, None
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                word, _, numbers = line.rstrip().partition(" ")
-                if word not in words and size is not None:
-                    continue
                 try:
-                    vector = np.array(numbers.split(" "), dtype=np.float32)
-                    if len(vector) != (size or len(vector)) or not np.isfinite(vector).all():
-                        raise ValueError
+                    # From the right: some words of the largest release hold spaces
+                    word, *numbers = line.decode().rstrip().rsplit(" ", -1 if size is None else size)
+                    size = size or len(numbers)
+                    if word in words:
+                        with np.errstate(over="ignore"):  # what float32 cannot hold is found as infinity
+                            vectors[word] = np.array(numbers, dtype=np.float32)
+                        if not size or len(numbers) != size or not np.isfinite(vectors[word]).all():
+                            raise ValueError
                 except ValueError:
                     raise ValueError(f"{path}, line {number}: must be a word and {size or 'its'} numbers") from None
-                size = len(vector)
-                if word in words:
-                    vectors[word] = vector
         if not vectors:
             raise ValueError(f"{path}: has a vector for none of {len(words)} words")
         return vectors

@@ -1,0 +1,71 @@
+"""What the commands in `scripts/` and `dataset_scripts/` share: errors and warnings as lines, arguments for data."""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoModel, AutoProcessor
+
+from . import DEFAULT_MODEL
+
+
+def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
+    """Runs a command: what is wrong with its input is one line on stderr, and a non-zero exit."""
+    arguments = parser.parse_args()
+    # Python's own form names a line of code, which means nothing to who runs a command
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        main(arguments)
+    except SafetensorError as error:
+        sys.exit(f"error: the checkpoint's weights are broken or cut off ({error})")
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
+        sys.exit(f"error: {error}")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--model` and `--trust_remote_code`."""
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="checkpoint folder or Hub id (default: embedded)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Annotations and features, official files or a converted folder."""
+    parser.add_argument(
+        "--annotations", required=True, metavar="PATH", help="official or JSONL file, or a converted folder"
+    )
+    parser.add_argument("--split", help="of a converted folder: train, val or test")
+    parser.add_argument(
+        "--video_features",
+        required=True,
+        nargs="+",
+        metavar="PATH",
+        help="one a backbone, in the model's order: folder of .npz or .npy, HDF5 file; or a converted folder",
+    )
+    parser.add_argument(
+        "--text_features",
+        required=True,
+        metavar="PATH",
+        help="folder of qid*.npz, HDF5 file, GloVe's .txt, or a converted folder",
+    )
+    parser.add_argument("--clip_seconds", type=float, help="length of a clip, where the features do not say it")
+    parser.add_argument("--skip_invalid", action="store_true", help="drop what cannot be used, and say what")
+
+
+def check_model(model: str) -> None:
+    """Raises `ValueError` for what is neither a folder nor could be a Hub id, before anyone asks the Hub for it."""
+    if not os.path.isdir(model) and (model.count("/") > 1 or model.startswith((".", "/"))):
+        raise ValueError(f"{model}: there is no such folder, and it is no Hub id")
+
+
+def load_model(arguments: argparse.Namespace):
+    """The model and the processor of `add_model_arguments`."""
+    check_model(arguments.model)
+    options = {"trust_remote_code": arguments.trust_remote_code or None}
+    return (
+        AutoModel.from_pretrained(arguments.model, **options),
+        AutoProcessor.from_pretrained(arguments.model, **options),
+    )
