@@ -1,15 +1,13 @@
 """`make demo`: renders a video that no model has seen, asks three sentences, and shows moments beside the truth."""
 
 import argparse
-import sys
 from itertools import count
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import pipeline
 
 from modeling_diffusionvmr import DEFAULT_MODEL
+from modeling_diffusionvmr.command_line import run
 from modeling_diffusionvmr.plotting import plot_refinement, plot_timeline, save_figure
 from modeling_diffusionvmr.rendered_world import plan_video, write_video
 from modeling_diffusionvmr.video import open_video
@@ -66,8 +64,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("demo"), help="default: demo/")
     parser.add_argument("--seed", type=int, default=FIRST_SEED, help="of the world")
-    arguments = parser.parse_args()
-    try:
-        main(arguments.output_dir, arguments.seed)
-    except (ValueError, OSError, StrictDataclassError, SafetensorError) as error:
-        sys.exit(f"error: {error}")
+    run(lambda arguments: main(arguments.output_dir, arguments.seed), parser.parse_args())

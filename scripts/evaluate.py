@@ -7,6 +7,7 @@ and the best one's are written: do that on a validation split.
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from modeling_diffusionvmr.features import open_text_features, open_video_featur
 POST_PROCESSING = ("threshold", "top_k", "nms_threshold", "round_to")
 
 
-def parser() -> argparse.ArgumentParser:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     add_data_arguments(parser)
@@ -38,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--round_to", type=float, metavar="SECONDS", help="QVHighlights officially: 2")
     parser.add_argument("--batch_size", type=int, default=100)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser
+    return parser.parse_args(arguments)
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -88,4 +89,4 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run(main, parser())
+    run(main, parse_arguments())

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from modeling_diffusionvmr import load_annotations
 from modeling_diffusionvmr.backbones import ClipBackbone, load_backbone
+from modeling_diffusionvmr.command_line import run
 from modeling_diffusionvmr.extraction import extract_sentences, extract_videos, find_videos
 
 MOST_NAMES = 10  # on one line
@@ -120,7 +120,4 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_arguments())
-    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
-        sys.exit(f"error: {error}")
+    run(main, parse_arguments())

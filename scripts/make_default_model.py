@@ -6,7 +6,6 @@ CLIP's features from rendered mp4 files, and trains a tiny DiffusionVMR on them.
 import argparse
 import multiprocessing
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,8 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import TrainingArguments, pipeline, set_seed
 
@@ -34,6 +31,7 @@ from modeling_diffusionvmr import (
 )
 from modeling_diffusionvmr.annotations import save_jsonl
 from modeling_diffusionvmr.backbones import Backbones, ClipBackbone
+from modeling_diffusionvmr.command_line import run
 from modeling_diffusionvmr.extraction import extract_sentence, extract_video
 from modeling_diffusionvmr.modeling_diffusionvmr import TASK
 from modeling_diffusionvmr.rendered_backbone import measure_clip, train_rendered_clip
@@ -330,7 +328,4 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_arguments())
-    except (ValueError, OSError, StrictDataclassError, SafetensorError) as error:
-        sys.exit(f"error: {error}")
+    run(main, parse_arguments())

@@ -2,14 +2,11 @@
 
 import argparse
 import json
-import os
 import sys
 
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import pipeline
 
-from modeling_diffusionvmr import DEFAULT_MODEL
+from modeling_diffusionvmr.command_line import add_model_arguments, check_model, run
 from modeling_diffusionvmr.video import open_video
 
 NUM_FRAMES = 12
@@ -19,7 +16,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("video", help="a video file")
     parser.add_argument("query", nargs="+", help="a sentence; several search the video in one pass")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="checkpoint folder or Hub id (default: embedded)")
+    add_model_arguments(parser)
     parser.add_argument("--top_k", type=int, default=5, help="moments a query at most (default: 5)")
     parser.add_argument("--threshold", type=float, help="least score of a moment")
     parser.add_argument("--nms_threshold", type=float, help="drop a moment whose IoU with a better one is above it")
@@ -27,21 +24,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_sampling_steps", type=int, help="DDIM steps")
     parser.add_argument("--plot", metavar="OUT.png", help="save a timeline picture")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
     return parser.parse_args()
 
 
 def main(arguments: argparse.Namespace) -> None:
-    if not os.path.isdir(arguments.model) and (
-        arguments.model.count("/") > 1 or arguments.model.startswith((".", "/"))
-    ):
-        raise ValueError(f"{arguments.model}: there is no such folder, and it is no Hub id")
-    try:
-        retrieve = pipeline(
-            "video-moment-retrieval", model=arguments.model, trust_remote_code=arguments.trust_remote_code or None
-        )
-    except SafetensorError as error:
-        raise ValueError(f"{arguments.model}: its weights are broken or cut off ({error})") from error
+    check_model(arguments.model)
+    retrieve = pipeline(
+        "video-moment-retrieval", model=arguments.model, trust_remote_code=arguments.trust_remote_code or None
+    )
     names = ("top_k", "threshold", "nms_threshold", "num_proposals", "num_sampling_steps")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     results = retrieve(arguments.video, arguments.query, return_saliency=True, progress=True, **given)
@@ -62,7 +52,4 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_arguments())
-    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
-        sys.exit(f"error: {error}")
+    run(main, parse_arguments())

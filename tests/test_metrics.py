@@ -157,6 +157,19 @@ def test_saliency_on_one_side_only():
         assert not [key for key in [*result, *result["brief"]] if key.startswith("HL")]
 
 
+def test_saliency_without_windows():
+    predictions, references = zip(*(salient_pair(qid, [1, 0, 3, 2], [0, 2], [[4, 4, 4], [1, 4, 2]]) for qid in (1, 2)))
+    both = evaluate_predictions(predictions, references)
+    alone = [{name: row[name] for name in ("qid", "pred_saliency_scores")} for row in predictions]
+    assert evaluate_predictions(alone, references) == {
+        "brief": {name: value for name, value in both["brief"].items() if name.startswith("HL")},
+        **{name: value for name, value in both.items() if name.startswith("HL")},
+        "extra": {},
+    }
+    with pytest.raises(ValueError, match="qid 2: `pred_relevant_windows`"):  # all or none
+        evaluate_predictions([predictions[0], alone[1]], references)
+
+
 def test_qids_as_numbers_or_strings_in_any_order():
     pairs = [pair(7, [[0, 4, 1]], [[0, 4]]), pair("s30-d52_0", [[0, 4, 1]], [[50, 60]])]
     predictions, references = zip(*pairs)

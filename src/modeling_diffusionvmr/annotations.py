@@ -8,9 +8,9 @@ three people gave each of these clips, 0 to 4).
 
 import csv
 import json
-import math
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ NUM_SALIENCY_ANNOTATORS = 3
 CHARADES_DURATIONS = "Charades_v1_*.csv"
 CHARADES_TEST_QID = 12404  # of the first line, in the released features of sentences
 ANNOTATIONS_CONFIG, TEXT_COLUMN = "annotations", "text_features"  # of a converted folder, and of sentences there
-SPLIT_OF_FILE = re.compile(r"(?:^|-)(\w+)-\d{5}-of-\d{5}")
+FILE_OF_SPLIT = re.compile(r"(?:^|-)(?P<split>\w+)-(?P<index>\d{5})-of-(?P<count>\d{5})")
 
 
 @contextmanager
@@ -186,12 +186,19 @@ def open_converted(path: str | os.PathLike, config_name: str) -> dict[str, Any]:
     from datasets.exceptions import DatasetGenerationError
 
     files: dict[str, list[str]] = {}
+    present: dict[str, list[tuple[int, int]]] = {}
     for file in sorted(Path(path, config_name).glob("*.parquet")):
-        split = SPLIT_OF_FILE.search(file.stem)
-        if split:
-            files.setdefault(split[1], []).append(str(file))
+        name = FILE_OF_SPLIT.search(file.stem)
+        if name:
+            files.setdefault(name["split"], []).append(str(file))
+            present.setdefault(name["split"], []).append((int(name["index"]), int(name["count"])))
     if not files:
         raise ValueError(f"{path}: is no converted folder, as it has no {config_name}/*-SPLIT-00000-of-00001*.parquet")
+    for split, numbers in present.items():
+        if numbers != [(index, len(numbers)) for index in range(len(numbers))]:
+            raise ValueError(
+                f"{path}: files of {config_name}, {split}, are missing or of several conversions: {numbers}"
+            )
     try:
         # By its files, since the cache tells apart neither two folders of one name nor an old and a new one
         return datasets.load_dataset("parquet", data_files=files)
@@ -317,10 +324,8 @@ def check_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    try:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number that is no float
-        return False
+    # The largest float is a bound that NaN, too, is not within, nor is a whole number that is no float
+    return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _check_duration(duration: Any) -> None:
@@ -349,10 +354,13 @@ def check_saliency(row: Mapping[str, Any]) -> None:
     _check_duration(duration)
     num_clips = int(duration / SALIENCY_CLIP_SECONDS)
     for clip in clips:
-        if not isinstance(clip, int) or isinstance(clip, bool) or not 0 <= clip < num_clips:
+        if type(clip) is not int or not 0 <= clip < num_clips:
             raise ValueError(f"`relevant_clip_ids` must be whole numbers from 0 to {num_clips - 1}, got {clip!r}")
     if len(set(clips)) < len(clips):
         raise ValueError("`relevant_clip_ids` names a clip twice")
     for score in scores:
-        if not isinstance(score, list) or len(score) != NUM_SALIENCY_ANNOTATORS or not all(map(_is_number, score)):
-            raise ValueError(f"each of `saliency_scores` must be {NUM_SALIENCY_ANNOTATORS} numbers, got {score!r}")
+        given = type(score) is list and len(score) == NUM_SALIENCY_ANNOTATORS and all(map(_is_number, score))
+        if not given or min(score) < 0:
+            raise ValueError(
+                f"each of `saliency_scores` must be {NUM_SALIENCY_ANNOTATORS} numbers of 0 or more, got {score!r}"
+            )

@@ -13,9 +13,8 @@ from transformers import AutoModel, AutoProcessor
 from . import DEFAULT_MODEL
 
 
-def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
+def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
     """Runs a command: what is wrong with its input is one line on stderr, and a non-zero exit."""
-    arguments = parser.parse_args()
     # Python's own form names a line of code, which means nothing to who runs a command
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:

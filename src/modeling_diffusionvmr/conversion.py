@@ -251,14 +251,14 @@ def _write_parquet(dataset: Dataset, folder: Path, name: str) -> list[Path]:
     # 4 times as long here
     folder.mkdir(parents=True, exist_ok=True)
     table = dataset.data.table
-    num_files = math.ceil(table.nbytes / MAX_FILE_BYTES)
-    num_rows = math.ceil(len(dataset) / num_files)
+    row_bytes = table.nbytes / len(table)
+    in_file, in_group = (max(1, int(limit / row_bytes)) for limit in (MAX_FILE_BYTES, MAX_GROUP_BYTES))
+    num_files = math.ceil(len(table) / in_file)
     paths = []
     for index in range(num_files):
         path = folder / f"{name}-{index:05d}-of-{num_files:05d}"
-        part = table.slice(index * num_rows, num_rows)
-        group = math.ceil(len(part) / math.ceil(part.nbytes / MAX_GROUP_BYTES))
-        pyarrow.parquet.write_table(part, path, row_group_size=group, compression="zstd", use_dictionary=False)
+        part = table.slice(index * in_file, in_file)
+        pyarrow.parquet.write_table(part, path, row_group_size=in_group, compression="zstd", use_dictionary=False)
         # `load_dataset` tells two local folders of one name apart by the names of their files alone
         digest = hashlib.blake2b(digest_size=4)
         with open(path, "rb") as file:
@@ -354,7 +354,7 @@ def main(builder: type[MomentRetrievalBuilder]) -> None:
     parser.add_argument("--skip_invalid", action="store_true", help="leave out what cannot be used, and say what")
     parser.add_argument("--push_to_hub", metavar="REPO_ID", help="send the folder to the Hub")
     parser.add_argument("--private", action="store_true", help="to a private repository")
-    run(partial(_run, builder), parser)
+    run(partial(_run, builder), parser.parse_args())
 
 
 def _run(builder: type[MomentRetrievalBuilder], arguments: argparse.Namespace) -> None:
@@ -391,5 +391,10 @@ def _run(builder: type[MomentRetrievalBuilder], arguments: argparse.Namespace) -
         repository = api.create_repo(
             arguments.push_to_hub, repo_type="dataset", private=arguments.private, exist_ok=True
         )
-        api.upload_folder(repo_id=repository.repo_id, folder_path=arguments.output, repo_type="dataset")
+        api.upload_folder(
+            repo_id=repository.repo_id,
+            folder_path=arguments.output,
+            repo_type="dataset",
+            delete_patterns="*.parquet",  # of an earlier conversion, whose names differ
+        )
         print(f"sent to {repository}")

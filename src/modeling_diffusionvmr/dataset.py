@@ -69,7 +69,9 @@ class MomentRetrievalDataset(Dataset):
         self._averaged: dict[str, tuple[Tensor, int]] = {}
         self.rows = [self._checked(row) for row in rows]
         if skip_invalid:
-            self.rows = self._readable()
+            self.rows, dropped = self._readable()
+            if dropped:
+                warn_dropped("features", dropped, len(self.rows))
         else:
             for row in self.rows:
                 self._check_present(row)
@@ -101,7 +103,7 @@ class MomentRetrievalDataset(Dataset):
         if row["qid"] not in self.text_features:
             raise ValueError(f"qid {row['qid']}: no features of its sentence in {name_of(self.text_features)}")
 
-    def _readable(self) -> list[dict[str, Any]]:
+    def _readable(self) -> tuple[list[dict[str, Any]], list[str]]:
         videos: dict[str, ValueError | None] = {}  # each is read once
         kept, dropped = [], []
         for row in tqdm(self.rows, desc="reading all features"):
@@ -121,11 +123,9 @@ class MomentRetrievalDataset(Dataset):
                 dropped.append(message if message.startswith(f"qid {row['qid']}:") else f"qid {row['qid']}: {message}")
             else:
                 kept.append(row)
-        if dropped:
-            warn_dropped("features", dropped, len(kept))
         if not kept:
             raise ValueError(f"there are usable features for none of {len(self.rows)} rows")
-        return kept
+        return kept, dropped
 
     def _group_by_video(self):
         # Rows of one video side by side, so that a row of another one is a single draw
@@ -252,16 +252,17 @@ class _Truth:
 
     def __init__(self, rows: Sequence[Mapping[str, Any]]):
         windows = [row.get("relevant_windows") or [] for row in rows]
-        self.windows = torch.full((len(rows), max(map(len, windows), default=0), 2), math.nan)
-        for table, row_windows in zip(self.windows, windows):
-            if row_windows:
-                table[: len(row_windows)] = torch.tensor(row_windows)
-        scored = [row if row.get("saliency_scores") else {"relevant_clip_ids": []} for row in rows]
-        most = max((max(row["relevant_clip_ids"], default=-1) + 1 for row in scored), default=0)
-        self.scores = torch.zeros(len(rows), max(most, 1))
-        for table, row in zip(self.scores, scored):
-            for clip, scores in zip(row["relevant_clip_ids"], row.get("saliency_scores", [])):
-                table[clip] = sum(scores) + 1
+        table = np.full((len(rows), max(map(len, windows), default=0), 2), np.nan, dtype=np.float32)
+        for row, row_windows in zip(table, windows):
+            row[: len(row_windows)] = np.reshape(row_windows, (-1, 2))
+        self.windows = torch.from_numpy(table)
+
+        scored = {index: row for index, row in enumerate(rows) if row.get("saliency_scores")}
+        most = max((max(row["relevant_clip_ids"]) + 1 for row in scored.values()), default=1)
+        table = np.zeros((len(rows), most), dtype=np.float32)
+        for index, row in scored.items():
+            table[index, row["relevant_clip_ids"]] = np.sum(row["saliency_scores"], axis=1) + 1
+        self.scores = torch.from_numpy(table)
 
     def spans(self, rows: Tensor, covered: Tensor) -> tuple[Tensor, Tensor]:
         """

@@ -29,6 +29,7 @@ def evaluate_predictions(
         predictions: dicts with `qid`, `pred_relevant_windows` ([[start, end, score], ...] in seconds; the first one
             counts for R1, the first ten, by score, for the average precision) and, all or none, `pred_saliency_scores`
             (one a 2 s clip; as officially, what is missing at the end counts as 0, and what is too much not at all).
+            Where no prediction has windows, only saliency is scored.
         references: rows of `load_annotations` with `relevant_windows` and, all or none, `saliency_scores`. They may be
             in another order, but have the qids of the predictions; 7 and "7" are the same qid.
 
@@ -45,16 +46,33 @@ def evaluate_predictions(
         ValueError: for a qid that is missing, used twice, or on one side only; for windows or scores of another shape,
             or not finite; a window that ends before it starts; a reference without windows. It names the qid.
     """
-    references, predictions = _by_qid(references, "reference"), _by_qid(predictions, "prediction")
+    references, predictions = rows_by_qid(references, "reference"), rows_by_qid(predictions, "prediction")
     for rows, others, kind in ((references, predictions, "prediction"), (predictions, references, "reference")):
         alone = [qid for qid in rows if qid not in others]
         if alone:
             raise ValueError(f"qid {alone[0]}: there is no {kind} (nor for {len(alone) - 1} more qids)")
-    qids = list(predictions)
     saliency = _saliency(predictions, references)
-    found = _padded([_predicted_windows(qid, predictions[qid]) for qid in qids])
-    truth = _padded([_true_windows(qid, references[qid]) for qid in qids])
-    found = found[:, :MAX_WINDOWS]
+    highlights_only = saliency is not None and all("pred_relevant_windows" not in row for row in predictions.values())
+    scores, extra = ({}, {}) if highlights_only else _moment_scores(predictions, references)
+    brief = {}
+    if not highlights_only:
+        brief |= {f"MR-{name}-mAP": scores[name]["MR-mAP"]["average"] for name in LENGTH_RANGES}
+        brief |= {f"MR-full-mAP@{iou}": scores["full"]["MR-mAP"][iou] for iou in ("0.5", "0.75")}
+        brief |= {f"MR-full-R1@{iou}": scores["full"]["MR-R1"][iou] for iou in ("0.5", "0.7")}
+    brief = dict(sorted(brief.items()))
+    if saliency is not None:
+        for level_name, (precision, hit) in _highlight_scores(*saliency).items():
+            scores[f"HL-min-{level_name}"] = {"HL-mAP": precision, "HL-Hit1": hit}
+            brief |= {f"HL-min-{level_name}-mAP": precision, f"HL-min-{level_name}-Hit1": hit}
+    return {"brief": brief, **dict(sorted(scores.items())), "extra": extra}
+
+
+def _moment_scores(
+    predictions: Mapping[str, Mapping[str, Any]], references: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, dict[str, Any]], dict[str, float | None]]:
+    """The official numbers for each range of lengths, and what is not official."""
+    found = _padded([predicted_windows(qid, row) for qid, row in predictions.items()])[:, :MAX_WINDOWS]
+    truth = _padded([_true_windows(qid, references[qid]) for qid in predictions])
     order = np.argsort(-found[..., 2], axis=1, kind="stable")
     by_score = np.take_along_axis(found, order[..., None], axis=1)
     lengths = truth[..., 1] - truth[..., 0]
@@ -73,19 +91,11 @@ def evaluate_predictions(
         if name == "full":
             extra = {f"MR-R1@{iou}": _percent(_mean(first_ious >= iou)) for iou in EXTRA_IOU_THRESHOLDS}
             extra["MR-mIoU"] = _percent(_mean(first_ious))
-
-    brief = {f"MR-{name}-mAP": scores[name]["MR-mAP"]["average"] for name in LENGTH_RANGES}
-    brief |= {f"MR-full-mAP@{iou}": scores["full"]["MR-mAP"][iou] for iou in ("0.5", "0.75")}
-    brief |= {f"MR-full-R1@{iou}": scores["full"]["MR-R1"][iou] for iou in ("0.5", "0.7")}
-    brief = dict(sorted(brief.items()))
-    if saliency is not None:
-        for level_name, (precision, hit) in _highlight_scores(*saliency).items():
-            scores[f"HL-min-{level_name}"] = {"HL-mAP": precision, "HL-Hit1": hit}
-            brief |= {f"HL-min-{level_name}-mAP": precision, f"HL-min-{level_name}-Hit1": hit}
-    return {"brief": brief, **dict(sorted(scores.items())), "extra": extra}
+    return scores, extra
 
 
-def _by_qid(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Mapping[str, Any]]:
+def rows_by_qid(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Mapping[str, Any]]:
+    """Rows of one kind by their qid as a string: 7 and "7" are the same. Raises `ValueError` for none, or for two."""
     by_qid = {}
     for index, row in enumerate(rows):
         if row.get("qid") is None:
@@ -113,12 +123,21 @@ def _numbers(values: Any, columns: tuple[int, ...], what: str) -> np.ndarray:
     return array
 
 
-def _predicted_windows(qid: str, prediction: Mapping[str, Any]) -> np.ndarray:
+def predicted_windows(qid: int | str, prediction: Mapping[str, Any]) -> np.ndarray:
+    """A prediction's [start, end, score], checked: float64 (P, 3), seconds; P may be 0. Raises `ValueError`."""
     what = f"qid {qid}: `pred_relevant_windows` must be a list of [start, end, score]"
     windows = _numbers(prediction.get("pred_relevant_windows"), (3,), what)
     if (windows[:, 0] > windows[:, 1]).any():
         raise ValueError(f"qid {qid}: a predicted window ends before it starts")
     return windows
+
+
+def predicted_saliency(qid: int | str, prediction: Mapping[str, Any]) -> np.ndarray | None:
+    """A prediction's scores of clips, checked: float64 (C,), or `None` where it has none. Raises `ValueError`."""
+    if prediction.get("pred_saliency_scores") is None:
+        return None
+    what = f"qid {qid}: `pred_saliency_scores` must be a list of numbers, one a clip,"
+    return _numbers(prediction["pred_saliency_scores"], (), what)
 
 
 def _true_windows(qid: str, reference: Mapping[str, Any]) -> np.ndarray:
@@ -177,7 +196,8 @@ def _average_precisions(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
     free = np.ones((num_queries, len(IOU_THRESHOLDS), num_true), dtype=bool)  # not found yet, by threshold
     hits = np.zeros((num_found, num_queries, len(IOU_THRESHOLDS)))
     for rank in range(num_found):
-        # The best one that is still free, and of equals the last, as officially
+        # The best one that is still free, and of equals the last, as officially. (There an unstable sort decides, which
+        # the processor may change. But only true windows that touch can be equals, and QVHighlights has none of these)
         candidates = np.where(free, ious[:, rank, None], -1)[..., ::-1]
         best = candidates.argmax(axis=-1)[..., None]
         hit = np.take_along_axis(candidates, best, axis=-1) >= IOU_THRESHOLDS[:, None]
@@ -206,8 +226,7 @@ def _saliency(
             raise ValueError(f"qid {without[0]}: has no `{key}`, though others have")
     scores, num_clips = [], []
     for qid, row in predictions.items():
-        what = f"qid {qid}: `pred_saliency_scores` must be a list of numbers, one a clip,"
-        scores.append(_numbers(row["pred_saliency_scores"], (), what))
+        scores.append(predicted_saliency(qid, row))
         try:
             check_saliency(references[qid])
         except ValueError as error:

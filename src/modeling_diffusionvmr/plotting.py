@@ -1,26 +1,56 @@
-"""Pictures of results: timelines of a video, and spans as they are refined from noise."""
+"""Pictures of results: timelines of a video, predictions beside the truth, and spans as they are refined from noise."""
 
 import os
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from .annotations import whole_file
+from .annotations import SALIENCY_CLIP_SECONDS, check_row, whole_file
+from .metrics import predicted_saliency, predicted_windows
 from .spans import span_to_window
 
 PREDICTED, TRUE, SALIENCY = "#d1495b", "#2e7d32", "#33658a"
+SOURCES = (PREDICTED, SALIENCY, "#c17c00", "#6d597a", "#3a3a3a")  # a colour a source of predictions
+MOST_SALIENT = 4  # what people gave at most
+WIDTH = 11  # of a picture in inches
+TOP, BAR = 1.15, 0.3  # of a panel: curves are drawn from 0 to 1, bars of this height below 0
+RANK, GAP, TOP_K = 0.16, 0.12, 5  # of a source's windows: the height of one, the space above them, and how many
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
     """Writes a picture, whole or not at all; its format is that of the path's extension."""
     with whole_file(path) as temporary:
         figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "png", dpi=110, bbox_inches="tight")
+
+
+def _draw_curve(axes: Axes, scores: Sequence[float], clip_seconds: float, **style) -> None:
+    """Scores of clips, scaled to [0, 1]: saliency has no unit."""
+    scores = np.asarray(scores)
+    low, high = scores.min(), max(scores.max(), scores.min() + 1e-6)
+    axes.plot((np.arange(len(scores)) + 0.5) * clip_seconds, (scores - low) / (high - low), linewidth=1.2, **style)
+
+
+def _draw_windows(axes: Axes, y: float, windows: Sequence[Sequence[float]], color: str, **style) -> None:
+    """Bars for windows [start, end] in seconds, all at one height; a label is that of all."""
+    style = {"height": BAR, "alpha": 0.75, **style}
+    for start, end in windows:
+        axes.barh(y, end - start, left=start, color=color, **style)
+        style["label"] = None
+
+
+def _finish_panel(axes: Axes, query: str, duration: float, bottom: float, top: float = TOP) -> None:
+    axes.set(xlim=(0, duration), ylim=(bottom, top))
+    axes.set_title("\n".join(textwrap.wrap(f"“{query}”", 130)), fontsize=10, loc="left")
+    axes.spines[["top", "right", "left"]].set_visible(False)
 
 
 def plot_timeline(
@@ -40,30 +70,23 @@ def plot_timeline(
         frames: (H, W, 3) each, spread evenly over the video.
         truth: for each query its windows in seconds; `None` where it is not known.
     """
-    figure = Figure(figsize=(11, 1.5 * len(queries) + 1.2))
+    figure = Figure(figsize=(WIDTH, 1.5 * len(queries) + 1.2))
     grid = figure.add_gridspec(len(queries) + 1, 1, height_ratios=[1.5] * len(queries) + [1], hspace=0.55)
     for index, (query, result) in enumerate(zip(queries, results)):
         axes = figure.add_subplot(grid[index])
-        centers = (np.arange(len(result["saliency"])) + 0.5) * result["clip_seconds"]
-        saliency = np.asarray(result["saliency"])
-        low, high = saliency.min(), max(saliency.max(), saliency.min() + 1e-6)
-        axes.plot(centers, (saliency - low) / (high - low), color=SALIENCY, linewidth=1.2, label="saliency")
+        _draw_curve(axes, result["saliency"], result["clip_seconds"], color=SALIENCY, label="saliency")
+        windows = [(moment["start"], moment["end"]) for moment in result["moments"]]
+        _draw_windows(axes, -0.25, windows, PREDICTED, label="predicted (score)")
         labelled: list[float] = []  # where a score stands, so that none stands on another
-        for rank, moment in enumerate(result["moments"]):
-            label = "predicted (score)" if rank == 0 else None
-            width = moment["end"] - moment["start"]
-            axes.barh(-0.25, width, left=moment["start"], height=0.3, color=PREDICTED, alpha=0.75, label=label)
-            middle = moment["start"] + width / 2
+        for moment in result["moments"]:
+            middle = (moment["start"] + moment["end"]) / 2
             if all(abs(middle - other) > duration / 25 for other in labelled):
                 labelled.append(middle)
                 axes.text(middle, -0.25, f"{moment['score']:.2f}", ha="center", va="center", fontsize=7, color="white")
-        for rank, (start, end) in enumerate(truth[index] if truth is not None else []):
-            label = "true" if rank == 0 else None
-            axes.barh(-0.65, end - start, left=start, height=0.3, color=TRUE, alpha=0.75, label=label)
-        axes.set(xlim=(0, duration), ylim=(-0.95, 1.15), yticks=[])
-        axes.set_title(f"“{query}”", fontsize=10, loc="left")
+        _draw_windows(axes, -0.65, truth[index] if truth is not None else [], TRUE, label="true")
+        _finish_panel(axes, query, duration, bottom=-0.95)
+        axes.set_yticks([])
         axes.legend(fontsize=7, loc="upper right", ncols=3, bbox_to_anchor=(1, 1.28), frameon=False)
-        axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_xlabel("seconds", fontsize=8)
 
     strip = figure.add_subplot(grid[len(queries)])
@@ -73,6 +96,100 @@ def plot_timeline(
     strip.set(xlim=(0, duration), ylim=(0, 1), xticks=[], yticks=[])
     strip.spines[:].set_visible(False)
     return figure
+
+
+def _check_positive(**numbers: float) -> None:
+    for name, number in numbers.items():
+        if not 0 < number < np.inf:
+            raise ValueError(f"`{name}` must be above 0, got {number}")
+
+
+def _draw_ranked(axes: Axes, y: float, windows: np.ndarray, color: str) -> None:
+    """Bars for windows (P, 3), [start, end, score], from `y` down; their scores are a column on the right."""
+    for rank, (start, end, score) in enumerate(windows):
+        middle = y - (rank + 0.5) * RANK
+        strength = 0.25 + 0.65 * np.clip(score, 0, 1)
+        _draw_windows(axes, middle, [(start, end)], color, height=0.8 * RANK, alpha=strength)
+        style = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 7, "color": color}
+        axes.text(1.005, middle, f"{score:.2f}", **style)
+
+
+def prediction_panels(num_rows: int, num_sources: int, top_k: int = TOP_K) -> list[Axes]:
+    """The panels of a new picture, one under the other, for `plot_predictions` of several rows."""
+    _check_positive(num_rows=num_rows, num_sources=num_sources, top_k=top_k)
+    height = 1.6 + num_sources * (top_k * RANK + GAP)
+    figure = Figure(figsize=(WIDTH, num_rows * (height + 0.6)), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.12)
+    return list(figure.subplots(num_rows, 1, squeeze=False)[:, 0])
+
+
+def plot_predictions(
+    row: Mapping[str, Any],
+    predictions: Mapping[str, Mapping[str, Any]],
+    top_k: int = TOP_K,
+    clip_seconds: float = SALIENCY_CLIP_SECONDS,
+    axes: Axes | None = None,
+) -> Figure:
+    """
+    Predictions of one query beside the truth (the paper's Figure 5).
+
+    From top to bottom: saliency, with the people's mean as an area and each source's as a curve; the true windows; each
+    source's windows by falling score, which stands on the right and which a stronger colour tells.
+
+    Args:
+        row: of `load_annotations`; true windows and saliency are drawn where it has them.
+        predictions: by the name of their source, each in the official format (`pred_relevant_windows` in seconds and,
+            if any, `pred_saliency_scores`), for this row.
+        top_k: windows of a source at most.
+        clip_seconds: seconds that one of `pred_saliency_scores` covers.
+        axes: one of `prediction_panels` to draw in, by default of a new picture.
+
+    Raises:
+        ValueError: for a row or a prediction of another shape, or of another query than the row's; it names the source.
+    """
+    row = check_row(row)
+    _check_positive(top_k=top_k, clip_seconds=clip_seconds)
+    axes = axes or prediction_panels(1, len(predictions), top_k)[0]
+    lanes, y = [], 0.0  # (middle, name, colour), and where the next one begins
+    has_saliency = bool(row.get("saliency_scores"))
+    if has_saliency:
+        mean = np.zeros(int(row["duration"] / SALIENCY_CLIP_SECONDS))
+        mean[row["relevant_clip_ids"]] = np.mean(row["saliency_scores"], axis=1) / MOST_SALIENT
+        axes.stairs(mean, np.arange(len(mean) + 1) * SALIENCY_CLIP_SECONDS, fill=True, color=TRUE, alpha=0.2)
+    if row.get("relevant_windows"):
+        lanes.append((y - GAP - BAR / 2, "truth", TRUE))
+        _draw_windows(axes, lanes[-1][0], row["relevant_windows"], TRUE)
+        y -= GAP + BAR
+    for (name, prediction), color in zip(predictions.items(), cycle(SOURCES)):
+        try:
+            if str(prediction.get("qid")) != str(row["qid"]):
+                raise ValueError(f"the prediction is of qid {prediction.get('qid')}, the row of qid {row['qid']}")
+            windows = predicted_windows(row["qid"], prediction)
+            saliency = predicted_saliency(row["qid"], prediction)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        if saliency is not None and len(saliency):
+            has_saliency = True
+            _draw_curve(axes, saliency, clip_seconds, color=color)
+        best = windows[np.argsort(-windows[:, 2], kind="stable")[:top_k]]
+        height = max(1, len(best)) * RANK
+        y -= GAP
+        lanes.append((y - height / 2, name, color))
+        _draw_ranked(axes, y, best, color)
+        y -= height
+    for edge in np.ravel(row.get("relevant_windows", [])):  # down to the last source, for the eye
+        axes.plot([edge, edge], [y, -GAP], color=TRUE, linewidth=0.8, linestyle=":")
+    unit = f"seconds of {row['vid']} (qid {row['qid']})"
+    if has_saliency:
+        lanes.append((0.5, "saliency", "black"))
+        unit += "; saliency: area, the mean that people gave; lines, predicted, each to its own scale"
+    _finish_panel(axes, row["query"], row["duration"], bottom=y - 0.05, top=TOP if has_saliency else 0)
+    axes.set_yticks([middle for middle, _, _ in lanes], [name for _, name, _ in lanes], fontsize=9)
+    for label, (_, _, color) in zip(axes.get_yticklabels(), lanes):
+        label.set_color(color)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(unit, fontsize=8)
+    return axes.figure
 
 
 def plot_refinement(
@@ -93,7 +210,7 @@ def plot_refinement(
     """
     windows = span_to_window(spans.float()).clamp(0, 1).numpy() * covered_duration
     order = scores.argsort().numpy()
-    figure = Figure(figsize=(11, 1.15 * len(windows) + 0.8))
+    figure = Figure(figsize=(WIDTH, 1.15 * len(windows) + 0.8))
     panels = figure.subplots(len(windows), 1, sharex=True)
     for layer, (axes, layer_windows) in enumerate(zip(panels, windows)):
         for start, end in truth or []:

@@ -24,9 +24,9 @@ def average_down(features: Tensor, num_parts: int) -> Tensor:
     return at_edges.diff(dim=0) * (num_parts / len(features))
 
 
-def normalize(features: Tensor) -> Tensor:
-    """Each vector of (L, D) at length 1, as Moment-DETR does (its epsilon too)."""
-    return features / (torch.linalg.vector_norm(features, dim=-1, keepdim=True) + 1e-5)
+def normalize(features: Tensor, out: Tensor | None = None) -> Tensor:
+    """Each vector of (L, D) at length 1, as Moment-DETR does (its epsilon too), written to `out` where it is given."""
+    return torch.div(features, torch.linalg.vector_norm(features, dim=-1, keepdim=True) + 1e-5, out=out)
 
 
 def common_length(lengths: Sequence[int], name: str) -> int:
@@ -134,8 +134,10 @@ class DiffusionVMRProcessor(ProcessorMixin):
             for index, (array, size) in enumerate(zip(arrays, self.video_feature_sizes))
         ]
         length = common_length([len(array) for array in arrays], name)
-        features = torch.cat([normalize(array[:length]) for array in arrays], dim=1)
-        return average_down(features, self.max_clips) if len(features) > self.max_clips else features
+        features = torch.empty(length, sum(self.video_feature_sizes))
+        for array, part in zip(arrays, features.split(self.video_feature_sizes, dim=1)):
+            normalize(array[:length], out=part)
+        return average_down(features, self.max_clips) if length > self.max_clips else features
 
     def prepare_text(self, array: np.ndarray, name: str = "the sentence") -> Tensor:
         """
