@@ -124,7 +124,7 @@ class MomentRetrievalDataset(Dataset):
             else:
                 kept.append(row)
         if not kept:
-            raise ValueError(f"there are usable features for none of {len(self.rows)} rows")
+            raise ValueError(f"there are usable features for none of {len(self.rows)} rows; {dropped[0]}")
         return kept, dropped
 
     def _group_by_video(self):

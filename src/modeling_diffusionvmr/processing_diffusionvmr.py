@@ -24,9 +24,16 @@ def average_down(features: Tensor, num_parts: int) -> Tensor:
     return at_edges.diff(dim=0) * (num_parts / len(features))
 
 
-def normalize(features: Tensor, out: Tensor | None = None) -> Tensor:
-    """Each vector of (L, D) at length 1, as Moment-DETR does (its epsilon too), written to `out` where it is given."""
-    return torch.div(features, torch.linalg.vector_norm(features, dim=-1, keepdim=True) + 1e-5, out=out)
+def normalize(features: Tensor, name: str, out: Tensor | None = None) -> Tensor:
+    """
+    Each vector of (L, D) at length 1, as Moment-DETR does (its epsilon too), written to `out` where it is given.
+
+    Raises:
+        ValueError: for NaN, infinity, or vectors so long that their length is no float32; it begins with `name`.
+    """
+    lengths = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+    check_finite(lengths, name)
+    return torch.div(features, lengths + 1e-5, out=out)
 
 
 def common_length(lengths: Sequence[int], name: str) -> int:
@@ -135,8 +142,9 @@ class DiffusionVMRProcessor(ProcessorMixin):
         ]
         length = common_length([len(array) for array in arrays], name)
         features = torch.empty(length, sum(self.video_feature_sizes))
-        for array, part in zip(arrays, features.split(self.video_feature_sizes, dim=1)):
-            normalize(array[:length], out=part)
+        parts = features.split(self.video_feature_sizes, dim=1)
+        for index, (array, part) in enumerate(zip(arrays, parts)):
+            normalize(array[:length], f"{name}, backbone {index}", out=part)
         return average_down(features, self.max_clips) if length > self.max_clips else features
 
     def prepare_text(self, array: np.ndarray, name: str = "the sentence") -> Tensor:
@@ -146,7 +154,7 @@ class DiffusionVMRProcessor(ProcessorMixin):
         Raises:
             ValueError: for another size, no tokens, or values that are no finite numbers. It begins with `name`.
         """
-        return normalize(self._checked(array, self.text_feature_size, name)[: self.max_tokens])
+        return normalize(self._checked(array, self.text_feature_size, name), name)[: self.max_tokens]
 
     @staticmethod
     def _checked(array: np.ndarray, size: int, name: str) -> Tensor:
@@ -157,9 +165,7 @@ class DiffusionVMRProcessor(ProcessorMixin):
             raise ValueError(f"{name}: there are no features, at least one vector is needed")
         if array.dtype.kind not in "fiu":
             raise ValueError(f"{name}: features must be real numbers, got {array.dtype}")
-        features = torch.from_numpy(np.require(array, requirements="W")).float()
-        check_finite(features, name)
-        return features
+        return torch.from_numpy(np.require(array, requirements="W")).float()
 
     @staticmethod
     def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
