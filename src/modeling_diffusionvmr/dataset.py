@@ -321,8 +321,27 @@ def _saliency_pairs(scores: Tensor, num_clips: Tensor, uniform: Tensor) -> tuple
     return (counted >= rank[..., None]).byte().argmax(3), ((has_hard | has_easy) * NUM_SALIENCY_PAIRS).tolist()
 
 
+class Labels(list):
+    """
+    The labels of a batch. They stay where they are when a batch is sent to a device: there are many small tensors, and
+    the loss sends them at once, padded.
+    """
+
+    def to(self, *args, **kwargs) -> "Labels":
+        """Itself."""
+        return self
+
+
 class DiffusionVMRDataCollator:
-    """Samples of a `MomentRetrievalDataset` -> the arguments of `DiffusionVMRForMomentRetrieval.forward`."""
+    """
+    Samples of a `MomentRetrievalDataset` -> the arguments of `DiffusionVMRForMomentRetrieval.forward`.
+
+    Args:
+        with_rows: add `rows` (B,), the samples' indices, and `covered_durations` (B,), for predictions.
+    """
+
+    def __init__(self, with_rows: bool = False):
+        self.with_rows = with_rows
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = {}
@@ -334,6 +353,11 @@ class DiffusionVMRDataCollator:
         for name in ("noisy_spans", "timesteps"):
             if name in samples[0]:
                 batch[name] = torch.stack([sample[name] for sample in samples])
-        if "labels" in samples[0]:
-            batch["labels"] = [sample["labels"] for sample in samples]
+        if all("labels" in sample for sample in samples):
+            batch["labels"] = Labels(sample["labels"] for sample in samples)
+        if self.with_rows:
+            batch["rows"] = torch.tensor([sample["row"] for sample in samples])
+            batch["covered_durations"] = torch.tensor(
+                [sample["covered_duration"] for sample in samples], dtype=torch.float64
+            )
         return batch

@@ -1,8 +1,10 @@
 """A model over a data set -> predictions in the official format."""
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -10,6 +12,61 @@ from .dataset import DiffusionVMRDataCollator, MomentRetrievalDataset
 
 # And no draws of training, which hold the truth but for some noise
 MODEL_INPUTS = ("video_features", "video_mask", "text_features", "text_mask")
+
+
+class RowOutputs(NamedTuple):
+    """
+    What the model says of B rows of a data set, in shapes that do not depend on the batch, so that what several
+    batches or processes say can be put together: `rows` (B,), their indices; `covered_durations` (B,), seconds;
+    `num_clips` (B,); `logits` (B, N, 2); `pred_spans` (B, N, 2); `saliency_scores` (B, max_clips).
+    """
+
+    rows: Tensor
+    covered_durations: Tensor
+    num_clips: Tensor
+    logits: Tensor
+    pred_spans: Tensor
+    saliency_scores: Tensor
+
+
+def row_outputs(outputs, batch: dict[str, Any], max_clips: int) -> RowOutputs:
+    """The model's output of a batch that was collated `with_rows`."""
+    saliency = outputs.saliency_scores.float()
+    return RowOutputs(
+        batch["rows"],
+        batch["covered_durations"],
+        batch["video_mask"].sum(1),
+        outputs.logits.float(),
+        outputs.pred_spans.float(),
+        nn.functional.pad(saliency, (0, max_clips - saliency.shape[1])),
+    )
+
+
+def official_predictions(
+    dataset: MomentRetrievalDataset, outputs: RowOutputs, **post_processing
+) -> list[dict[str, Any]]:
+    """
+    Outputs of rows, in any order -> a dict a row: `qid, query, vid, pred_relevant_windows` (`[start, end, score]` in
+    seconds, by falling score), and `pred_saliency_scores`, one a clip. `post_processing` overrides the processor's.
+    """
+    rows = [dataset.rows[index] for index in outputs.rows.tolist()]
+    found = dataset.processor.post_process_moment_retrieval(
+        SimpleNamespace(logits=outputs.logits, pred_spans=outputs.pred_spans),
+        outputs.covered_durations.tolist(),
+        [row["duration"] for row in rows],
+        **post_processing,
+    )
+    saliency, lengths = outputs.saliency_scores.tolist(), outputs.num_clips.tolist()
+    return [
+        {
+            "qid": row["qid"],
+            "query": row["query"],
+            "vid": row["vid"],
+            "pred_relevant_windows": [[moment["start"], moment["end"], moment["score"]] for moment in moments],
+            "pred_saliency_scores": scores[:length],
+        }
+        for row, moments, scores, length in zip(rows, found, saliency, lengths)
+    ]
 
 
 @torch.inference_mode()
@@ -34,35 +91,17 @@ def predict_moments(
         post_processing: `threshold`, `top_k`, `nms_threshold`, `round_to`, which override the processor's.
 
     Returns:
-        A dict a row: `qid, query, vid, pred_relevant_windows` (`[start, end, score]` in seconds, by falling score), and
-        `pred_saliency_scores`, one a clip.
+        What `official_predictions` does, in the order of the rows.
     """
     model.eval()
-    collate = DiffusionVMRDataCollator()
-    loader = DataLoader(dataset, batch_size, collate_fn=lambda samples: (samples, collate(samples)))
+    loader = DataLoader(dataset, batch_size, collate_fn=DiffusionVMRDataCollator(with_rows=True))
     predictions = []
-    for samples, batch in tqdm(loader, desc="retrieving", disable=not progress):
+    for batch in tqdm(loader, desc="retrieving", disable=not progress):
         inputs = {
             name: batch[name].to(model.device, model.dtype if batch[name].is_floating_point() else None)
             for name in MODEL_INPUTS
         }
         outputs = model(**inputs, num_proposals=num_proposals, num_sampling_steps=num_sampling_steps)
-        rows = [dataset.rows[sample["row"]] for sample in samples]
-        moments = dataset.processor.post_process_moment_retrieval(
-            outputs,
-            [sample["covered_duration"] for sample in samples],
-            [row["duration"] for row in rows],
-            **post_processing,
-        )
-        saliency = outputs.saliency_scores.float().cpu()
-        for row, sample, found, scores in zip(rows, samples, moments, saliency):
-            predictions.append(
-                {
-                    "qid": row["qid"],
-                    "query": row["query"],
-                    "vid": row["vid"],
-                    "pred_relevant_windows": [[moment["start"], moment["end"], moment["score"]] for moment in found],
-                    "pred_saliency_scores": scores[: len(sample["video_features"])].tolist(),
-                }
-            )
+        outputs = row_outputs(outputs, batch, dataset.processor.max_clips)
+        predictions += official_predictions(dataset, outputs, **post_processing)
     return predictions

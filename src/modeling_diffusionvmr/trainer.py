@@ -1,13 +1,26 @@
 """Training on `transformers.Trainer`, which gains only what the task needs."""
 
+import os
+import shutil
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from huggingface_hub import HfApi
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, rotate_checkpoints
+from transformers.utils import PushInProgress
 
-from .dataset import DiffusionVMRDataCollator
+from .checkpoints import STAGING_FOLDER, find_fault, last_whole_checkpoint
+from .dataset import DiffusionVMRDataCollator, Labels
+from .metrics import evaluate_predictions
+from .prediction import RowOutputs, official_predictions, row_outputs
 
 PROPOSAL_SCHEDULES = ("progress", "stable")
+# It starts from pure noise, as inference does, and not near the truth; the last two are not for the model
+NOT_IN_EVALUATION = ("noisy_spans", "timesteps", "rows", "covered_durations")
 
 
 class SetEpochCallback(TrainerCallback):
@@ -23,8 +36,12 @@ class SetEpochCallback(TrainerCallback):
 
 class DiffusionVMRTrainer(Trainer):
     """
-    A `Trainer` that lets the number of proposals grow (section 3.2 and Table 6), logs every term of the loss, and saves
-    the training data's processor with each checkpoint.
+    A `Trainer` that lets the number of proposals grow (section 3.2 and Table 6), logs every term of the loss, evaluates
+    with the official metrics, and saves the training data's processor with each checkpoint, whole or not at all.
+
+    Every number of `evaluate_predictions`' `"brief"` and `"extra"` is logged, as `eval_MR-full-mAP` and so on, so that
+    `TrainingArguments(metric_for_best_model="MR-full-mAP", load_best_model_at_end=True)` keeps the best; `predict`
+    gives the predictions in the official format.
 
     Args:
         proposal_schedule: "progress", from 1 to `config.max_training_proposals` in equal parts of the training; or
@@ -46,6 +63,7 @@ class DiffusionVMRTrainer(Trainer):
         self.processor = getattr(self.train_dataset, "processor", None) if processor is None else processor
         self.add_callback(SetEpochCallback())
         self.proposal_schedule = proposal_schedule
+        self._staging: Path | None = None  # where a checkpoint is written now
         self.args.remove_unused_columns = False  # the samples hold what the collator needs, under names of its own
         self._loss_terms: dict[str, torch.Tensor] = {}
         self._num_loss_terms = 0
@@ -64,8 +82,8 @@ class DiffusionVMRTrainer(Trainer):
         if model.training:
             self._num_proposals = self.training_proposals()
             inputs = {**inputs, "num_proposals": self._num_proposals}
-        else:  # starts from pure noise, as inference does, and not near the truth
-            inputs = {name: value for name, value in inputs.items() if name not in ("noisy_spans", "timesteps")}
+        else:
+            inputs = {name: value for name, value in inputs.items() if name not in NOT_IN_EVALUATION}
         outputs = model(**inputs)
         if model.training:
             # Added up on the device: reading them would wait for it
@@ -74,10 +92,147 @@ class DiffusionVMRTrainer(Trainer):
             self._num_loss_terms += 1
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
+    # Evaluation
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """As `Trainer`'s; batches know their rows."""
+        return self._with_rows(super().get_eval_dataloader, eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        """As `Trainer`'s; batches know their rows."""
+        return self._with_rows(super().get_test_dataloader, test_dataset)
+
+    def _with_rows(self, get_dataloader, dataset):
+        collator, self.data_collator = self.data_collator, DiffusionVMRDataCollator(with_rows=True)
+        try:
+            return get_dataloader(dataset)
+        finally:
+            self.data_collator = collator
+
+    def prediction_step(self, model, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys=None):
+        """Gives the loss, where there are labels, and `RowOutputs`, whose shapes `Trainer` can gather."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        max_clips = self.accelerator.unwrap_model(model).config.max_clips
+        return None if loss is None else loss.detach(), tuple(row_outputs(outputs, inputs, max_clips)), None
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """As `Trainer`'s, for `evaluate` and `predict`; the metrics are the official ones, where there is a truth."""
+        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+        dataset = dataloader.dataset
+        # Where the rows do not divide by the processes, some were seen twice
+        _, first = np.unique(output.predictions[0], return_index=True)
+        outputs = RowOutputs(*(torch.from_numpy(array[first]) for array in output.predictions))
+        predictions = official_predictions(dataset, outputs)
+        if all(row.get("relevant_windows") for row in dataset.rows):
+            scores = evaluate_predictions(predictions, dataset.rows)
+            output.metrics.update(
+                {
+                    f"{metric_key_prefix}_{name}": value
+                    for name, value in (scores["brief"] | scores["extra"]).items()
+                    if value is not None
+                }
+            )
+        return output._replace(predictions=predictions)
+
+    def _prepare_input(self, data):
+        return data if isinstance(data, Labels) else super()._prepare_input(data)
+
+    # Checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """
+        As `Trainer`'s; with `resume_from_checkpoint=True` from the last checkpoint that is whole.
+
+        Raises:
+            ValueError: for a checkpoint that is not whole, or where there is none.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"{self.args.output_dir}: there is no whole checkpoint to resume from")
+        elif resume_from_checkpoint:
+            fault = find_fault(resume_from_checkpoint)
+            if fault is not None:
+                raise ValueError(f"{resume_from_checkpoint}: cannot be resumed from, {fault}")
+        if self.args.should_save:  # what a training left that was killed while it saved
+            shutil.rmtree(Path(self.args.output_dir, STAGING_FOLDER), ignore_errors=True)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        # `Trainer` writes into the final folder. Here it is given another one, from where the checkpoint is moved as a
+        # whole; what comes after writing, pushing and the removal of old ones, waits for that.
+        run_folder = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        staging, best = run_folder / STAGING_FOLDER, self.state.best_model_checkpoint
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+        self._staging, push = staging, self.args.push_to_hub
+        self.args.push_to_hub = False
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging, self.args.push_to_hub = None, push
+        self.accelerator.wait_for_everyone()
+
+        is_best = self.state.best_global_step == self.state.global_step
+        self.state.best_model_checkpoint = str(run_folder / name) if is_best else best
+        if self.args.should_save:
+            self.state.save_to_json(staging / name / "trainer_state.json")
+            shutil.rmtree(run_folder / name, ignore_errors=True)  # of an earlier run, which this one repeats
+            os.replace(staging / name, run_folder / name)
+            staging.rmdir()
+        self.accelerator.wait_for_everyone()
+        if push:
+            self._push_from_checkpoint(str(run_folder / name))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run_folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
     def _save(self, output_dir: str | None = None, state_dict=None):
         super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
         if self.processor is not None:  # without it a checkpoint is of little use
-            self.processor.save_pretrained(output_dir or self.args.output_dir)
+            self.processor.save_pretrained(folder)
+        # It can be read by unpickling alone, and nobody does
+        (folder / "training_args.bin").unlink(missing_ok=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str):
+        """Pushes the checkpoint as a model, and by `hub_strategy` also as what a training resumes from."""
+        strategy = self.args.hub_strategy
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if not self.is_world_process_zero() or strategy == HubStrategy.END or (busy and not self.args.hub_always_push):
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        upload = partial(
+            HfApi(token=self.args.hub_token).upload_folder,
+            repo_id=self.hub_model_id,
+            folder_path=checkpoint_folder,
+            revision=self.args.hub_revision,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+            run_as_future=True,
+        )
+        jobs = [upload(ignore_patterns=["*.pt", "*.pth", "trainer_state.json"])]
+        if strategy == HubStrategy.CHECKPOINT:
+            jobs.append(upload(path_in_repo="last-checkpoint"))
+        elif strategy == HubStrategy.ALL_CHECKPOINTS:
+            jobs.append(upload(path_in_repo=Path(checkpoint_folder).name))
+        if busy:
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of every term of the loss since the last log, and the last N."""
