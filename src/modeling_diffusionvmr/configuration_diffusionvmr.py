@@ -79,7 +79,8 @@ class DiffusionVMRConfig(PreTrainedConfig):
     backbones (`list[dict]`, *optional*):
         The frozen backbones that made the features, in the order of concatenation. Each has a `name`, an `id` (a folder
         inside the checkpoint, or a model on the Hub; `None` where it cannot be run), and what it gives:
-        `feature_size` numbers for every `clip_seconds` of video, or `text_feature_size` numbers a token, or both.
+        `feature_size` numbers for every `clip_seconds` of video (which may be left out where there is no `id`: then
+        the clips share the duration), or `text_feature_size` numbers a token, or both.
     """
 
     model_type = "diffusionvmr"
@@ -169,8 +170,10 @@ class DiffusionVMRConfig(PreTrainedConfig):
             for key in ("feature_size", "text_feature_size"):
                 if key in backbone and not (isinstance(backbone[key], int) and backbone[key] > 0):
                     raise ValueError(f"`backbones[{index}]`: `{key}` must be a whole number above 0: {backbone}")
+            # Where it can be run, the video must be cut into clips; released features may just share the duration
+            needed = "clip_seconds" in backbone or ("feature_size" in backbone and backbone.get("id") is not None)
             seconds = backbone.get("clip_seconds")
-            if "feature_size" in backbone and not (isinstance(seconds, (int, float)) and 0 < seconds < math.inf):
+            if needed and not (isinstance(seconds, (int, float)) and 0 < seconds < math.inf):
                 raise ValueError(f"`backbones[{index}]`: `clip_seconds` must be a number above 0: {backbone}")
         for field, key, total in (
             ("video_feature_size", "feature_size", sum(b.get("feature_size", 0) for b in self.backbones)),
