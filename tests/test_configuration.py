@@ -116,7 +116,7 @@ def test_backbones():
         ([slowfast(), {"id": "x/y", "feature_size": 512}], r"`backbones\[1\]` has no `name`"),
         ([slowfast(), clip(), {"name": "glove"}], r"`backbones\[2\]` needs `feature_size`, `text_feature_size`"),
         ([slowfast(clip_seconds=0), clip()], r"`backbones\[0\]`.*`clip_seconds`"),
-        ([slowfast(), {"name": "clip", "feature_size": 512, "text_feature_size": 512}], r"`backbones\[1\]`.*clip_sec"),
+        ([slowfast(), clip(id="x/y", clip_seconds=None)], r"`backbones\[1\]`.*clip_sec"),
         ([clip()], "`video_feature_size` is 2816, but the `feature_size` of `backbones` add up to 512"),
         ([slowfast(feature_size=2816)], "`text_feature_size` is 512, but .* add up to 0"),
         ([slowfast(feature_size="2304"), clip()], r"backbones\[0\]"),

@@ -34,7 +34,8 @@ def folder(tmp_path_factory, tiny_config):
     rows = []
     for index in range(7):
         vid = f"v{index % 4}"
-        row = {"qid": index, "query": f"sentence {index}", "vid": vid, "duration": 30, "relevant_windows": [[index, 14 + 2 * index]]}
+        row = {"qid": index, "query": f"sentence {index}", "vid": vid, "duration": 30}
+        row["relevant_windows"] = [[index, 14 + 2 * index]]
         row |= {"relevant_clip_ids": [2, 3, 4, 5], "saliency_scores": [[1, 2, 3], [4, 4, 4], [2, 2, 2], [0, 1, 0]]}
         rows.append(row)
         write_features(folder / "text", index, random.normal(size=(5, 8)), "last_hidden_state")

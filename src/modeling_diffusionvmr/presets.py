@@ -23,7 +23,7 @@ FIELDS = {
     "processor": [
         name for name in inspect.signature(DiffusionVMRProcessor.__init__).parameters if name not in ("self", "kwargs")
     ],
-    "training": [field.name for field in dataclasses.fields(TrainingArguments) if field.init],
+    "training": [field.name for field in dataclasses.fields(TrainingArguments) if field.name != "output_dir"],
     "trainer": ["proposal_schedule"],
     "data": ["hold_out"],
 }
