@@ -20,7 +20,7 @@ def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespac
     try:
         main(arguments)
     except SafetensorError as error:
-        sys.exit(f"error: the checkpoint's weights are broken or cut off ({error})")
+        sys.exit(f"error: {getattr(arguments, 'model', None)}: its weights are broken or cut off ({error})")
     except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         sys.exit(f"error: {error}")
 

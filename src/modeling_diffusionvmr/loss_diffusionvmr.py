@@ -28,6 +28,7 @@ class Targets:
     pair_mask: Tensor
 
     @classmethod
+    @torch.compiler.disable  # it would be compiled anew for every shape of every label
     def from_labels(cls, labels: list[dict[str, Tensor]], device: torch.device) -> "Targets":
         """
         Pads the labels of `DiffusionVMRForMomentRetrieval.forward`.
@@ -174,6 +175,7 @@ def contrastive_loss(scores: Tensor, negative_scores: Tensor, targets: Targets, 
     return (loss.sum(1) / relevant.sum(1).clamp(min=1)).mean()
 
 
+@torch.compiler.disable  # matching runs on the host, and would be compiled anew for every number of proposals
 def diffusionvmr_loss(
     logits: Tensor,
     spans: Tensor,

@@ -64,9 +64,10 @@ class DiffusionVMRTrainer(Trainer):
         self.add_callback(SetEpochCallback())
         self.proposal_schedule = proposal_schedule
         self._staging: Path | None = None  # where a checkpoint is written now
+        self.model_accepts_loss_kwargs = True  # `compute_loss` weighs micro-batches itself
         self.args.remove_unused_columns = False  # the samples hold what the collator needs, under names of its own
         self._loss_terms: dict[str, torch.Tensor] = {}
-        self._num_loss_terms = 0
+        self._num_steps = 0.0  # that they are sums of: this process' share
         self._num_proposals = 0  # of the last step
 
     def training_proposals(self) -> int:
@@ -77,20 +78,48 @@ class DiffusionVMRTrainer(Trainer):
         progress = self.state.global_step / max(self.state.max_steps, 1)
         return min(1 + int(progress * most), most)
 
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device) -> int | None:
+        """
+        The samples of a step, over its micro-batches and all processes. Each batch learns how many of its samples are
+        to count: in the last round of an epoch accelerate fills up with some that were seen already.
+        """
+        state, size = self.accelerator.gradient_state, self._train_batch_size
+        total = 0
+        for index, batch in enumerate(batch_samples):
+            batch["num_samples"] = in_batch = len(batch["video_features"])
+            in_round = in_batch * self.args.world_size
+            is_last = state.end_of_dataloader and index == len(batch_samples) - 1
+            if is_last and self.args.world_size > 1 and state.remainder > 0:
+                in_round = state.remainder
+                batch["num_samples"] = min(max(in_round - self.args.process_index * size, 0), in_batch)
+            total += in_round
+        return total or None
+
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None):
-        """Calls `forward` with this step's number of proposals, and keeps the terms of the loss for the next log."""
-        if model.training:
-            self._num_proposals = self.training_proposals()
-            inputs = {**inputs, "num_proposals": self._num_proposals}
-        else:
-            inputs = {name: value for name, value in inputs.items() if name not in NOT_IN_EVALUATION}
+        """
+        Calls `forward` with this step's number of proposals, and keeps the terms of the loss for the next log.
+
+        In training the loss of a batch is weighted by its share of the step's samples, so that a step is the same
+        however they are spread over processes and micro-batches.
+        """
+        if not model.training:
+            outputs = model(**{name: value for name, value in inputs.items() if name not in NOT_IN_EVALUATION})
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
+        self._num_proposals = self.training_proposals()
+        inputs = {**inputs, "num_proposals": self._num_proposals}
+        count = inputs.pop("num_samples", len(inputs["video_features"]))
+        if count < len(inputs["video_features"]):  # at least one, for other processes wait for this one's gradients
+            kept = max(count, 1)
+            inputs = {name: value[:kept] if hasattr(value, "__len__") else value for name, value in inputs.items()}
         outputs = model(**inputs)
-        if model.training:
-            # Added up on the device: reading them would wait for it
-            for name, term in outputs.loss_dict.items():
-                self._loss_terms[name] = self._loss_terms.get(name, 0) + term.detach()
-            self._num_loss_terms += 1
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        # Of the sum over processes; DistributedDataParallel takes the mean
+        share = 1.0 if num_items_in_batch is None else count / num_items_in_batch
+        # Added up on the device: reading them would wait for it
+        for name, term in outputs.loss_dict.items():
+            self._loss_terms[name] = self._loss_terms.get(name, 0) + share * term.detach()
+        self._num_steps += share
+        loss = outputs.loss if num_items_in_batch is None else outputs.loss * (share * self.args.world_size)
+        return (loss, outputs) if return_outputs else loss
 
     # Evaluation
 
@@ -121,8 +150,10 @@ class DiffusionVMRTrainer(Trainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
         """As `Trainer`'s, for `evaluate` and `predict`; the metrics are the official ones, where there is a truth."""
-        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
         dataset = dataloader.dataset
+        epoch = dataset.epoch
+        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+        dataset.set_epoch(epoch)  # accelerate sets another one, and the training may use the same data set
         # Where the rows do not divide by the processes, some were seen twice
         _, first = np.unique(output.predictions[0], return_index=True)
         outputs = RowOutputs(*(torch.from_numpy(array[first]) for array in output.predictions))
@@ -236,9 +267,12 @@ class DiffusionVMRTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of every term of the loss since the last log, and the last N."""
-        if "loss" in logs and self._num_loss_terms:
-            for name, total in self._loss_terms.items():
-                logs[f"loss_{name}"] = round((total / self._num_loss_terms).item(), 4)
+        if "loss" in logs and self._loss_terms:
+            totals = torch.stack(list(self._loss_terms.values()))
+            totals = torch.cat((totals, totals.new_tensor([self._num_steps])))
+            *totals, num_steps = self.accelerator.reduce(totals, "sum").tolist()
+            for name, total in zip(self._loss_terms, totals):
+                logs[f"loss_{name}"] = round(total / num_steps, 4)
             logs["num_proposals"] = self._num_proposals
-            self._loss_terms, self._num_loss_terms = {}, 0
+            self._loss_terms, self._num_steps = {}, 0.0
         super().log(logs, start_time)
