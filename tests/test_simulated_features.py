@@ -214,7 +214,7 @@ def test_script(tmp_path, simulate):
         printed = simulate(*options, "--output_dir", tmp_path / name, "--workers", workers)
         assert "36 files made, 0 were there" in printed and "simulating: 100%" in printed
     made = contents(tmp_path / "one")
-    assert made == contents(tmp_path / "two") and len(made) == 37
+    assert made == contents(tmp_path / "two") and len(made) == 39
 
     simulation = SimulatedFeatures(ROWS[:12], 3, "easy", size=32)
     clips, text, motion = (open_features(tmp_path / "one" / name) for name in ("clip", "clip_text", "slowfast"))
@@ -225,6 +225,7 @@ def test_script(tmp_path, simulate):
     with np.load(tmp_path / "one" / "clip_text" / "qid5.npz") as file:
         assert file.files == ["last_hidden_state"]
     assert json.loads(made["simulation.json"])["simulated"] is True
+    assert clips.clip_seconds == motion.clip_seconds == 2.0
 
     # What is missing or broken is made again, and nothing else is touched
     (tmp_path / "one" / "clip" / "v2.npz").unlink()
