@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
@@ -20,16 +22,30 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import torch
+from accelerate.utils import send_to_device
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
-from modeling_diffusionvmr import __version__
+from modeling_diffusionvmr import (
+    DiffusionVMRConfig,
+    DiffusionVMRDataCollator,
+    DiffusionVMRForMomentRetrieval,
+    DiffusionVMRProcessor,
+    MomentRetrievalDataset,
+    __version__,
+    loss_diffusionvmr,
+)
 from modeling_diffusionvmr.annotations import SALIENCY_CLIP_SECONDS, load_annotations, load_jsonl, whole_file
 from modeling_diffusionvmr.command_line import run
 from modeling_diffusionvmr.metrics import evaluate_predictions
+from modeling_diffusionvmr.presets import load_preset, override
 
 # Simulated data have QVHighlights' shape
 QUERIES, DURATION, MOST_WINDOWS, PROPOSALS = 1550, 150, 4, 10
 BACKBONE_SIZES, TEXT_SIZE, NUM_TOKENS = {"slowfast": 2304, "clip": 512}, 512, 20
 BATCH_SIZE = 32
+WARM_UP_STEPS = 3
 
 
 def peak_mib() -> float:
@@ -188,7 +204,6 @@ def open_folder(folder: Path, samples: int, repeats: int, seed: int) -> dict[str
     import datasets  # noqa: F401  what is imported is not what is measured
     import pyarrow.parquet  # noqa: F401
 
-    from modeling_diffusionvmr import DiffusionVMRConfig, DiffusionVMRProcessor, MomentRetrievalDataset
     from modeling_diffusionvmr.features import open_text_features, open_video_features
 
     before, started = resident_mib(), time.perf_counter()
@@ -238,9 +253,108 @@ def measure_data(arguments: argparse.Namespace) -> dict:
     }
 
 
+class Clock:
+    """Seconds by name. It waits for the device at every edge, which training itself does not do."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds = defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str):
+        self._wait()
+        started = time.perf_counter()
+        yield
+        self._wait()
+        self.seconds[name] += time.perf_counter() - started
+
+    def _wait(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @contextlib.contextmanager
+    def inside(self, module, function_name: str, name: str):
+        """Measures every call of a module's function."""
+        function = getattr(module, function_name)
+
+        def measured(*args, **kwargs):
+            with self(name):
+                return function(*args, **kwargs)
+
+        setattr(module, function_name, measured)
+        try:
+            yield
+        finally:
+            setattr(module, function_name, function)
+
+
+def make_training(arguments: argparse.Namespace, settings: dict):
+    """A preset's model, and a data set of simulated features of its sizes."""
+    config = DiffusionVMRConfig(**settings["config"])
+    sizes = [entry["feature_size"] for entry in config.backbones or [] if "feature_size" in entry]
+    sizes = sizes if sum(sizes) == config.video_feature_size else [config.video_feature_size]
+    rows = simulate_truth(arguments.seed, 8 * arguments.batch_size)
+    videos, sentences = [row["vid"] for row in rows], [row["qid"] for row in rows]
+    num_clips = int(DURATION / SALIENCY_CLIP_SECONDS)
+    dataset = MomentRetrievalDataset(
+        rows,
+        [SimulatedFeatures(videos, num_clips, size, arguments.seed) for size in sizes],
+        SimulatedFeatures(sentences, NUM_TOKENS, config.text_feature_size, arguments.seed),
+        DiffusionVMRProcessor(sizes, config.text_feature_size, config.max_clips, config.max_tokens),
+        config,
+        SALIENCY_CLIP_SECONDS,
+    )
+    torch.manual_seed(arguments.seed)
+    return DiffusionVMRForMomentRetrieval(config), dataset
+
+
+def measure_training(arguments: argparse.Namespace) -> dict:
+    """What a training step's time goes into."""
+    settings, device = override(load_preset(arguments.preset), arguments.flags), torch.device(arguments.device)
+    model, dataset = make_training(arguments, settings)
+    model.to(device).train()
+    loader = DataLoader(dataset, arguments.batch_size, shuffle=True, collate_fn=DiffusionVMRDataCollator())
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings["training"]["learning_rate"])
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bool(settings["training"].get("bf16")))
+
+    clock = Clock(device)
+    with clock.inside(loss_diffusionvmr, "match", "matching"):
+        for step in tqdm(range(WARM_UP_STEPS + arguments.steps), desc="training", unit="step"):
+            if step == WARM_UP_STEPS:
+                clock.seconds.clear()
+            with clock("data"):
+                batch = send_to_device(next(batches), device)
+            with clock("forward and loss"), autocast:
+                loss = model(**batch).loss
+            with clock("backward"):
+                loss.backward()
+            with clock("optimizer"):
+                torch.nn.utils.clip_grad_norm_(model.parameters(), settings["training"]["max_grad_norm"])
+                optimizer.step()
+                optimizer.zero_grad()
+    seconds = {name: clock.seconds[name] for name in ("data", "forward and loss", "matching", "backward", "optimizer")}
+    seconds["forward and loss"] -= seconds["matching"]
+    total = sum(seconds.values())
+    return {
+        "data": f"simulated (seed {arguments.seed})",
+        "preset": " ".join([arguments.preset, *arguments.flags]),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "batch size": arguments.batch_size,
+        "samples a second": round(arguments.steps * arguments.batch_size / total, 1),
+        "peak MiB": round(torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak_mib()),
+        "table": [
+            {"what": name, "ms a step": round(1000 * value / arguments.steps, 2), "share": f"{value / total:.1%}"}
+            for name, value in seconds.items()
+        ],
+    }
+
+
 PARTS = {
     "data": measure_data,
     "metrics": measure_metrics,
+    "training": measure_training,
 }  # each gives what it measured on, and a "table" of rows with the same columns
 
 
@@ -265,13 +379,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--videos", type=int, default=8700, help="in the simulated folder (default: 8700)")
     data.add_argument("--samples", type=int, default=6000, help="that are read (default: 6000)")
     data.add_argument("--work_dir", metavar="DIR", help="for some 9 GB (default: where temporary files go)")
+    training = parser.add_argument_group("--part training", "any field of the configuration is a flag, too")
+    training.add_argument("--preset", default="qvhighlights", help="(default: qvhighlights)")
+    training.add_argument("--batch_size", type=int, default=32, help="(default: 32)")
+    training.add_argument("--steps", type=int, default=20, help="that are measured (default: 20)")
+    training.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     metrics = parser.add_argument_group("--part metrics")
     metrics.add_argument("--predictions", metavar="P.jsonl", help="in the official format (default: simulated)")
     metrics.add_argument("--annotations", help="with the truth (default: simulated, of QVHighlights' shape)")
     metrics.add_argument(
         "--official", metavar="CHECKOUT", help="of moment_detr, whose script is measured, too; it needs scikit-learn"
     )
-    return parser.parse_args(arguments)
+    known, flags = parser.parse_known_args(arguments)
+    if flags and known.part != "training":
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    known.flags = flags
+    return known
 
 
 def main(arguments: argparse.Namespace) -> None:

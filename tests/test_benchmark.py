@@ -119,3 +119,32 @@ def test_bad_input_is_one_line(folder):
     result = run("--predictions", "found.jsonl")
     assert result.returncode != 0
     assert result.stderr == "error: --predictions: --annotations is needed, too\n"
+
+
+def test_training(script, folder, capsys):
+    small = "--d_model 32 --encoder_layers 1 --decoder_layers 1 --encoder_ffn_dim 32 --decoder_ffn_dim 32 --roi_bins 4"
+    arguments = ["--part", "training", "--steps", "2", "--batch_size", "3", "--output", "measured.json", *small.split()]
+    match = script.loss_diffusionvmr.match
+    script.main(script.parse_arguments(arguments))
+    assert script.loss_diffusionvmr.match is match  # what was measured is put back
+    measured = json.loads((folder / "measured.json").read_text())
+    assert measured["data"] == "simulated (seed 0)" and small in measured["preset"]
+    table = {line["what"]: line for line in measured["table"]}
+    assert list(table) == ["data", "forward and loss", "matching", "backward", "optimizer"]
+    assert all(line["ms a step"] > 0 for line in table.values())
+    assert sum(float(line["share"].rstrip("%")) for line in table.values()) == pytest.approx(100, abs=0.5)
+    with pytest.raises(ValueError, match="there is no field 'd_modell'; is it 'd_model'"):
+        script.main(script.parse_arguments([*arguments, "--d_modell", "3"]))
+    with pytest.raises(SystemExit):
+        script.parse_arguments(["--part", "metrics", "--d_model", "32"])
+
+
+def test_data(script, folder, monkeypatch):
+    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
+    arguments = ["--part", "data", "--videos", "12", "--samples", "8", "--repeats", "1", "--work_dir", str(folder)]
+    result = script.measure_data(script.parse_arguments(arguments))
+    monkeypatch.delenv("HF_DATASETS_CACHE")
+    assert result["data"] == "simulated (seed 0)" and result["videos"] == 12
+    assert [line["what"] for line in result["table"]] == ["first opening", "second opening"]
+    assert all(line["seconds"] > 0 and line["samples a second"] > 0 for line in result["table"])
+    assert not list(folder.glob("tmp*"))  # gigabytes are not left behind
