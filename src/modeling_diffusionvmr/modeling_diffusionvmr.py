@@ -5,6 +5,7 @@ DiffusionVMR (Zhao et al., arXiv 2308.15109): a cross-modal encoder (section 3.3
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -547,7 +548,10 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
             self.config.custom_pipelines = {TASK: {"impl": implementation, "pt": ["AutoModel"], "type": "multimodal"}}
         super().save_pretrained(save_directory, **kwargs)
 
+    # What it calls is compiled; its own frames would be compiled anew for every shape of every label
+    @partial(torch.compiler.disable, recursive=False)
     @can_return_tuple
+    @partial(torch.compiler.disable, recursive=False)
     def forward(
         self,
         video_features: Tensor,

@@ -47,20 +47,35 @@ class DiffusionVMRTrainer(Trainer):
         proposal_schedule: "progress", from 1 to `config.max_training_proposals` in equal parts of the training; or
             "stable", all of them from the start.
         processing_class: the processor that is saved with the model, by default that of the training data.
-        args, kwargs: `Trainer`'s.
+        model, args, data_collator, other_args, kwargs: `Trainer`'s.
 
     Raises:
-        ValueError: for an unknown schedule.
+        ValueError: for an unknown schedule, `compute_metrics`, and arguments with which there are no official metrics.
     """
 
-    def __init__(self, *args, proposal_schedule: str = "progress", **kwargs):
+    def __init__(
+        self,
+        model=None,
+        args=None,
+        data_collator=None,
+        *other_args,
+        proposal_schedule: str = "progress",
+        processing_class=None,
+        compute_metrics=None,
+        **kwargs,
+    ):
         if proposal_schedule not in PROPOSAL_SCHEDULES:
             raise ValueError(f"`proposal_schedule` must be one of {PROPOSAL_SCHEDULES}, got {proposal_schedule!r}")
-        kwargs.setdefault("data_collator", DiffusionVMRDataCollator())
-        # Not handed on: `Trainer` takes every processor for one that holds a tokenizer
-        processor = kwargs.pop("processing_class", None)
-        super().__init__(*args, **kwargs)
-        self.processor = getattr(self.train_dataset, "processor", None) if processor is None else processor
+        if compute_metrics is not None:
+            raise ValueError("`compute_metrics` is not called: the official metrics are computed, as `eval_...`")
+        for field, needed in (("eval_do_concat_batches", True), ("batch_eval_metrics", False)):
+            if args is not None and getattr(args, field) is not needed:
+                raise ValueError(f"the official metrics need all predictions at once: `{field}` must be {needed}")
+        # The processor is not handed on: `Trainer` takes every one for one that holds a tokenizer
+        super().__init__(model, args, data_collator or DiffusionVMRDataCollator(), *other_args, **kwargs)
+        self.processor = processing_class
+        if processing_class is None:
+            self.processor = getattr(self.train_dataset, "processor", None)
         self.add_callback(SetEpochCallback())
         self.proposal_schedule = proposal_schedule
         self._staging: Path | None = None  # where a checkpoint is written now
@@ -149,7 +164,10 @@ class DiffusionVMRTrainer(Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
-        """As `Trainer`'s, for `evaluate` and `predict`; the metrics are the official ones, where there is a truth."""
+        """
+        As `Trainer`'s, for `evaluate` and `predict`; the metrics are the official ones, where there is a truth. With
+        several processes and rows that do not divide by them, `eval_loss` counts some rows twice; the metrics do not.
+        """
         dataset = dataloader.dataset
         epoch = dataset.epoch
         output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
@@ -174,7 +192,7 @@ class DiffusionVMRTrainer(Trainer):
 
     # Checkpoints
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
         As `Trainer`'s; with `resume_from_checkpoint=True` from the last checkpoint that is whole.
 
@@ -191,7 +209,7 @@ class DiffusionVMRTrainer(Trainer):
                 raise ValueError(f"{resume_from_checkpoint}: cannot be resumed from, {fault}")
         if self.args.should_save:  # what a training left that was killed while it saved
             shutil.rmtree(Path(self.args.output_dir, STAGING_FOLDER), ignore_errors=True)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
         # `Trainer` writes into the final folder. Here it is given another one, from where the checkpoint is moved as a
@@ -243,8 +261,10 @@ class DiffusionVMRTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str):
         """Pushes the checkpoint as a model, and by `hub_strategy` also as what a training resumes from."""
         strategy = self.args.hub_strategy
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if not self.is_world_process_zero() or strategy == HubStrategy.END or (busy and not self.args.hub_always_push):
+        if busy and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         upload = partial(
