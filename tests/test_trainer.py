@@ -1,77 +1,40 @@
+import copy
 import itertools
+import warnings
 
 import numpy as np
 import pytest
+import small_training
 import torch
-from transformers import AutoModel, AutoProcessor, TrainingArguments, set_seed
+from small_training import LENGTHS, TERMS, weights_of
+from torch._dynamo.utils import counters
+from transformers import AutoModel, AutoProcessor, EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from modeling_diffusionvmr import (
+    DiffusionVMRDataCollator,
     DiffusionVMRForMomentRetrieval,
     DiffusionVMRProcessor,
     DiffusionVMRTrainer,
-    MomentRetrievalDataset,
     evaluate_predictions,
     predict_moments,
 )
+from modeling_diffusionvmr import trainer as trainer_module
 
-TERMS = ("class", "l1", "iou", "hinge", "contrastive")
 STEPS = 12
-LENGTHS = (10, 15, 20, 34)
-
-
-class Recording(MomentRetrievalDataset):
-    """Knows which epochs it was told of."""
-
-    def set_epoch(self, epoch):
-        super().set_epoch(epoch)
-        self.epochs = [*getattr(self, "epochs", []), epoch]
 
 
 @pytest.fixture(scope="module")
 def make_dataset(tiny_config):
-    random = np.random.default_rng(0)
-    rows = [
-        {
-            "qid": qid,
-            "query": f"query {qid}",
-            "vid": f"v{qid % 4}",
-            "duration": 2.0 * LENGTHS[qid % 4],
-            "relevant_windows": [[2.0, 8.0], [10.0, 18.0]][: 1 + qid % 2],
-        }
-        for qid in range(8)
-    ]
-    video = {f"v{index}": random.normal(size=(length, 12)).astype("f4") for index, length in enumerate(LENGTHS)}
-    text = {row["qid"]: random.normal(size=(2 + row["qid"], 8)).astype("f4") for row in rows}
-    processor = DiffusionVMRProcessor([12], 8, max_clips=20, max_tokens=10)
-
-    def make(train=True) -> MomentRetrievalDataset:
-        return Recording(rows, video, text, processor, tiny_config() if train else None, clip_seconds=2.0)
+    def make(train=True, **options) -> small_training.Recording:
+        return small_training.make_dataset(tiny_config() if train else None, **options)
 
     return make
 
 
 @pytest.fixture(scope="module")
-def make_trainer(make_dataset, tiny_config):
-    def make(folder, proposal_schedule="progress", config=None, processor=None, **arguments) -> DiffusionVMRTrainer:
-        set_seed(0)
-        options = {
-            "max_steps": STEPS,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "save_steps": STEPS,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-        }
-        return DiffusionVMRTrainer(
-            model=DiffusionVMRForMomentRetrieval(config or tiny_config()),
-            args=TrainingArguments(str(folder), **{**options, **arguments}),
-            train_dataset=make_dataset(),
-            eval_dataset=make_dataset(train=False),
-            processing_class=processor,
-            proposal_schedule=proposal_schedule,
-        )
+def make_trainer(tiny_config):
+    def make(folder, proposal_schedule="progress", config=None, **arguments) -> DiffusionVMRTrainer:
+        return small_training.make_trainer(folder, config or tiny_config(), proposal_schedule, **arguments)
 
     return make
 
@@ -186,6 +149,294 @@ def test_training_goes_on_from_a_checkpoint(make_trainer, tiny_config, tmp_path)
     assert seen == [4, 5, 6]
     for name, parameter in again.model.named_parameters():
         torch.testing.assert_close(parameter, whole.model.get_parameter(name), atol=1e-6, rtol=0)
+
+
+# Evaluation in training
+
+
+def official(model, dataset) -> dict[str, float]:
+    """What the model is worth, by the way that `scripts/evaluate.py` goes."""
+    scores = evaluate_predictions(predict_moments(copy.deepcopy(model), dataset, progress=False), dataset.rows)
+    return {name: value for name, value in (scores["brief"] | scores["extra"]).items() if value is not None}
+
+
+def metrics_of(log: dict, prefix: str = "eval_") -> dict[str, float]:
+    return {name.removeprefix(prefix): value for name, value in log.items() if name.startswith(f"{prefix}MR-")}
+
+
+def evaluations(trainer) -> list[dict]:
+    return [log for log in trainer.state.log_history if any(name.startswith("eval_") for name in log)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_in_training(make_trainer, make_dataset, tmp_path, workers):
+    """The numbers of evaluate.py for the checkpoints; the rows do not divide by the batch."""
+    options = {"eval_steps": 2, "save_steps": 2, "max_steps": 4, "metric_for_best_model": "MR-full-mAP"}
+    trainer = make_trainer(
+        tmp_path, eval_strategy="steps", per_device_eval_batch_size=3, dataloader_num_workers=workers, **options
+    )
+    trainer.train()
+    logs = evaluations(trainer)
+    assert [log["step"] for log in logs] == [2, 4]
+    for log in logs:
+        model = AutoModel.from_pretrained(tmp_path / f"checkpoint-{log['step']}").to(trainer.args.device)
+        expected = official(model, make_dataset(train=False))
+        assert {"MR-full-mAP", "MR-full-R1@0.5", "MR-full-R1@0.7", "MR-mIoU"} <= expected.keys()
+        assert metrics_of(log) == expected
+        assert log["eval_loss"] > 0
+    assert trainer.state.best_metric == max(log["eval_MR-full-mAP"] for log in logs)
+
+
+def test_several_sets_to_evaluate_on(make_trainer, make_dataset, tmp_path):
+    sets = {"few": make_dataset(train=False, num_rows=3), "all": make_dataset(train=False)}
+    trainer = make_trainer(
+        tmp_path,
+        eval_dataset=sets,
+        max_steps=1,
+        eval_strategy="steps",
+        save_strategy="no",
+        metric_for_best_model="all_MR-full-R1@0.5",
+    )
+    trainer.train()
+    logs = evaluations(trainer)
+    for name, dataset in sets.items():
+        (log,) = (log for log in logs if f"eval_{name}_loss" in log)
+        assert metrics_of(log, f"eval_{name}_") == official(trainer.model, dataset)
+
+
+def test_rows_without_truth(trained, make_dataset):
+    """There is nothing to score them by; a part of the truth would give numbers of another set."""
+    trainer, _ = trained
+    dataset = make_dataset(train=False, truth=False)
+    assert not metrics_of(trainer.evaluate(dataset))
+    output = trainer.predict(dataset)
+    assert not metrics_of(output.metrics, "test_") and "test_loss" not in output.metrics
+    assert [prediction["qid"] for prediction in output.predictions] == list(range(8))
+
+    mixed = make_dataset(train=False)
+    del mixed.rows[2]["relevant_windows"]
+    mixed.rows[5]["relevant_windows"] = []
+    output = trainer.predict(mixed)
+    assert not metrics_of(output.metrics, "test_")
+    assert len(output.predictions) == 8
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_predictions_of_the_trainer(trained, make_dataset, train):
+    """Those of `predict_moments`, from data of training, too, whose draws hold the truth."""
+    trainer, _ = trained
+    dataset = make_dataset(train=train)
+    output = trainer.predict(dataset)
+    for prediction, expected in zip(output.predictions, predict_moments(trainer.model, dataset, progress=False)):
+        assert {**prediction, "pred_relevant_windows": 0, "pred_saliency_scores": 0} == {
+            **expected,
+            "pred_relevant_windows": 0,
+            "pred_saliency_scores": 0,
+        }
+        for key in ("pred_relevant_windows", "pred_saliency_scores"):
+            np.testing.assert_allclose(prediction[key], expected[key], atol=1e-4)
+    assert metrics_of(output.metrics, "test_") == official(trainer.model, dataset)
+
+
+def test_evaluation_loss_is_the_mean_over_rows(trained, make_dataset):
+    trainer, _ = trained
+    dataset = make_dataset(train=False, num_rows=7)
+    trainer.args.per_device_eval_batch_size = 3
+    try:
+        loss = trainer.evaluate(dataset)["eval_loss"]
+    finally:
+        trainer.args.per_device_eval_batch_size = 8
+    batch = DiffusionVMRDataCollator()(dataset.__getitems__(range(7)))
+    batch = {name: value.to(trainer.args.device) for name, value in batch.items()}
+    with torch.no_grad():
+        expected = trainer.model.eval()(**batch).loss.item()
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluation_leaves_the_training_alone(make_trainer, make_dataset, tmp_path):
+    """Even on the same data set, whose draws are those of an epoch; and with a batch of its own size."""
+    losses = []
+    for options in ({}, {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 3}):
+        dataset = make_dataset()
+        # dropout would be another after an evaluation: the loader draws its seed from the same generator
+        trainer = make_trainer(
+            tmp_path,
+            config=trainer_config(dataset.config),
+            train_dataset=dataset,
+            eval_dataset=dataset,
+            max_steps=6,
+            save_strategy="no",
+            per_device_train_batch_size=2,
+            **options,
+        )
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[0] == losses[1]
+
+
+def trainer_config(config):
+    config = copy.deepcopy(config)
+    config.dropout = config.input_dropout = 0.0
+    return config
+
+
+def test_early_stopping(make_trainer, monkeypatch, tmp_path):
+    scores = iter([10.0, 20.0, 15.0, 18.0, 30.0])
+    monkeypatch.setattr(
+        trainer_module, "evaluate_predictions", lambda *_: {"brief": {"MR-full-mAP": next(scores)}, "extra": {}}
+    )
+    trainer = make_trainer(
+        tmp_path,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+        max_steps=5,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="MR-full-mAP",
+        greater_is_better=True,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 4
+    best = AutoModel.from_pretrained(tmp_path / "checkpoint-2")
+    for name, weights in weights_of(trainer.model).items():
+        assert torch.equal(weights, best.get_parameter(name))
+
+
+class Reporter(TrainerCallback):
+    """Stands for Weights & Biases and the like: it is given the logs."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(logs)
+
+
+def test_reporters_are_given_all(make_trainer, tmp_path):
+    reporter = Reporter()
+    make_trainer(
+        tmp_path, callbacks=[reporter], max_steps=2, save_strategy="no", eval_strategy="epoch", logging_steps=2
+    ).train()
+    (loss,) = (log for log in reporter.logs if "loss" in log)
+    assert {f"loss_{term}" for term in TERMS} < loss.keys()
+    (scores,) = (log for log in reporter.logs if "eval_loss" in log)
+    assert "eval_MR-full-mAP" in scores and "eval_MR-mIoU" in scores
+
+
+# What `Trainer` can do
+
+
+def losses_of(trainer) -> list[float]:
+    trainer.train()
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def test_training_does_not_depend_on_workers(make_trainer, make_dataset, tmp_path):
+    """An epoch has its own draws in workers that live on, too."""
+    options = {"max_steps": 6, "save_strategy": "no"}
+    alone = losses_of(make_trainer(tmp_path, **options))
+    assert len(set(alone)) == 6
+    for persistent in (False, True):
+        workers = {"dataloader_num_workers": 2, "dataloader_persistent_workers": persistent}
+        assert losses_of(make_trainer(tmp_path, **options, **workers)) == alone
+
+
+def test_model_from_a_function(make_trainer, make_dataset, tiny_config, tmp_path):
+    trainer = DiffusionVMRTrainer(
+        args=TrainingArguments(str(tmp_path), max_steps=2, save_strategy="no", report_to="none", disable_tqdm=True),
+        train_dataset=make_dataset(),
+        model_init=lambda: DiffusionVMRForMomentRetrieval(tiny_config()),
+    )
+    assert trainer.train().global_step == 2
+
+
+def test_arguments_by_position(make_dataset, tiny_config, tmp_path):
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, save_strategy="no", report_to="none", disable_tqdm=True)
+    model, collator = DiffusionVMRForMomentRetrieval(tiny_config()), DiffusionVMRDataCollator()
+    trainer = DiffusionVMRTrainer(model, arguments, collator, make_dataset(), make_dataset(train=False))
+    assert trainer.data_collator is collator and len(trainer.eval_dataset) == 8
+    assert trainer.train(None, None).global_step == 1
+    trainer = DiffusionVMRTrainer(model, arguments, None, make_dataset())
+    assert type(trainer.data_collator) is DiffusionVMRDataCollator
+
+
+@pytest.mark.parametrize("field, value", [("eval_do_concat_batches", False), ("batch_eval_metrics", True)])
+def test_arguments_that_leave_no_metrics(make_trainer, tmp_path, field, value):
+    with pytest.raises(ValueError, match=f"`{field}` must be {not value}"):
+        make_trainer(tmp_path, **{field: value})
+
+
+def test_metrics_of_ones_own(make_dataset, tiny_config, tmp_path):
+    with pytest.raises(ValueError, match="`compute_metrics`"):
+        DiffusionVMRTrainer(
+            DiffusionVMRForMomentRetrieval(tiny_config()),
+            TrainingArguments(str(tmp_path), report_to="none"),
+            train_dataset=make_dataset(),
+            compute_metrics=lambda prediction: {},
+        )
+
+
+def test_predictions_kept_on_the_host(make_trainer, tmp_path):
+    """`eval_accumulation_steps` gives the same numbers."""
+    metrics = [
+        metrics_of(make_trainer(tmp_path, eval_accumulation_steps=steps, per_device_eval_batch_size=3).evaluate())
+        for steps in (None, 1)
+    ]
+    assert metrics[0] == metrics[1] and metrics[0]
+
+
+# Precision and compilation
+
+
+def test_training_in_bfloat16(make_trainer, tiny_config, tmp_path):
+    """Under autocast: near float32, and with weights and a loss that are float32."""
+    config = tiny_config(dropout=0.0, input_dropout=0.0)
+    exact, rough = (
+        make_trainer(
+            tmp_path / str(bf16), config=config, bf16=bf16, max_steps=6, learning_rate=3e-4, save_strategy="no"
+        )
+        for bf16 in (False, True)
+    )
+    expected = losses_of(exact)
+    types = set()
+    rough.model.saliency_head.register_forward_hook(lambda _, inputs, output: types.add(output.dtype))
+    losses = losses_of(rough)
+    assert types == {torch.bfloat16}  # it was on
+    assert {weights.dtype for weights in weights_of(rough.model).values()} == {torch.float32}
+    assert losses != expected
+    assert losses[0] == pytest.approx(expected[0], rel=0.02)
+    assert losses == pytest.approx(expected, rel=0.15)
+    metrics = rough.evaluate()
+    assert np.isfinite(metrics["eval_loss"]) and metrics_of(metrics)
+
+
+def test_evaluation_in_bfloat16(make_trainer, tmp_path):
+    """`bf16_full_eval` makes the model bfloat16; the batches follow."""
+    metrics = make_trainer(tmp_path, bf16_full_eval=True).evaluate()
+    assert np.isfinite(metrics["eval_loss"]) and metrics_of(metrics)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_compiled_training(make_dataset, make_trainer, tiny_config, tmp_path):
+    """20 numbers of proposals, windows in varying number: a handful of graphs, and the same losses."""
+    config = tiny_config(max_training_proposals=20, encoder_layers=1, decoder_layers=1)
+    dataset = small_training.make_dataset(config, num_rows=16, lengths=(15, 15, 15, 15), num_tokens=6)
+    options = {"config": config, "train_dataset": dataset, "max_steps": 20, "save_strategy": "no", "use_cpu": True}
+    expected = losses_of(make_trainer(tmp_path, **options))
+    torch._dynamo.reset()
+    counters.clear()
+    # The limit is 8: beyond it a function is left to Python, for good and with no more than a warning
+    with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
+        trainer = make_trainer(tmp_path, **options, torch_compile=True, torch_compile_backend="eager")
+        seen = proposals_of_calls(trainer.model)
+        losses = losses_of(trainer)
+    torch._dynamo.reset()
+    assert seen == list(range(1, 21))
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert 0 < counters["stats"]["unique_graphs"] <= 12
+    assert counters["stats"]["calls_captured"] > 100  # it is the model that was compiled
+    assert not counters["graph_break"]
 
 
 # Predictions

@@ -32,6 +32,14 @@ from .processing_diffusionvmr import common_length
 NEWLINE = "\n"  # which Python 3.10 and 3.11 allow in no f-string's braces
 DTYPES = ("float16", "float32")
 MAX_FILE_BYTES, MAX_GROUP_BYTES = 500 << 20, 64 << 20  # as the Hub likes them; groups are what must fit in memory
+ANNOTATION_COLUMNS = {
+    "query": Value("string"),
+    "vid": Value("string"),
+    "duration": Value("float64"),
+    "relevant_windows": List(List(Value("float64"))),
+    "relevant_clip_ids": List(Value("int32")),
+    "saliency_scores": List(List(Value("float32"))),
+}
 VIDEO_COLUMNS = {"vid": Value("string"), "duration": Value("float64"), "clip_seconds": Value("float64")}
 
 
@@ -150,18 +158,8 @@ class Source:
             features = {name: Array2D((None, size), self.dtype) for name, size in self.sizes.items()}
             return Columns({**VIDEO_COLUMNS, **features})
         numbers = all(isinstance(row["qid"], int) for rows in self.rows.values() for row in rows)
-        return Columns(
-            {
-                "qid": Value("int64" if numbers else "string"),
-                "query": Value("string"),
-                "vid": Value("string"),
-                "duration": Value("float64"),
-                "relevant_windows": List(List(Value("float64"))),
-                "relevant_clip_ids": List(Value("int32")),
-                "saliency_scores": List(List(Value("float32"))),
-                TEXT_COLUMN: Array2D((None, self.text_size), self.dtype),
-            }
-        )
+        qid = Value("int64" if numbers else "string")
+        return Columns({"qid": qid, **ANNOTATION_COLUMNS, TEXT_COLUMN: Array2D((None, self.text_size), self.dtype)})
 
     def table(self, config_name: str, split: str) -> Iterator[dict[str, Any]]:
         """The rows of a table. Raises `ValueError` for features that cannot be used, or leaves them out."""
@@ -172,13 +170,15 @@ class Source:
             make, items, what = self._annotation, self.rows[split], "qid"
         for row in items:
             try:
-                yield make(row)
+                made = make(row)
             except (KeyError, ValueError) as error:
                 if not self.skip_invalid:
                     raise ValueError(f"{split}, {what} {row[what]}: {error.args[0]}") from None
                 self.dropped[f"{split}, {what} {row[what]}"] = error.args[0]
                 if what == "vid":
                     self._dropped_videos.add(row["vid"])
+            else:
+                yield made
 
     def _video(self, row: Mapping[str, Any]) -> dict[str, Any]:
         arrays = {
@@ -191,11 +191,8 @@ class Source:
     def _annotation(self, row: Mapping[str, Any]) -> dict[str, Any]:
         if row["vid"] in self._dropped_videos:
             raise ValueError(f"video {row['vid']} was dropped")
-        fields = {name: row.get(name) for name in self.columns(ANNOTATIONS_CONFIG) if name != TEXT_COLUMN}
-        return {
-            **fields,
-            TEXT_COLUMN: self._converted(self.text_features[row["qid"]], self.text_size, TEXT_COLUMN),
-        }
+        tokens = self._converted(self.text_features[row["qid"]], self.text_size, TEXT_COLUMN)
+        return {"qid": row["qid"], **{name: row.get(name) for name in ANNOTATION_COLUMNS}, TEXT_COLUMN: tokens}
 
     def _converted(self, array: np.ndarray, size: int, name: str) -> np.ndarray:
         if array.shape[1] != size:
