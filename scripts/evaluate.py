@@ -19,7 +19,14 @@ from modeling_diffusionvmr import (
     predict_moments,
 )
 from modeling_diffusionvmr.annotations import save_jsonl, whole_file
-from modeling_diffusionvmr.command_line import add_data_arguments, add_model_arguments, load_model, run
+from modeling_diffusionvmr.command_line import (
+    add_data_arguments,
+    add_model_arguments,
+    check_device,
+    clip_seconds_of,
+    load_model,
+    run,
+)
 from modeling_diffusionvmr.features import open_text_features, open_video_features
 
 POST_PROCESSING = ("threshold", "top_k", "nms_threshold", "round_to")
@@ -42,19 +49,35 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
+def check_references(rows: Sequence[dict], metric: str) -> None:
+    """Raises `ValueError` for rows that could not be scored, and an unknown metric, before anything is predicted."""
+    nothing = [{"qid": row["qid"], "pred_relevant_windows": [], "pred_saliency_scores": []} for row in rows]
+    brief = evaluate_predictions(nothing, rows)["brief"]
+    if brief.get(metric) is None:
+        known = [name for name, value in brief.items() if value is not None]
+        raise ValueError(f"--metric must be one of {', '.join(known)}, got {metric!r}")
+
+
 def main(arguments: argparse.Namespace) -> None:
     model, processor = load_model(arguments)
+    check_device(arguments.device)
     model.to(arguments.device)
     rows = load_annotations(arguments.annotations, arguments.split, arguments.skip_invalid)
+    video = open_video_features(arguments.video_features)
     dataset = MomentRetrievalDataset(
         rows,
-        open_video_features(arguments.video_features),
+        video,
         open_text_features(arguments.text_features, rows),
         processor,
-        clip_seconds=arguments.clip_seconds,
+        clip_seconds=clip_seconds_of(arguments, video, model.config),
         skip_invalid=arguments.skip_invalid,
     )
-    has_truth = all("relevant_windows" in row for row in dataset.rows)
+    without_truth = sum(not row.get("relevant_windows") for row in dataset.rows)
+    has_truth = not without_truth
+    if without_truth:
+        print(f"{without_truth} of {len(dataset.rows)} rows have no `relevant_windows`: predictions only, no metrics")
+    else:
+        check_references(dataset.rows, arguments.metric)
     candidates = arguments.num_proposals or [model.config.num_proposals]
     if len(candidates) > 1 and not has_truth:
         raise ValueError(f"{arguments.annotations}: N cannot be chosen on rows without `relevant_windows`")
@@ -62,7 +85,14 @@ def main(arguments: argparse.Namespace) -> None:
     options = {name: getattr(arguments, name) for name in POST_PROCESSING if getattr(arguments, name) is not None}
     # They stand beside the figures, which depend on them: only 10 predictions count
     settings = {name: getattr(processor, name) for name in POST_PROCESSING} | options
-    settings["num_sampling_steps"] = arguments.num_sampling_steps or model.config.num_sampling_steps
+    settings |= {
+        "num_sampling_steps": arguments.num_sampling_steps or model.config.num_sampling_steps,
+        "clip_seconds": dataset.clip_seconds,
+        "queries": len(dataset.rows),
+        "annotations": arguments.annotations,
+        "split": arguments.split,
+        "model": arguments.model,
+    }
 
     best = None
     for num_proposals in candidates:
@@ -73,9 +103,6 @@ def main(arguments: argparse.Namespace) -> None:
             break
         metrics = evaluate_predictions(predictions, dataset.rows)
         metrics["settings"] = {"num_proposals": num_proposals, **settings}
-        if metrics["brief"].get(arguments.metric) is None:
-            known = [name for name, value in metrics["brief"].items() if value is not None]
-            raise ValueError(f"--metric must be one of {', '.join(known)}, got {arguments.metric!r}")
         print(json.dumps({name: metrics[name] for name in ("settings", "brief", "extra")}, indent=2))
         if best is None or metrics["brief"][arguments.metric] > best[0]["brief"][arguments.metric]:
             best = metrics, predictions
@@ -84,6 +111,8 @@ def main(arguments: argparse.Namespace) -> None:
         metrics, predictions = best
         with whole_file(arguments.output_dir / "metrics.json") as path:
             path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    else:
+        (arguments.output_dir / "metrics.json").unlink(missing_ok=True)  # of other predictions
     save_jsonl(predictions, arguments.output_dir / "predictions.jsonl")
     print(f"wrote {arguments.output_dir}")
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from modeling_diffusionvmr import load_annotations
 from modeling_diffusionvmr.backbones import ClipBackbone, load_backbone
-from modeling_diffusionvmr.command_line import run
+from modeling_diffusionvmr.command_line import check_device, run
 from modeling_diffusionvmr.extraction import extract_sentences, extract_videos, find_videos
 
 MOST_NAMES = 10  # on one line
@@ -52,10 +52,8 @@ def open_backbone(arguments: argparse.Namespace) -> ClipBackbone:
     except SafetensorError as error:
         raise ValueError(f"{arguments.backbone}: its weights are broken or cut off ({error})") from error
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return backbone.to(device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch that knows no GPU
-        raise ValueError(f"--device {device} cannot be used ({str(error).splitlines()[0]})") from error
+    check_device(device)
+    return backbone.to(device)
 
 
 def choose_videos(arguments: argparse.Namespace, vids: Sequence[str]) -> tuple[dict[str, Path], dict[str, str]]:

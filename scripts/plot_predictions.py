@@ -19,7 +19,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--qid", required=True, nargs="+", help="queries, a panel each")
     parser.add_argument("--output", required=True, metavar="OUT.png", help="the picture")
     parser.add_argument("--top_k", type=int, default=TOP_K, help=f"windows of a file at most (default: {TOP_K})")
-    parser.add_argument("--clip_seconds", type=float, default=2.0, help="seconds a saliency score covers (default: 2)")
+    parser.add_argument(
+        "--clip_seconds", type=float, help="seconds a saliency score covers (default: 2 for QVHighlights, else shared)"
+    )
     return parser.parse_args(arguments)
 
 

@@ -25,8 +25,8 @@ from modeling_diffusionvmr import (
 )
 from modeling_diffusionvmr.annotations import hold_out
 from modeling_diffusionvmr.checkpoints import last_whole_checkpoint
-from modeling_diffusionvmr.command_line import add_data_arguments, check_model, run
-from modeling_diffusionvmr.features import common_clip_seconds, open_text_features, open_video_features
+from modeling_diffusionvmr.command_line import add_data_arguments, check_model, clip_seconds_of, run
+from modeling_diffusionvmr.features import feature_size, name_of, open_text_features, open_video_features
 from modeling_diffusionvmr.presets import PRESETS, load_preset, override
 
 
@@ -68,11 +68,14 @@ def load_rows(arguments: argparse.Namespace, share: float | None) -> tuple[list,
 
 
 def feature_sizes(rows: Sequence[Mapping[str, Any]], video: Sequence[Mapping], text: Mapping) -> tuple[list[int], int]:
-    """What the first row's features have: the numbers a clip of each backbone, and a token."""
-    for row in rows:
-        if all(row["vid"] in store for store in video) and row["qid"] in text:
-            return [store[row["vid"]].shape[1] for store in video], text[row["qid"]].shape[1]
-    raise ValueError(f"qid {rows[0]['qid']}: there are no features of its video or sentence, nor of any other row's")
+    """What the features have: the numbers a clip of each backbone, and a token."""
+    vids = dict.fromkeys(row["vid"] for row in rows)
+    sizes = [feature_size(store, (vid for vid in vids if vid in store)) for store in video]
+    text_size = feature_size(text, (row["qid"] for row in rows if row["qid"] in text))
+    for store, size in zip([*video, text], [*sizes, text_size]):
+        if size is None:
+            raise ValueError(f"{name_of(store)}: has usable features for none of the rows")
+    return sizes, text_size
 
 
 def fit_to_features(config: DiffusionVMRConfig, video_sizes: list[int], text_size: int) -> None:
@@ -131,12 +134,10 @@ def main(arguments: argparse.Namespace) -> None:
     fields |= preset["processor"] | {"video_feature_sizes": sizes[0], "text_feature_size": sizes[1]}
     processor = DiffusionVMRProcessor(**fields)
 
-    seconds = arguments.clip_seconds or common_clip_seconds(video)
-    if seconds is None:
-        seconds = next(
-            (entry["clip_seconds"] for entry in model.config.backbones or [] if "clip_seconds" in entry), None
-        )
-    options = {"clip_seconds": seconds, "skip_invalid": arguments.skip_invalid}
+    options = {
+        "clip_seconds": clip_seconds_of(arguments, video, model.config),
+        "skip_invalid": arguments.skip_invalid,
+    }
     trainer = DiffusionVMRTrainer(
         model=model,
         args=training_arguments,

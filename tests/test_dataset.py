@@ -102,7 +102,10 @@ def test_several_backbones(features, tiny_config):
 def test_windows_beyond_the_features(make_dataset):
     windows = [[2.0, 4.0], [18.0, 30.0], [20.0, 25.0], [22.0, 30.0]]
     rows = [{**ROWS[0], "duration": 30.0, "relevant_windows": windows}, ROWS[1]]
-    sample = make_dataset(rows, clip_seconds=2.0)[0]  # 10 clips of 2 s cover 20 s
+    with pytest.warns(UserWarning, match="^qid 1: a window lies wholly beyond the 20 s") as caught:
+        dataset = make_dataset(rows, clip_seconds=2.0)
+        sample, _ = dataset[0], dataset[0]  # 10 clips of 2 s cover 20 s
+    assert len(caught) == 1
     assert sample["covered_duration"] == 20
     torch.testing.assert_close(sample["labels"]["spans"], torch.tensor([[0.15, 0.1], [0.95, 0.1]]))
     assert (sample["labels"]["spans"][:, 1] > 0).all()

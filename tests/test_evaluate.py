@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,11 @@ def test_metrics_are_those_of_the_predictions(evaluate, folder):
         "top_k": None,
         "nms_threshold": None,
         "round_to": 2.0,
+        "clip_seconds": None,
+        "queries": 7,
+        "annotations": str(folder / "val.jsonl"),
+        "split": None,
+        "model": str(folder / "model"),
     }
     for row, prediction in zip(rows, predictions, strict=True):
         assert {name: prediction[name] for name in ("qid", "query", "vid")} == {
@@ -115,6 +121,22 @@ def test_without_ground_truth_there_are_predictions_only(evaluate):
     assert predictions == evaluate()[1]  # the truth, where there is one, is not looked at
     with pytest.raises(ValueError, match="N cannot be chosen"):
         evaluate("--num_proposals", 1, 3, annotations="test.jsonl")
+
+
+def test_metrics_of_other_predictions_do_not_stay(evaluate, capsys):
+    assert evaluate()[0] is not None
+    assert evaluate(annotations="test.jsonl")[0] is None
+    assert "7 of 7 rows have no `relevant_windows`" in capsys.readouterr().out
+
+
+def test_clip_length_of_the_checkpoint(evaluate, folder, tmp_path, tiny_config):
+    """As in training, where the features say nothing."""
+    backbones = [{"name": "slowfast", "feature_size": 8, "clip_seconds": 1.0}, {"name": "clip", "feature_size": 4}]
+    config = tiny_config(backbones=[*backbones, {"name": "words", "text_feature_size": 8}])
+    shutil.copytree(folder / "model", tmp_path / "model")
+    config.save_pretrained(tmp_path / "model")
+    assert evaluate("--model", tmp_path / "model")[0]["settings"]["clip_seconds"] == 1.0
+    assert evaluate("--model", tmp_path / "model", "--clip_seconds", 2)[0]["settings"]["clip_seconds"] == 2.0
 
 
 def test_unknown_metric(evaluate, tmp_path):

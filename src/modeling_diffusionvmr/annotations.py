@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -306,14 +307,16 @@ def check_row(row: Mapping[str, Any]) -> dict[str, Any]:
     for field in ("qid", "query", "vid", "duration"):
         if row.get(field) is None:
             raise ValueError(f"`{field}` is missing")
-    if not isinstance(row["qid"], (int, str)) or isinstance(row["qid"], bool) or row["qid"] == "":
+    if not isinstance(row["qid"], (Integral, str)) or isinstance(row["qid"], bool) or row["qid"] == "":
         raise ValueError(f"`qid` must be a whole number or a string, got {row['qid']!r}")
     for field in ("query", "vid"):
         if not isinstance(row[field], str) or not row[field].strip():
             raise ValueError(f"`{field}` must be a string that is not blank, got {row[field]!r}")
     _check_duration(row["duration"])
     if row.get("relevant_windows") is not None:
-        if not isinstance(row["relevant_windows"], list):
+        if isinstance(row["relevant_windows"], np.ndarray):
+            row["relevant_windows"] = row["relevant_windows"].tolist()
+        if not isinstance(row["relevant_windows"], (list, tuple)):
             raise ValueError(f"`relevant_windows` must be a list of windows, got {row['relevant_windows']!r}")
         row["relevant_windows"] = [_check_window(window, row["duration"]) for window in row["relevant_windows"]]
     else:
@@ -324,8 +327,9 @@ def check_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    # The largest float is a bound that NaN, too, is not within, nor is a whole number that is no float
-    return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
+    # NumPy's are numbers, too. The largest float is a bound that NaN is not within, nor a whole number that is no float
+    is_real = type(value) in (int, float) or (isinstance(value, Real) and not isinstance(value, bool))
+    return is_real and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _check_duration(duration: Any) -> None:
@@ -334,7 +338,7 @@ def _check_duration(duration: Any) -> None:
 
 
 def _check_window(window: Any, duration: float) -> list[float]:
-    if not isinstance(window, list) or len(window) != 2 or not all(map(_is_number, window)):
+    if not isinstance(window, (list, tuple)) or len(window) != 2 or not all(map(_is_number, window)):
         raise ValueError(f"a window of `relevant_windows` must be [start, end] in seconds, got {window!r}")
     start, end = window
     if start < 0:

@@ -4,13 +4,15 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModel, AutoProcessor
 
 from . import DEFAULT_MODEL
+from .features import common_clip_seconds
 
 
 def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
@@ -52,6 +54,23 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--clip_seconds", type=float, help="length of a clip, where the features do not say it")
     parser.add_argument("--skip_invalid", action="store_true", help="drop what cannot be used, and say what")
+
+
+def clip_seconds_of(arguments: argparse.Namespace, video_features: Sequence[Mapping], config) -> float | None:
+    """The length of a clip: as the flag says, else the features, else the model's backbones; `None` where none does."""
+    if arguments.clip_seconds is not None:
+        return arguments.clip_seconds
+    seconds = [common_clip_seconds(video_features)]
+    seconds += [backbone.get("clip_seconds") for backbone in config.backbones or []]
+    return next((length for length in seconds if length is not None), None)
+
+
+def check_device(device: str) -> None:
+    """Raises `ValueError` for a device that cannot be used."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch that knows no GPU
+        raise ValueError(f"--device {device} cannot be used ({str(error).splitlines()[0]})") from error
 
 
 def check_model(model: str) -> None:

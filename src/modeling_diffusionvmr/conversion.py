@@ -26,7 +26,14 @@ from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
 from .annotations import ANNOTATIONS_CONFIG, TEXT_COLUMN, load_annotations
 from .command_line import run
-from .features import VIDEOS_CONFIG, common_clip_seconds, open_features, open_text_features
+from .features import (
+    VIDEOS_CONFIG,
+    common_clip_seconds,
+    feature_size,
+    name_of,
+    open_features,
+    open_text_features,
+)
 from .processing_diffusionvmr import common_length
 
 NEWLINE = "\n"  # which Python 3.10 and 3.11 allow in no f-string's braces
@@ -144,13 +151,11 @@ class Source:
         self.text_size = self._size(text_features, "qid")
 
     def _size(self, store: Mapping, key: str) -> int:
-        for rows in self.rows.values():
-            for row in rows:
-                try:
-                    return store[row[key]].shape[1]
-                except (KeyError, ValueError):
-                    continue  # the tables say what is wrong with it
-        raise ValueError(f"{getattr(store, 'path', store)}: has usable features for no {key} of the annotations")
+        identifiers = dict.fromkeys(row[key] for rows in self.rows.values() for row in rows)
+        size = feature_size(store, (identifier for identifier in identifiers if identifier in store))
+        if size is None:
+            raise ValueError(f"{name_of(store)}: has usable features for no {key} of the annotations")
+        return size
 
     def columns(self, config_name: str) -> Columns:
         """The types of a table's columns."""

@@ -1,6 +1,7 @@
 """Rows and features -> samples, with the random draws of training; samples -> batches."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from .spans import relevant_clips, window_to_span
 
 NUM_SALIENCY_PAIRS = 2  # a sample's, as in Moment-DETR: a hard and an easy one
 DRAWN_ROWS = 256  # that share a stream of random numbers, which no other row has a part in
-MAX_AVERAGED_VIDEOS = 256  # that are kept in memory, 0.8 MB each with QVHighlights' features
+MAX_AVERAGED_VIDEOS = 256  # that are kept in memory, 1.2 MB each with VGG's or C3D's features
 
 
 class MomentRetrievalDataset(Dataset):
@@ -76,6 +77,7 @@ class MomentRetrievalDataset(Dataset):
             for row in self.rows:
                 self._check_present(row)
         self._truth = _Truth(self.rows)
+        self._has_warned = False
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that live on see it change
         if config is not None:
             for row in self.rows:
@@ -168,12 +170,25 @@ class MomentRetrievalDataset(Dataset):
             )
         rows = torch.tensor(indices)
         spans, counts = self._truth.spans(rows, torch.tensor([sample["covered_duration"] for sample in samples]))
+        self._warn_of_lost_windows(rows, counts, samples)
         for sample, sample_spans, count in zip(samples, spans, counts.tolist()):
             if "relevant_windows" in self.rows[sample["row"]]:
                 sample["labels"] = {"spans": sample_spans[:count]}
         if self.config is not None:
             self._draw(samples, rows, spans, counts)
         return samples
+
+    def _warn_of_lost_windows(self, rows: Tensor, counts: Tensor, samples: Sequence[dict[str, Any]]):
+        lost = counts < self._truth.windows[rows, :, 0].isfinite().sum(1)
+        if lost.any() and not self._has_warned:
+            self._has_warned = True
+            sample = samples[int(lost.byte().argmax())]
+            qid, covered = self.rows[sample["row"]]["qid"], sample["covered_duration"]
+            warnings.warn(
+                f"qid {qid}: a window lies wholly beyond the {covered:g} s that the features of its video cover, and "
+                "is left out; others are not named. Is the length of a clip right?",
+                stacklevel=4,
+            )
 
     def _video(self, row: Mapping[str, Any]) -> tuple[Tensor, float]:
         """The features (Lv, Dv) of a row's video, and the seconds that they cover."""

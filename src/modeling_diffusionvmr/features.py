@@ -9,7 +9,10 @@ import math
 import os
 import string
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +91,17 @@ def common_clip_seconds(stores: Sequence[Mapping]) -> float | None:
         lengths = ", ".join(f"{seconds} s in {name_of(store)}" for seconds, store in said.items())
         raise ValueError(f"the backbones of one video need clips of the same length, got {lengths}")
     return next(iter(said), None)
+
+
+def feature_size(store: Mapping, identifiers: Iterable[int | str]) -> int | None:
+    """
+    The numbers in a vector of a store: what most of the first few arrays have. `None` where none of these can be read.
+    """
+    sizes = Counter()
+    for identifier in islice(identifiers, 20):
+        with suppress(KeyError, ValueError):  # who reads it for its content says what is wrong with it
+            sizes[store[identifier].shape[1]] += 1
+    return sizes.most_common(1)[0][0] if sizes else None
 
 
 def name_of(store: Mapping) -> str:
@@ -299,9 +313,11 @@ class GloveFeatures(Mapping):
 
     @staticmethod
     def _load(path, words: set[str]) -> dict[str, np.ndarray]:
-        vectors, size = {}, None
+        vectors, size, encoded = {}, None, {word.encode() for word in words}
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
+                if size is not None and line.partition(b" ")[0] not in encoded:
+                    continue
                 try:
                     # From the right: some words of the largest release hold spaces
                     word, *numbers = line.decode().rstrip().rsplit(" ", -1 if size is None else size)

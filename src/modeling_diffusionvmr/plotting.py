@@ -127,7 +127,7 @@ def plot_predictions(
     row: Mapping[str, Any],
     predictions: Mapping[str, Mapping[str, Any]],
     top_k: int = TOP_K,
-    clip_seconds: float = SALIENCY_CLIP_SECONDS,
+    clip_seconds: float | None = None,
     axes: Axes | None = None,
 ) -> Figure:
     """
@@ -141,14 +141,17 @@ def plot_predictions(
         predictions: by the name of their source, each in the official format (`pred_relevant_windows` in seconds and,
             if any, `pred_saliency_scores`), for this row.
         top_k: windows of a source at most.
-        clip_seconds: seconds that one of `pred_saliency_scores` covers.
+        clip_seconds: seconds that one of `pred_saliency_scores` covers; by default 2, as officially, where the row has
+            annotators' scores, and otherwise they share the duration.
         axes: one of `prediction_panels` to draw in, by default of a new picture.
 
     Raises:
         ValueError: for a row or a prediction of another shape, or of another query than the row's; it names the source.
     """
     row = check_row(row)
-    _check_positive(top_k=top_k, clip_seconds=clip_seconds)
+    _check_positive(top_k=top_k, clip_seconds=1 if clip_seconds is None else clip_seconds)
+    if clip_seconds is None and row.get("saliency_scores"):
+        clip_seconds = SALIENCY_CLIP_SECONDS
     axes = axes or prediction_panels(1, len(predictions), top_k)[0]
     lanes, y = [], 0.0  # (middle, name, colour), and where the next one begins
     has_saliency = bool(row.get("saliency_scores"))
@@ -170,7 +173,7 @@ def plot_predictions(
             raise ValueError(f"{name}: {error}") from None
         if saliency is not None and len(saliency):
             has_saliency = True
-            _draw_curve(axes, saliency, clip_seconds, color=color)
+            _draw_curve(axes, saliency, clip_seconds or row["duration"] / len(saliency), color=color)
         best = windows[np.argsort(-windows[:, 2], kind="stable")[:top_k]]
         height = max(1, len(best)) * RANK
         y -= GAP
@@ -224,4 +227,33 @@ def plot_refinement(
         axes.spines[["top", "right", "left"]].set_visible(False)
     panels[0].set_title(title, fontsize=10, loc="left")
     panels[-1].set_xlabel("seconds", fontsize=8)
+    return figure
+
+
+def plot_curves(
+    curves: Mapping[str, Mapping[float, Sequence[float]]], x_label: str, y_label: str, title: str = ""
+) -> Figure:
+    """
+    Numbers by number (the paper's Figures 3 and 4).
+
+    Args:
+        curves: by name, and of each the values at each x, one a run: the line is their mean, the band goes from the
+            least to the most.
+        x_label, y_label, title: what is written.
+    """
+    figure = Figure(figsize=(0.7 * WIDTH, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for (name, values), color in zip(curves.items(), cycle(SOURCES)):
+        places = sorted(values)
+        axes.plot(places, [np.mean(values[x]) for x in places], color=color, marker="o", markersize=4, label=name)
+        if any(len(values[x]) > 1 for x in places):
+            low, high = ([choose(values[x]) for x in places] for choose in (min, max))
+            axes.fill_between(places, low, high, color=color, alpha=0.15, linewidth=0)
+    axes.set_xticks(sorted({x for values in curves.values() for x in values}))
+    axes.set_xlabel(x_label, fontsize=9)
+    axes.set_ylabel(y_label, fontsize=9)
+    axes.set_title("\n".join(textwrap.fill(line, 95) for line in title.splitlines()), fontsize=10, loc="left")
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
     return figure

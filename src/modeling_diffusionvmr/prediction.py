@@ -1,5 +1,6 @@
 """A model over a data set -> predictions in the official format."""
 
+import math
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .annotations import SALIENCY_CLIP_SECONDS
 from .dataset import DiffusionVMRDataCollator, MomentRetrievalDataset
 
 # And no draws of training, which hold the truth but for some noise
@@ -47,7 +49,8 @@ def official_predictions(
 ) -> list[dict[str, Any]]:
     """
     Outputs of rows, in any order -> a dict a row: `qid, query, vid, pred_relevant_windows` (`[start, end, score]` in
-    seconds, by falling score), and `pred_saliency_scores`, one a clip. `post_processing` overrides the processor's.
+    seconds, by falling score), and `pred_saliency_scores`, one a clip; of rows with annotators' scores one for each of
+    their clips. `post_processing` overrides the processor's.
     """
     rows = [dataset.rows[index] for index in outputs.rows.tolist()]
     found = dataset.processor.post_process_moment_retrieval(
@@ -63,10 +66,24 @@ def official_predictions(
             "query": row["query"],
             "vid": row["vid"],
             "pred_relevant_windows": [[moment["start"], moment["end"], moment["score"]] for moment in moments],
-            "pred_saliency_scores": scores[:length],
+            "pred_saliency_scores": _on_official_clips(scores[:length], covered, row),
         }
-        for row, moments, scores, length in zip(rows, found, saliency, lengths)
+        for row, moments, scores, length, covered in zip(
+            rows, found, saliency, lengths, outputs.covered_durations.tolist()
+        )
     ]
+
+
+def _on_official_clips(scores: list[float], covered_duration: float, row: dict[str, Any]) -> list[float]:
+    # Where annotators gave scores, theirs are of 2 s clips, and so the predicted ones have to be
+    seconds = covered_duration / len(scores)
+    if not row.get("saliency_scores") or math.isclose(seconds, SALIENCY_CLIP_SECONDS, rel_tol=0.01):
+        return scores
+    centers = (
+        index * SALIENCY_CLIP_SECONDS + SALIENCY_CLIP_SECONDS / 2
+        for index in range(int(row["duration"] / SALIENCY_CLIP_SECONDS))
+    )
+    return [scores[min(int(center / seconds), len(scores) - 1)] for center in centers]
 
 
 @torch.inference_mode()

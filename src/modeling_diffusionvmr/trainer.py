@@ -118,7 +118,14 @@ class DiffusionVMRTrainer(Trainer):
         however they are spread over processes and micro-batches.
         """
         if not model.training:
-            outputs = model(**{name: value for name, value in inputs.items() if name not in NOT_IN_EVALUATION})
+            dtype = self.accelerator.unwrap_model(model).dtype  # not float32 in a `bf16_full_eval`
+            outputs = model(
+                **{
+                    name: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+                    for name, value in inputs.items()
+                    if name not in NOT_IN_EVALUATION
+                }
+            )
             return (outputs.loss, outputs) if return_outputs else outputs.loss
         self._num_proposals = self.training_proposals()
         inputs = {**inputs, "num_proposals": self._num_proposals}
