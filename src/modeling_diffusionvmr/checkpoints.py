@@ -9,6 +9,15 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 STAGING_FOLDER = "_saving"  # `Trainer` pushes no name that begins so
+MANIFEST = "manifest.json"  # the sizes of a checkpoint's files
+RESUME_FILES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")  # all of them, or none where only models are saved
+
+
+def write_manifest(checkpoint: str | Path) -> None:
+    """Lists a checkpoint's files and their sizes in it, so that it is known when one is missing."""
+    checkpoint = Path(checkpoint)
+    sizes = {path.name: path.stat().st_size for path in sorted(checkpoint.iterdir()) if path.is_file()}
+    (checkpoint / MANIFEST).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
 
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:
@@ -31,11 +40,26 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
 def find_fault(checkpoint: str | Path) -> str | None:
     """What keeps a training from being resumed from a checkpoint; `None` where it is whole."""
     checkpoint = Path(checkpoint)
-    state = checkpoint / "trainer_state.json"
-    try:
-        json.loads(state.read_text(encoding="utf-8"))["global_step"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{state.name} cannot be read ({error})"
+    for path in (checkpoint / "trainer_state.json", *sorted(checkpoint.glob("*config.json")), checkpoint / MANIFEST):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                return f"{path.name} is no JSON object"
+        except FileNotFoundError:
+            if path.name != MANIFEST:  # which a checkpoint of `Trainer`'s own has not
+                return f"{path.name} is missing"
+            content = {}
+        except (OSError, ValueError) as error:
+            return f"{path.name} cannot be read ({error})"
+        if path.name == MANIFEST:
+            for name, size in content.items():
+                if not (checkpoint / name).is_file():
+                    return f"{name} is missing"
+                if (checkpoint / name).stat().st_size != size:
+                    return f"{name} has {(checkpoint / name).stat().st_size} bytes instead of {size}"
+    present = [any(checkpoint.glob(pattern)) for pattern in RESUME_FILES]
+    if any(present) and not all(present):
+        return f"{RESUME_FILES[present.index(False)]} is missing"
     weights = sorted(checkpoint.glob("*.safetensors"))
     if not weights:
         return "it has no weights"

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
 
-from .checkpoints import STAGING_FOLDER, find_fault, last_whole_checkpoint
+from .checkpoints import MANIFEST, STAGING_FOLDER, find_fault, last_whole_checkpoint, write_manifest
 from .dataset import DiffusionVMRDataCollator, Labels
 from .metrics import evaluate_predictions
 from .prediction import RowOutputs, official_predictions, row_outputs
@@ -240,13 +240,15 @@ class DiffusionVMRTrainer(Trainer):
         self.state.best_model_checkpoint = str(run_folder / name) if is_best else best
         if self.args.should_save:
             self.state.save_to_json(staging / name / "trainer_state.json")
+            write_manifest(staging / name)
             shutil.rmtree(run_folder / name, ignore_errors=True)  # of an earlier run, which this one repeats
             os.replace(staging / name, run_folder / name)
             staging.rmdir()
         self.accelerator.wait_for_everyone()
         if push:
             self._push_from_checkpoint(str(run_folder / name))
-        if self.args.should_save:
+        pushing = getattr(self, "push_in_progress", None)
+        if self.args.should_save and (pushing is None or pushing.is_done()):  # a folder that is sent must not go
             rotate_checkpoints(
                 output_dir=str(run_folder),
                 save_total_limit=self.args.save_total_limit,
@@ -282,7 +284,7 @@ class DiffusionVMRTrainer(Trainer):
             commit_message=f"Training in progress, step {self.state.global_step}",
             run_as_future=True,
         )
-        jobs = [upload(ignore_patterns=["*.pt", "*.pth", "trainer_state.json"])]
+        jobs = [upload(ignore_patterns=["*.pt", "*.pth", "trainer_state.json", MANIFEST])]
         if strategy == HubStrategy.CHECKPOINT:
             jobs.append(upload(path_in_repo="last-checkpoint"))
         elif strategy == HubStrategy.ALL_CHECKPOINTS:
