@@ -1,0 +1,512 @@
+"""
+The paper's Tables 1 to 6 and Figures 1, 3, 4 and 5: our numbers beside the paper's, as CSV files and pictures.
+
+What has to be trained for them is trained by scripts/train.py, with its flags given here, in OUTPUT_DIR/runs; the same
+command goes on where it was stopped, and does nothing twice. All is measured on what --eval_annotations names:
+
+    python scripts/ablate.py --tables 4 5 6 --figures 3 4 --seeds 0 1 2 --preset qvhighlights --annotations train.jsonl
+        --eval_annotations val.jsonl --video_features slowfast clip --text_features clip_text --max_steps 5000 ...
+
+Tables 1 to 3 take our row from the run of their preset, or from files that scripts/evaluate.py wrote (--results).
+"""
+
+import argparse
+import contextlib
+import functools
+import gc
+import importlib.util
+import json
+import platform
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from transformers import AutoModel, AutoProcessor
+
+from modeling_diffusionvmr import MomentRetrievalDataset, predict_moments
+from modeling_diffusionvmr.ablation import (
+    ABLATION_COLUMNS,
+    PAPER,
+    SECONDS_COLUMNS,
+    Measured,
+    evaluate_model,
+    layer_ious,
+    metric_columns,
+    paper_table,
+    read_curve,
+    sampling_seconds,
+    save_csv,
+    settings_beside,
+    table_rows,
+)
+from modeling_diffusionvmr.annotations import whole_file
+from modeling_diffusionvmr.command_line import check_device, clip_seconds_of
+from modeling_diffusionvmr.command_line import run as run_command
+from modeling_diffusionvmr.features import open_text_features, open_video_features
+from modeling_diffusionvmr.plotting import (
+    plot_curves,
+    plot_predictions,
+    plot_refinement,
+    prediction_panels,
+    save_figure,
+)
+from modeling_diffusionvmr.presets import load_preset, override
+
+RUNS = {
+    "default": [],
+    "without_l1": ["--l1_loss_coefficient", "0"],
+    "without_iou": ["--iou_loss_coefficient", "0"],
+    "without_hinge": ["--hinge_loss_coefficient", "0"],
+    "without_contrastive": ["--contrastive_loss_coefficient", "0"],
+    "without_class": ["--class_loss_coefficient", "0"],
+    "stable": ["--proposal_schedule", "stable"],
+}
+"""What is trained, by the flags of its own."""
+
+# The run of each row
+TABLE_5 = {"all terms": "default"} | {name.replace("_", " "): name for name in RUNS if name.startswith("without_")}
+TABLE_6 = {"stable": "stable", "progress": "default"}
+SAMPLING_STEPS = tuple(map(int, PAPER[4].rows))
+NUM_PROPOSALS = (5, 10, 20, 30, 40, 50, 75, 100)
+TABLE_OF_PRESET = {"qvhighlights": 1, "charades_sta": 2, "charades_sta_vgg": 2, "tacos": 3}
+COMPARISONS = (1, 2, 3)  # the tables that compare methods
+NUM_EXAMPLES = 3
+METRICS_FILE, SETTINGS_FILE = "metrics.json", "settings.json"
+
+
+def load_training() -> ModuleType:
+    """scripts/train.py."""
+    specification = importlib.util.spec_from_file_location("train_command", Path(__file__).with_name("train.py"))
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+train = load_training()
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="All other flags are those of scripts/train.py.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--tables", type=int, nargs="+", default=[], choices=sorted(PAPER), metavar="N", help="1 to 6")
+    parser.add_argument(
+        "--figures", type=int, nargs="+", default=[], choices=sorted(FIGURES), metavar="N", help="1, 3, 4, 5"
+    )
+    parser.add_argument("--output_dir", type=Path, default=Path("ablation"), help="(default: ablation)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of each run (default: 0)")
+    parser.add_argument("--simulated", action="store_true", help="say everywhere that the features are simulated")
+    parser.add_argument(
+        "--results",
+        nargs="+",
+        default=[],
+        metavar="NAME=METRICS.json",
+        help="Tables 1 to 3: a row, of one run or more",
+    )
+    parser.add_argument(
+        "--curves", nargs="+", default=[], metavar="NAME=FILE.csv", help="Figure 3: others, with columns N and mAP@Avg"
+    )
+    parser.add_argument("--qids", nargs="+", help="Figures 1 (the first) and 5 (default: spread over the queries)")
+    parser.add_argument("--repeats", type=int, default=5, help="Table 4: of which the median counts (default: 5)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="for what is measured")
+    known, flags = parser.parse_known_args(arguments)
+    if not known.tables and not known.figures:
+        parser.error("--tables, --figures or both are needed")
+    known.flags = flags
+    return known
+
+
+def named_files(given: Sequence[str], flag: str) -> list[tuple[str, str]]:
+    """(NAME, FILE) of each NAME=FILE."""
+    pairs = [text.partition("=") for text in given]
+    for text, (name, _, path) in zip(given, pairs):
+        if not name or not path:
+            raise ValueError(f"{flag}: must be NAME=FILE, got {text!r}")
+    return [(name, path) for name, _, path in pairs]
+
+
+def load_results(given: Sequence[str]) -> dict[str, list[dict]]:
+    """Metrics by name."""
+    results = {}
+    for name, path in named_files(given, "--results"):
+        try:
+            metrics = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON ({error})") from None
+        if not isinstance(metrics, dict) or "brief" not in metrics:
+            raise ValueError(f"{path}: no metrics of scripts/evaluate.py, there is no `brief`")
+        results.setdefault(name, []).append(metrics)
+    return results
+
+
+def needed_runs(arguments: argparse.Namespace) -> list[str]:
+    """Names of what has to be trained."""
+    needed = set()
+    if arguments.figures or 4 in arguments.tables or (set(COMPARISONS) & {*arguments.tables} and not arguments.results):
+        needed.add("default")
+    for number, rows in ((5, TABLE_5), (6, TABLE_6)):
+        if number in arguments.tables:
+            needed |= set(rows.values())
+    return [name for name in RUNS if name in needed]
+
+
+def cached(path: Path, compute: Callable[[], dict]) -> dict:
+    """What is in a JSON file, or is computed and put there."""
+    if not path.exists():
+        with whole_file(path) as temporary:
+            temporary.write_text(json.dumps(compute(), indent=2) + "\n", encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def data_name(annotations: str, split: str | None) -> str:
+    """What the tables call annotations, wherever they lie."""
+    name = Path(annotations).resolve().name
+    return name if split is None else f"{name} {split}"
+
+
+class EvaluationData:
+    """What every model is measured on: the rows that training chooses its checkpoint by, and their features."""
+
+    def __init__(self, training: argparse.Namespace, held_out_share: float | None):
+        self.rows = train.load_rows(training, held_out_share)[1]
+        if not self.rows:
+            raise ValueError("--eval_annotations: all is measured on these, and there are none")
+        if not all(row.get("relevant_windows") for row in self.rows):
+            raise ValueError(f"{training.eval_annotations}: its rows need `relevant_windows`")
+        self.video = open_video_features(training.eval_video_features or training.video_features)
+        self.text = open_text_features(training.eval_text_features or training.text_features, self.rows)
+        self.training = training
+        path = training.eval_annotations or training.annotations
+        is_folder = Path(path).is_dir()
+        self.name = data_name(path, (training.eval_split or "val") if is_folder else None)
+        if not training.eval_annotations and not is_folder:
+            self.name = f"held out of {self.name}"
+
+    def dataset(self, processor, config, rows=None) -> MomentRetrievalDataset:
+        seconds = clip_seconds_of(self.training, self.video, config)
+        return MomentRetrievalDataset(
+            rows or self.rows,
+            self.video,
+            self.text,
+            processor,
+            clip_seconds=seconds,
+            skip_invalid=self.training.skip_invalid,
+        )
+
+
+class Run:
+    """A training, and what was measured of its model, each kept in a file that is whole or not there."""
+
+    def __init__(self, name: str, seed: int, output_dir: Path, flags: Sequence[str], data: EvaluationData, device: str):
+        self.name = f"{name}_seed{seed}"
+        self.folder = output_dir / "runs" / self.name
+        flags = [*flags, *RUNS[name], "--seed", str(seed), "--output_dir", str(self.folder), "--resume"]
+        self.training = train.parse_arguments(flags)
+        self.data, self.device = data, device
+
+    @property
+    def is_done(self) -> bool:
+        return (self.folder / METRICS_FILE).exists()
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.txt"
+
+    def settings(self) -> dict:
+        """All that its training was told."""
+        given = {name: value for name, value in vars(self.training).items() if name not in ("output_dir", "flags")}
+        return json.loads(
+            json.dumps({**given, "fields": override(load_preset(self.training.preset), self.training.flags)})
+        )
+
+    def check_settings(self) -> None:
+        """Raises `ValueError` where the folder holds what came of another training."""
+        has_results = self.is_done or any(self.folder.glob("checkpoint-*"))
+        if has_results and cached(self.folder / SETTINGS_FILE, self.settings) != self.settings():
+            raise ValueError(f"{self.folder}: was made with other flags; give those, or another --output_dir")
+
+    def train(self) -> None:
+        """Trains, or goes on; then evaluates. What it prints goes into the log, progress to the terminal."""
+        with whole_file(self.folder / SETTINGS_FILE) as temporary:
+            temporary.write_text(json.dumps(self.settings(), indent=2) + "\n", encoding="utf-8")
+        with open(self.log, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+            try:
+                train.main(self.training)
+                self.evaluation()
+            except Exception:
+                traceback.print_exc(file=log)
+                raise
+            finally:
+                self.close()
+        for checkpoint in self.folder.glob("checkpoint-*"):  # gigabytes, that only an unfinished training needs
+            shutil.rmtree(checkpoint)
+
+    @functools.cached_property
+    def opened(self) -> tuple[Any, MomentRetrievalDataset]:
+        model = AutoModel.from_pretrained(self.folder).to(self.device).eval()
+        return model, self.data.dataset(AutoProcessor.from_pretrained(self.folder), model.config)
+
+    def close(self) -> None:
+        """Lets go of the memory."""
+        self.__dict__.pop("opened", None)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def evaluation(self, num_proposals: int | None = None, num_sampling_steps: int | None = None) -> dict:
+        """Metrics with another N or S than the model's."""
+        metrics = cached(self.folder / METRICS_FILE, lambda: evaluate_model(*self.opened))
+        n = num_proposals or metrics["settings"]["num_proposals"]
+        s = num_sampling_steps or metrics["settings"]["num_sampling_steps"]
+        if (n, s) == (metrics["settings"]["num_proposals"], metrics["settings"]["num_sampling_steps"]):
+            return metrics
+        return cached(self.folder / "evaluations" / f"N{n}_S{s}.json", lambda: evaluate_model(*self.opened, n, s))
+
+    def layers(self) -> dict:
+        """Figure 4's numbers."""
+        return cached(self.folder / "evaluations" / "layers.json", lambda: layer_ious(*self.opened))
+
+    def seconds(self, repeats: int) -> dict:
+        """Table 4's seconds, by the size of the batch and S."""
+        device = torch.device(self.device)
+
+        def measure() -> dict:
+            seconds = {size: sampling_seconds(*self.opened, size, SAMPLING_STEPS, repeats) for size in SECONDS_COLUMNS}
+            on_cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+            name = torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu
+            return {"device": name, "seconds": seconds}
+
+        return cached(self.folder / "evaluations" / f"seconds_{device.type}.json", measure)
+
+
+class Ablation:
+    """
+    The runs, and what of those that are finished each table and figure shows.
+
+    Raises:
+        ValueError: for whatever can be seen to be wrong before anything is trained.
+    """
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.arguments = arguments
+        self.results = load_results(arguments.results)
+        self.curves = {name: read_curve(path) for name, path in named_files(arguments.curves, "--curves")}
+        names = needed_runs(arguments)
+        self.runs: dict[str, list[Run]] = {}
+        self.data, self.preset = None, None
+        if names:
+            self._make_runs(names)
+        self.beside = {
+            "data": self.data.name if names else None,
+            "simulated features": "yes" if arguments.simulated else "no",
+        }
+        if len({*COMPARISONS} & {*arguments.tables}) > 1 and (self.results or self.preset not in TABLE_OF_PRESET):
+            raise ValueError(
+                "--tables: ask for one of 1, 2 and 3; neither --results nor a preset's file say which they are"
+            )
+
+    def _make_runs(self, names: Sequence[str]) -> None:
+        arguments = self.arguments
+        for flag in ("--seed", *(part for name in names for part in RUNS[name] if part.startswith("--"))):
+            if any(part.partition("=")[0] == flag for part in arguments.flags):
+                raise ValueError(f"{flag}: is set for each run" + (", by --seeds" if flag == "--seed" else ""))
+        training = train.parse_arguments([*arguments.flags, "--output_dir", str(arguments.output_dir)])
+        self.preset = training.preset
+        fields = override(load_preset(training.preset), training.flags)
+        self.data = EvaluationData(training, fields["data"].get("hold_out"))
+        known = {str(row["qid"]) for row in self.data.rows}
+        for qid in arguments.qids or []:
+            if qid not in known:
+                raise ValueError(f"--qids: there is no qid {qid} in {self.data.name}")
+        options = {"flags": arguments.flags, "data": self.data, "device": arguments.device}
+        for name in names:
+            self.runs[name] = [
+                Run(name, seed, arguments.output_dir, **options) for seed in dict.fromkeys(arguments.seeds)
+            ]
+            for run in self.runs[name]:
+                run.check_settings()
+
+    def train(self) -> list[str]:
+        """Trains what is not finished, one seed of all after the other; gives a line for each that failed."""
+        runs = [run for of_seed in zip(*self.runs.values()) for run in of_seed]
+        failed = []
+        for index, run in enumerate(runs):
+            place = f"[{index + 1}/{len(runs)}] {run.name}"
+            if run.is_done:
+                print(f"{place}: is done", file=sys.stderr)
+                continue
+            print(f"{place}: training, log in {run.log}", file=sys.stderr)
+            try:
+                run.train()
+            except Exception as error:
+                failed.append(f"{run.name}: {type(error).__name__}: {error} (log: {run.log})")
+                print(f"{place}: failed", file=sys.stderr)
+        return failed
+
+    def finished(self, name: str) -> list[Run]:
+        return [run for run in self.runs[name] if run.is_done]
+
+    @property
+    def default(self) -> list[Run]:
+        if not self.finished("default"):
+            raise ValueError("none of the default runs is finished")
+        return self.finished("default")
+
+    def title(self, text: str, settings: Mapping[str, Any]) -> str:
+        """What a picture shows, and of which features and settings."""
+        beside = settings_beside(settings)
+        known = [f"{name} = {beside[name]}" for name in ("N", "S") if beside[name] is not None]
+        known.append("no NMS" if beside["NMS"] == "none" else f"NMS {beside['NMS']}")
+        simulated = ["simulated features"] if self.arguments.simulated else []
+        return f"{text}\n{', '.join([self.beside['data'], *simulated, *known])}"
+
+    @property
+    def label(self) -> str:
+        """Of a curve of ours."""
+        count = len(self.default)
+        return "ours" if count == 1 else f"ours (mean of {count} runs; band: least to most)"
+
+    def measured(self, evaluations: Sequence[dict]) -> Measured:
+        """A row of evaluations with the same settings."""
+        settings = evaluations[0].get("settings", {}) if evaluations else {}
+        beside = settings_beside(settings)
+        if settings.get("annotations"):  # of a file of results, which may be of other data than ours
+            beside["data"] = data_name(settings["annotations"], settings.get("split"))
+        return Measured([metric_columns(metrics) for metrics in evaluations], beside)
+
+    def table(self, number: int) -> list[dict]:
+        """The rows of one of Tables 1 to 6."""
+        if number in COMPARISONS:
+            ours = self.results
+            if not ours and TABLE_OF_PRESET.get(self.preset, number) == number:
+                ours = {"DiffusionVMR, this library": [run.evaluation() for run in self.default]}
+            if not ours:
+                print(f"table {number}: {self.preset} is not its data, it has the paper's rows only", file=sys.stderr)
+            return paper_table(number, {name: self.measured(of_name) for name, of_name in ours.items()}, self.beside)
+        if number == 4:
+            return paper_table(4, self.sampling_steps(), self.beside)
+        rows = {5: TABLE_5, 6: TABLE_6}[number]
+        ours = {label: [run.evaluation() for run in self.finished(name)] for label, name in rows.items()}
+        return paper_table(number, {label: self.measured(runs) for label, runs in ours.items()}, self.beside)
+
+    def sampling_steps(self) -> dict[str, Measured]:
+        """Table 4; the seconds are those of one model, whose weights they do not depend on."""
+        timing = self.default[0].seconds(self.arguments.repeats)
+        rows = {}
+        for steps in SAMPLING_STEPS:
+            row = self.measured([run.evaluation(num_sampling_steps=steps) for run in self.default])
+            for size, column in SECONDS_COLUMNS.items():
+                row.runs[0][column] = timing["seconds"][str(size)][str(steps)]
+            rows[str(steps)] = row._replace(beside={**row.beside, "device": timing["device"]})
+        return rows
+
+    def example_rows(self, run: Run) -> list[dict]:
+        """The queries of Figures 1 and 5."""
+        rows = run.opened[1].rows
+        if not self.arguments.qids:
+            return [rows[(2 * index + 1) * len(rows) // (2 * NUM_EXAMPLES)] for index in range(NUM_EXAMPLES)]
+        return [row for qid in self.arguments.qids for row in rows if str(row["qid"]) == qid]
+
+    def figure_1(self):
+        """Spans that are refined from noise, layer by layer."""
+        run = self.default[0]
+        model, dataset = run.opened
+        row = self.example_rows(run)[0]
+        sample = run.data.dataset(dataset.processor, model.config, [row])[0]
+        inputs = {name: sample[name][None].to(self.arguments.device) for name in ("video_features", "text_features")}
+        with torch.inference_mode():
+            outputs = model(**inputs, num_sampling_steps=1)  # of several steps the last does not start from noise
+        settings = {"num_proposals": model.config.num_proposals, "num_sampling_steps": 1}
+        return plot_refinement(
+            outputs.intermediate_spans[0].cpu(),
+            outputs.logits[0].float().softmax(-1)[:, 0].cpu(),
+            sample["covered_duration"],
+            row["relevant_windows"],
+            self.title(f"“{row['query']}”: spans refined from noise; green: the truth", settings),
+        )
+
+    def figure_3(self):
+        """mAP by the number of proposals, of models that were trained once."""
+        curves = self.curves
+        ours = {n: [run.evaluation(num_proposals=n) for run in self.default] for n in NUM_PROPOSALS}
+        entries = []
+        for n in sorted({*ours, *(n for curve in curves.values() for n in curve)}):
+            for name, curve in curves.items():
+                if n in curve:
+                    entries.append((n, name, Measured([{"mAP@Avg": curve[n]}])))
+            if n in ours:
+                measured = self.measured(ours[n])
+                entries.append((n, "ours", measured._replace(beside={**self.beside, **measured.beside})))
+        save_csv(table_rows("proposals", ABLATION_COLUMNS, entries), self.arguments.output_dir / "figure3.csv")
+
+        lines = {self.label: {n: [metric_columns(one)["mAP@Avg"] for one in ours[n]] for n in ours}}
+        lines |= {name: {n: [value] for n, value in curve.items()} for name, curve in curves.items()}
+        settings = {**self.default[0].evaluation()["settings"], "num_proposals": None}
+        title = self.title("mAP@Avg by the number of proposals in inference", settings)
+        return plot_curves(lines, "proposals", "mAP@Avg", title)
+
+    def figure_4(self):
+        """IoU with the truth by decoder layer."""
+        runs = [run.layers() for run in self.default]
+        entries, lines = [], {}
+        beside = {**self.beside, **settings_beside(runs[0]["settings"])}
+        for name, first in (("best of the layer", 1), ("best of the last layer", 0)):
+            points = {layer: list(ious) for layer, ious in enumerate(zip(*(run[name] for run in runs)), first)}
+            lines[f"{self.label}: the proposal that is the {name}"] = points
+            for layer, ious in points.items():
+                measured = Measured([{"IoU": iou} for iou in ious], {"proposal": name, **beside})
+                entries.append((layer, "ours", measured))
+        save_csv(table_rows("layer", ["IoU"], entries), self.arguments.output_dir / "figure4.csv")
+        title = self.title("IoU with the truth by decoder layer; 0: the noise", runs[0]["settings"])
+        return plot_curves(lines, "decoder layer", "mean IoU of one proposal a query", title)
+
+    def figure_5(self):
+        """Predictions beside the truth."""
+        run = self.default[0]
+        model, dataset = run.opened
+        rows = self.example_rows(run)
+        examples = run.data.dataset(dataset.processor, model.config, rows)
+        panels = prediction_panels(len(rows), 1)
+        for sample, prediction, axes in zip(examples, predict_moments(model, examples, progress=False), panels):
+            clip_seconds = sample["covered_duration"] / len(prediction["pred_saliency_scores"])
+            plot_predictions(rows[sample["row"]], {"DiffusionVMR": prediction}, clip_seconds=clip_seconds, axes=axes)
+        title = self.title("Predictions beside the truth", run.evaluation()["settings"])
+        panels[0].figure.suptitle(title, fontsize=10, x=0, ha="left")
+        return panels[0].figure
+
+
+FIGURES = {1: Ablation.figure_1, 3: Ablation.figure_3, 4: Ablation.figure_4, 5: Ablation.figure_5}
+
+
+def main(arguments: argparse.Namespace) -> None:
+    if arguments.repeats < 1:
+        raise ValueError(f"--repeats must be above 0, got {arguments.repeats}")
+    check_device(arguments.device)
+    ablation = Ablation(arguments)
+    failed = ablation.train()
+    jobs = [("table", number) for number in sorted({*arguments.tables})]
+    jobs += [("figure", number) for number in sorted({*arguments.figures})]
+    for kind, number in jobs:
+        path = arguments.output_dir / f"{kind}{number}"
+        try:
+            if kind == "table":
+                save_csv(ablation.table(number), path.with_suffix(".csv"))
+            else:
+                save_figure(FIGURES[number](ablation), path.with_suffix(".png"))
+        except (ValueError, OSError, RuntimeError) as error:  # the last when a device has too little memory
+            failed.append(f"{kind} {number}: {error}")
+        else:
+            print(f"wrote {path.with_suffix('.csv' if kind == 'table' else '.png')}")
+    if failed:
+        raise ValueError(f"{len(failed)} failed:\n  " + "\n  ".join(failed))
+
+
+if __name__ == "__main__":
+    run_command(main, parse_arguments())

@@ -1,0 +1,274 @@
+"""
+A training of seconds, that several test files share, and what runs of it in processes of their own do.
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import shutil
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from transformers import TrainingArguments, modeling_utils, set_seed
+
+from modeling_diffusionvmr import (
+    DiffusionVMRConfig,
+    DiffusionVMRForMomentRetrieval,
+    DiffusionVMRProcessor,
+    DiffusionVMRTrainer,
+    MomentRetrievalDataset,
+)
+
+LENGTHS = (10, 15, 20, 34)  # clips of the videos
+TERMS = ("class", "l1", "iou", "hinge", "contrastive")
+
+
+class Recording(MomentRetrievalDataset):
+    """Knows which epochs it was told of."""
+
+    def set_epoch(self, epoch):
+        super().set_epoch(epoch)
+        self.epochs = [*getattr(self, "epochs", []), epoch]
+
+
+def make_dataset(
+    config: DiffusionVMRConfig | None,
+    num_rows: int = 8,
+    truth: bool = True,
+    lengths: tuple[int, ...] = LENGTHS,
+    num_tokens: int | None = None,
+) -> Recording:
+    """Random features; `config` where it is to train on."""
+    random = np.random.default_rng(0)
+    video = {f"v{index}": random.normal(size=(length, 12)).astype("f4") for index, length in enumerate(lengths)}
+    rows, text = [], {}
+    for qid in range(num_rows):
+        rows.append({"qid": qid, "query": f"query {qid}", "vid": f"v{qid % 4}", "duration": 2.0 * lengths[qid % 4]})
+        if truth:
+            rows[-1]["relevant_windows"] = [[2.0, 8.0], [10.0, 18.0]][: 1 + qid % 2]
+        text[qid] = random.normal(size=(num_tokens or 2 + qid % 8, 8)).astype("f4")
+    processor = DiffusionVMRProcessor([12], 8, max_clips=20, max_tokens=10)
+    return Recording(rows, video, text, processor, config, clip_seconds=2.0)
+
+
+def make_trainer(
+    folder: str | Path,
+    config: DiffusionVMRConfig,
+    proposal_schedule: str = "progress",
+    processor: DiffusionVMRProcessor | None = None,
+    num_rows: int = 8,
+    train_dataset=None,
+    eval_dataset=None,
+    callbacks: list | None = None,
+    **arguments,
+) -> DiffusionVMRTrainer:
+    """A trainer of a new model, the same each time; `arguments` are those of `TrainingArguments`."""
+    set_seed(0)
+    options = {
+        "max_steps": 12,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_steps": 12,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    return DiffusionVMRTrainer(
+        model=DiffusionVMRForMomentRetrieval(config),
+        args=TrainingArguments(str(folder), **{**options, **arguments}),
+        train_dataset=make_dataset(config, num_rows) if train_dataset is None else train_dataset,
+        eval_dataset=make_dataset(None) if eval_dataset is None else eval_dataset,
+        processing_class=processor,
+        proposal_schedule=proposal_schedule,
+        callbacks=callbacks,
+    )
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all its parameters."""
+    return {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
+
+
+# In processes of their own
+
+
+@functools.cache
+def process_context() -> multiprocessing.context.BaseContext:
+    """Makes processes that have imported everything, as copies of one that has, and that see no GPU."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["small_training"])
+    environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    multiprocessing.forkserver.ensure_running()
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+    return context
+
+
+def in_process(function: Callable, *positional, **arguments):
+    """Calls a function of this file, and waits for it."""
+    process = process_context().Process(target=function, args=positional, kwargs=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def launch(specification: Path, num_processes: int):
+    """`run_specification` in several processes, with the environment that torchrun and `accelerate launch` give."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
+    processes = []
+    for rank in range(num_processes):
+        environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(num_processes)}
+        processes.append(process_context().Process(target=run_launched, args=(specification, environment)))
+        processes[-1].start()
+    try:
+        for process in processes:
+            process.join(300)
+        assert [process.exitcode for process in processes] == [0] * num_processes
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def run_launched(specification: Path, environment: dict[str, str]):
+    """One of the processes of `launch`."""
+    os.environ.update(environment)
+    run_specification(specification)
+
+
+def train(folder: str, fields: dict, resume: str | bool | None = None, **arguments):
+    """Trains in a folder, and leaves the `weights` and the `logs` there."""
+    os.chdir(folder)
+    trainer = make_trainer("run", DiffusionVMRConfig(**fields), use_cpu=True, **arguments)
+    trainer.train(resume_from_checkpoint=resume)
+    safetensors.torch.save_file(weights_of(trainer.model), "weights")
+    Path("logs").write_text(json.dumps(trainer.state.log_history))
+
+
+def resume_everywhere(folders: list[str], fields: dict, **arguments):
+    """`train`, resumed, in one folder after the other."""
+    for folder in folders:
+        train(folder, fields, True, **arguments)
+
+
+def save_and_die(folder: str, fields: dict, step: int, **arguments):
+    """
+    Trains in a folder up to the moment at which the checkpoint of `step` is saved. Copies of the process save it, each
+    in a copy of the folder, `0`, `1` and so on; each is killed at a later moment than the one before, until one lives.
+    """
+    os.chdir(folder)
+    trainer = make_trainer("run", DiffusionVMRConfig(**fields), use_cpu=True, **arguments)
+    save_checkpoint = trainer._save_checkpoint
+
+    def save(*save_arguments):
+        if trainer.state.global_step < step:
+            return save_checkpoint(*save_arguments)
+        for moment in itertools.count():
+            process = os.fork()
+            if not process:
+                shutil.copytree("run", f"{moment}/run")
+                os.chdir(f"{moment}")
+                try:
+                    with die_at(moment):
+                        save_checkpoint(*save_arguments)
+                except BaseException:
+                    traceback.print_exc()
+                    os._exit(1)
+                os._exit(0)
+            _, status = os.waitpid(process, 0)
+            if not os.WIFSIGNALED(status):
+                os._exit(status)
+
+    trainer._save_checkpoint = save
+    trainer.train()
+
+
+@contextlib.contextmanager
+def die_at(moment: int):
+    """
+    Kills this process at one of the moments at which it does something to files here; what it was is left in `moment`.
+
+    What Python opens for writing, moves and removes is seen before it is done; what `torch.save` and safetensors write,
+    before, when half of it is there, and after.
+    """
+    moments = iter(range(moment, -1, -1))
+    here = os.getcwd()
+
+    def at(what: str, path):
+        if not os.path.abspath(path).startswith(here) or next(moments, None) != 0:
+            return
+        Path("moment").write_text(f"{what} {os.path.relpath(path)}")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(event: str, arguments: tuple):
+        if event == "open" and isinstance(arguments[0], str | os.PathLike):
+            if (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+                at(event, arguments[0])
+        elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+            at(event, arguments[0])  # in a tree that is removed, a file is named without its folder
+
+    def watched(save: Callable) -> Callable:
+        def wrapper(content, path, *arguments, **options):
+            at("before", path)
+            save(content, path, *arguments, **options)
+            whole = Path(path).read_bytes()
+            os.truncate(path, len(whole) // 2)
+            at("half of", path)
+            save(content, path, *arguments, **options)
+            at("after", path)
+
+        return wrapper
+
+    sys.addaudithook(audit)
+    torch.save = watched(torch.save)
+    modeling_utils.safe_save_file = watched(modeling_utils.safe_save_file)
+    yield
+
+
+def run_specification(path: str | Path):
+    """
+    The runs of a specification, one after the other: `{"config": fields, "runs": {name: options}}`, of which
+    `global_batch` and `num_eval_rows` are its own and the rest are `make_trainer`'s. The first process leaves
+    `NAME.json`, the logs and the predictions, and `NAME.safetensors`.
+    """
+    path = Path(path)
+    specification = json.loads(path.read_text())
+    config = DiffusionVMRConfig(**specification["config"])
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    for name, options in specification["runs"].items():
+        eval_dataset = make_dataset(None, options.pop("num_eval_rows"))
+        batch = options.pop("global_batch") // options.get("gradient_accumulation_steps", 1)
+        if "split_batches" not in options.get("accelerator_config", {}):
+            batch //= world_size
+        options["per_device_train_batch_size"] = batch
+        trainer = make_trainer(path.parent / name, config, eval_dataset=eval_dataset, use_cpu=True, **options)
+        trainer.train()
+        predictions = trainer.predict(eval_dataset).predictions
+        if trainer.is_world_process_zero():
+            safetensors.torch.save_file(weights_of(trainer.model), path.parent / f"{name}.safetensors")
+            results = {
+                "logs": trainer.state.log_history,
+                "predictions": predictions,
+                "processes": trainer.args.world_size,
+            }
+            (path.parent / f"{name}.json").write_text(json.dumps(results))
