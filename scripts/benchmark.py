@@ -206,6 +206,7 @@ def open_folder(folder: Path, samples: int, repeats: int, seed: int) -> dict[str
 
     from modeling_diffusionvmr.features import open_text_features, open_video_features
 
+    torch.set_num_threads(1)  # as in a worker of a `DataLoader`
     before, started = resident_mib(), time.perf_counter()
     rows = load_annotations(folder, "train")
     video, text = open_video_features([folder]), open_text_features(folder, rows)

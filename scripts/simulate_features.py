@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
+import os
 import sys
 import zipfile
 import zlib
@@ -108,6 +109,8 @@ def results(tasks: list[Task], workers: int, *state) -> Iterable[bool]:
         start_worker(*state)
         yield from map(make, tasks)
     else:
+        # One thread each: NumPy's own would fight for the cores with the other processes'
+        os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
         with multiprocessing.get_context("spawn").Pool(workers, start_worker, state) as pool:
             yield from pool.imap_unordered(make, tasks, chunksize=16)
 

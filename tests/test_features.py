@@ -473,7 +473,7 @@ def test_converted_features(converted, column):
     wanted = converted.arrays[column]
     assert sorted(features) == sorted(wanted) and len(features) == 8 and "val_0" in features and "val_1" not in features
     for identifier, array in wanted.items():
-        assert features[identifier].dtype == np.float32
+        assert features[identifier].dtype == array.dtype
         np.testing.assert_array_equal(features[identifier], array)
     assert features.clip_seconds == (None if column == "text_features" else 2)
     with pytest.raises(KeyError, match=f"{converted.path}: no features of val_1"):
@@ -481,13 +481,20 @@ def test_converted_features(converted, column):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_what_is_read_may_be_changed(cache, tmp_path, dtype):
+def test_what_is_mapped_cannot_be_changed(cache, tmp_path, dtype):
     arrays = write_converted(tmp_path, dtype)
-    features = open_features(tmp_path, "clip")
-    read = features["train_0"]
-    assert read.dtype == np.float32 and read.flags.writeable
-    read[:] = 0
-    np.testing.assert_array_equal(features["train_0"], arrays["clip"]["train_0"])
+    read = open_features(tmp_path, "clip")["train_0"]
+    assert read.dtype == dtype
+    with pytest.raises(ValueError, match="read-only"):
+        read[:] = 0
+    processor = DiffusionVMRProcessor(video_feature_sizes=[6])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepared = processor.prepare_video([read])
+    wanted = arrays["clip"]["train_0"].astype(np.float32)
+    wanted /= np.linalg.norm(wanted, axis=1, keepdims=True) + 1e-5
+    np.testing.assert_allclose(prepared.numpy(), wanted, rtol=1e-6)
+    np.testing.assert_array_equal(read, arrays["clip"]["train_0"])
 
 
 def test_columns_of_a_converted_folder(converted, tmp_path):
@@ -592,8 +599,12 @@ def test_converted_features_in_workers(converted):
 
 def test_broken_values_in_a_converted_folder(cache, tmp_path):
     write_converted(tmp_path, scale=np.inf, lengths={"train": [3]})
-    with pytest.raises(ValueError, match=f"{tmp_path}, train_0: .*NaN or infinity in row 0"):
-        open_features(tmp_path, "clip")["train_0"]
+    row = {"qid": 1, "query": "a", "vid": "train_0", "duration": 6, "relevant_windows": [[0, 2]]}
+    dataset = MomentRetrievalDataset(
+        [row], open_features(tmp_path, "clip"), {1: ARRAY}, DiffusionVMRProcessor([6], text_feature_size=3)
+    )
+    with pytest.raises(ValueError, match="video train_0, backbone 0: features have NaN or infinity in row 0"):
+        dataset[0]
 
 
 @pytest.mark.parametrize("split, length", [("train", -100), ("val", 0), ("val", 50), ("test", -1)])

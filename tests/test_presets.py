@@ -58,8 +58,10 @@ def test_presets_repeat_nothing_of_what_they_extend():
 
 def test_file_that_extends(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text("extends: tacos\nconfig:\n  d_model: 64\n")
-    assert load_preset(path)["config"] == {**load_preset("tacos")["config"], "d_model": 64}
+    path.write_text("extends: tacos\nconfig:\n  d_model: 64\ntraining:\n  save_strategy: no\n  learning_rate: 5e-4\n")
+    tacos, mine = load_preset("tacos"), load_preset(path)
+    assert mine["config"] == {**tacos["config"], "d_model": 64}
+    assert mine["training"] == {**tacos["training"], "save_strategy": "no", "learning_rate": 0.0005}
 
 
 @pytest.mark.parametrize(
@@ -90,6 +92,8 @@ def test_flags():
         "stable",
         "--hold_out",
         "0.1",
+        "--eval_strategy",
+        "no",
         "--use_cpu=false",
         "--video_feature_sizes",
         "3",
@@ -102,6 +106,7 @@ def test_flags():
         "bf16": True,
         "lr_scheduler_type": "cosine",
         "use_cpu": False,
+        "eval_strategy": "no",
     }
     assert after["config"] == {**before["config"], "max_clips": 50}  # the processor's, too
     assert after["processor"] == {"round_to": None, "max_clips": 50, "video_feature_sizes": [3, 4]}
@@ -114,6 +119,7 @@ def test_flags():
     [
         (["--learnin_rate", "1"], "there is no field 'learnin_rate'; is it 'learning_rate'"),
         (["5"], "'5' belongs to no flag"),
+        (["--seed", "{"], "--seed: not YAML"),
         (["--output_dir", "x"], "'output_dir'"),
     ],
 )

@@ -396,17 +396,21 @@ class DiffusionVMRModel(DiffusionVMRPreTrainedModel):
             kwargs: `output_attentions`, `output_hidden_states`.
         """
         self.check_features(video_features, text_features, video_mask, text_mask)
-        if video_mask is None:
-            video_mask = video_features.new_ones(video_features.shape[:2], dtype=torch.bool)
-        if text_mask is None:
-            text_mask = text_features.new_ones(text_features.shape[:2], dtype=torch.bool)
-        video_mask, text_mask = video_mask.bool(), text_mask.bool()
+        video_mask, text_mask = mask_of(video_features, video_mask), mask_of(text_features, text_mask)
+        return self.fuse(self.project_video(video_features, video_mask), video_mask, text_features, text_mask, **kwargs)
 
-        positions = clip_positions(video_mask)
-        video = self.video_projection(torch.cat((video_features, positions.to(video_features.dtype)), dim=-1))
+    def project_video(self, video_features: Tensor, video_mask: Tensor) -> Tensor:
+        """Features (B, Lv, Dv), with a bool mask (B, Lv), in the common space: (B, Lv, D), for any number of `fuse`."""
+        positions = clip_positions(video_mask).to(video_features.dtype)
+        return self.video_projection(torch.cat((video_features, positions), dim=-1))
+
+    def fuse(
+        self, video: Tensor, video_mask: Tensor, text_features: Tensor, text_mask: Tensor, **kwargs
+    ) -> DiffusionVMRMemory:
+        """A projected video (B, Lv, D) and a sentence (B, Lt, Dt), with bool masks, attend to each other."""
         text = self.text_projection(text_features)
         # Moment-DETR numbers the clips from 1 and stretches the last to 2 pi; words have no positions
-        sine = sine_embedding(positions[..., 1] * (2 * math.pi), self.config.d_model).to(video.dtype)
+        sine = sine_embedding(clip_positions(video_mask)[..., 1] * (2 * math.pi), self.config.d_model).to(video.dtype)
         hidden = self.encoder(
             inputs_embeds=torch.cat((video, text), dim=1),
             attention_mask=torch.cat((video_mask, text_mask), dim=1),
@@ -670,11 +674,10 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         video, text, video_mask, text_mask = inputs
         self.model.check_features(*inputs)
         self.model.check_features(video, negative_text, video_mask, negative_mask, "negative_text")
-        video_mask = video.new_ones(video.shape[:2], dtype=torch.bool) if video_mask is None else video_mask
+        video_mask = mask_of(video, video_mask)
         text, text_mask = pad_pair(text, text_mask, negative_text, negative_mask)
-        both = self.model.encode(
-            torch.cat((video, video)), text, torch.cat((video_mask, video_mask)), text_mask, **flags
-        )
+        video = self.model.project_video(video, video_mask)  # once, as it is the same one
+        both = self.model.fuse(torch.cat((video, video)), torch.cat((video_mask, video_mask)), text, text_mask, **flags)
 
         def half(value, index):
             if isinstance(value, tuple):
@@ -684,15 +687,19 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         return tuple(DiffusionVMRMemory(**{name: half(v, index) for name, v in both.items()}) for index in (0, 1))
 
 
+def mask_of(features: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask of features (B, L, D) as bool (B, L); without one, all are real."""
+    return features.new_ones(features.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+
+
 def pad_pair(text, text_mask, negative_text, negative_mask) -> tuple[Tensor, Tensor]:
     """Two batches of sentences (B, L, D) and (B, M, D) with their masks as one of 2 B, padded to the longer."""
     length = max(text.shape[1], negative_text.shape[1])
     features, masks = [], []
     for sentence, mask in ((text, text_mask), (negative_text, negative_mask)):
-        if mask is None:
-            mask = sentence.new_ones(sentence.shape[:2], dtype=torch.bool)
+        mask = mask_of(sentence, mask)
         features.append(F.pad(sentence, (0, 0, 0, length - sentence.shape[1])))
-        masks.append(F.pad(mask.bool(), (0, length - mask.shape[1])))
+        masks.append(F.pad(mask, (0, length - mask.shape[1])))
     return torch.cat(features), torch.cat(masks)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import inspect
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from .processing_diffusionvmr import DiffusionVMRProcessor
 FOLDER = Path(__file__).parent / "presets"
 PRESETS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
+FLOAT_TAG = "tag:yaml.org,2002:float"
+NUMBER = re.compile(r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)(e[-+]?[0-9]+)?|[-+]?\.inf|\.nan)$", re.IGNORECASE)
+
 FIELDS = {
     "config": [name for name in DiffusionVMRConfig.__annotations__ if name != "model_type"],
     "processor": [
@@ -28,6 +32,18 @@ FIELDS = {
     "data": ["hold_out"],
 }
 """What each section of a preset may hold. A name that several sections have is set in all of them."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Of YAML 1.2, as people read it: `no`, a strategy's name, is a word, and 1e-4 a number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", FLOAT_TAG)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|false)$", re.IGNORECASE), list("tTfF"))
+_Loader.add_implicit_resolver(FLOAT_TAG, NUMBER, list("-+.0123456789"))
 
 
 def load_preset(name_or_file: str | os.PathLike) -> dict[str, dict[str, Any]]:
@@ -41,9 +57,10 @@ def load_preset(name_or_file: str | os.PathLike) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{name_or_file}: neither a preset ({', '.join(PRESETS)}) nor a file")
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not text ({error})") from None
+    given = _parsed(text, path)
     if not isinstance(given, dict) or not all(
         isinstance(part, dict) for key, part in given.items() if key != "extends"
     ):
@@ -78,13 +95,18 @@ def override(preset: Mapping[str, Mapping[str, Any]], flags: Iterable[str]) -> d
             while flags and not flags[0].startswith("--"):
                 values.append(flags.pop(0))
             value = " ".join(values) if len(values) < 2 else f"[{', '.join(values)}]"
-        parsed = True if value == "" and not separator else yaml.safe_load(value)
-        if isinstance(parsed, str) and parsed.lower().replace("e-", "").replace(".", "").isdigit():
-            parsed = float(parsed)  # YAML takes 1e-4 for a word
+        parsed = True if value == "" and not separator else _parsed(value, f"--{field}")
         for section, names in FIELDS.items():
             if field in names:
                 preset[section][field] = parsed
     return preset
+
+
+def _parsed(text: str, where: str | os.PathLike) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: not YAML ({' '.join(str(error).split())})") from None
 
 
 def _check_names(name: str, known: Iterable[str], message: str) -> None:

@@ -1,6 +1,7 @@
 """The one door into the model and back: features -> tensors, and the model's output -> moments in seconds."""
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -144,7 +145,8 @@ class DiffusionVMRProcessor(ProcessorMixin):
         features = torch.empty(length, sum(self.video_feature_sizes))
         parts = features.split(self.video_feature_sizes, dim=1)
         for index, (array, part) in enumerate(zip(arrays, parts)):
-            normalize(array[:length], f"{name}, backbone {index}", out=part)
+            part.copy_(array[:length])
+            normalize(part, f"{name}, backbone {index}", out=part)
         return average_down(features, self.max_clips) if length > self.max_clips else features
 
     def prepare_text(self, array: np.ndarray, name: str = "the sentence") -> Tensor:
@@ -154,7 +156,7 @@ class DiffusionVMRProcessor(ProcessorMixin):
         Raises:
             ValueError: for another size, no tokens, or values that are no finite numbers. It begins with `name`.
         """
-        return normalize(self._checked(array, self.text_feature_size, name), name)[: self.max_tokens]
+        return normalize(self._checked(array, self.text_feature_size, name).float(), name)[: self.max_tokens]
 
     @staticmethod
     def _checked(array: np.ndarray, size: int, name: str) -> Tensor:
@@ -165,7 +167,11 @@ class DiffusionVMRProcessor(ProcessorMixin):
             raise ValueError(f"{name}: there are no features, at least one vector is needed")
         if array.dtype.kind not in "fiu":
             raise ValueError(f"{name}: features must be real numbers, got {array.dtype}")
-        return torch.from_numpy(np.require(array, requirements="W")).float()
+        if array.flags.writeable:
+            return torch.from_numpy(array)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is mapped to be read: nothing is written to it
+            return torch.from_numpy(array)
 
     @staticmethod
     def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
