@@ -83,7 +83,7 @@ NOISE_LEVELS = {
         hidden=0.4, mixed=0.5, distractors=4, background=1.4, lasting=1.0, fleeting=0.7, edge=2.0, jitter=2.0
     ),
     "easy": NoiseLevel(
-        hidden=0.3, mixed=0.5, distractors=3, background=1.2, lasting=0.7, fleeting=0.5, edge=1.0, jitter=1.0
+        hidden=0.2, mixed=0.5, distractors=2, background=1.0, lasting=0.5, fleeting=0.4, edge=1.0, jitter=1.0
     ),
 }
 
