@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 from transformers import TrainingArguments
 
-from modeling_diffusionvmr import DiffusionVMRConfig, DiffusionVMRProcessor
+from modeling_diffusionvmr import DiffusionVMRConfig, DiffusionVMRForMomentRetrieval, DiffusionVMRProcessor
 from modeling_diffusionvmr.presets import FIELDS, PRESETS, load_preset, override
 
 # What Trainer would fill in by itself, and the paper and Moment-DETR do otherwise
@@ -12,7 +12,7 @@ EXPLICIT += ("max_grad_norm", "warmup_steps", "optim", "adam_beta1", "adam_beta2
 
 
 def test_there_is_one_for_each_setting_of_the_paper():
-    assert PRESETS == ["charades_sta", "charades_sta_vgg", "qvhighlights", "tacos"]
+    assert PRESETS == ["charades_sta", "charades_sta_vgg", "qvhighlights", "qvhighlights_small", "tacos"]
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,22 @@ def test_preset(name, sizes, text_size, metric, tmp_path):
     processor = DiffusionVMRProcessor(**preset["processor"])
     assert processor.round_to == (2.0 if name == "qvhighlights" else None)
     assert ("hold_out" in preset["data"]) == name.startswith("charades_sta")
+
+
+def test_small_preset_is_the_recipe_in_small():
+    """No term of the loss, nothing of the diffusion, and nothing of the schedule of proposals differs."""
+    small, whole = load_preset("qvhighlights_small"), load_preset("qvhighlights")
+    changed = {
+        (section, field)
+        for section in FIELDS
+        for field, value in small[section].items()
+        if whole[section].get(field) != value
+    }
+    sizes = ("d_model", "encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim", "video_feature_size")
+    sizes += ("text_feature_size", "backbones", "dropout", "input_dropout")
+    training = ("max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "eval_steps", "save_steps")
+    assert changed == {*(("config", field) for field in sizes), *(("training", field) for field in training)}
+    DiffusionVMRForMomentRetrieval(DiffusionVMRConfig(**small["config"]))
 
 
 def test_presets_repeat_nothing_of_what_they_extend():
