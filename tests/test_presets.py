@@ -69,7 +69,7 @@ def test_presets_repeat_nothing_of_what_they_extend():
     for name in PRESETS:
         preset = load_preset(name)
         assert list(preset) == list(FIELDS)
-        assert preset["training"].keys() == load_preset("qvhighlights")["training"].keys()
+        assert preset["training"].keys() - {"max_steps"} == load_preset("qvhighlights")["training"].keys()
 
 
 def test_file_that_extends(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from modeling_diffusionvmr import evaluate_predictions, load_annotations
 from modeling_diffusionvmr.annotations import save_jsonl
 from modeling_diffusionvmr.features import open_features
 from modeling_diffusionvmr.simulated_features import (
@@ -117,6 +118,24 @@ def test_real_is_noisier_than_easy():
     assert mean_auc(real) < mean_auc(easy) - 0.03
     for vid in ("v0", "v1"):
         assert not np.array_equal(real.video(vid), easy.video(vid))
+
+
+def test_real_is_as_hard_as_clip(shared):
+    """Highlights by cosine alone, as of "CLIP" in Moment-DETR's paper (on test): mAP 31.30, HIT@1 61.04, VeryGood."""
+    rows = load_annotations(shared / "annotations" / "qvhighlights" / "highlight_val_release.jsonl")
+    simulation, predictions = SimulatedFeatures(rows, 0, "real"), []
+    for row in rows[::3]:
+        cosine = unit(simulation.video(row["vid"])) @ unit(simulation.text(row["qid"])[-1])
+        predictions.append(
+            {
+                **{name: row[name] for name in ("qid", "query", "vid")},
+                "pred_relevant_windows": [[0, row["duration"], 1]],
+                "pred_saliency_scores": cosine.tolist(),
+            }
+        )
+    scores = evaluate_predictions(predictions, rows[::3])["brief"]
+    assert scores["HL-min-VeryGood-mAP"] == pytest.approx(31.3, abs=3)
+    assert scores["HL-min-VeryGood-Hit1"] == pytest.approx(61.0, abs=5)
 
 
 def test_sentences_and_pictures_keep_an_offset():
