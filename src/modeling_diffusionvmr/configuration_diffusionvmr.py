@@ -36,12 +36,6 @@ NON_NEGATIVE_FIELDS = (
     "saliency_margin",
 )
 
-OPEN_CHOICES = {
-    "proposal_features": ("carried", "anew"),
-    "regression": ("deltas", "offsets"),
-    "iou_loss": ("generalized", "plain"),
-}
-
 
 @strict
 class DiffusionVMRConfig(PreTrainedConfig):
@@ -75,12 +69,6 @@ class DiffusionVMRConfig(PreTrainedConfig):
         Equal parts of a span in which the 1-D RoI-align reads the video memory.
     dynamic_size (`int`, *optional*, defaults to 16):
         Inner size of the dynamic interaction: a proposal generates filters D -> dynamic_size -> D.
-    proposal_features (`str`, *optional*, defaults to `"carried"`):
-        Of every layer but the first: "carried" on from the layer before, or pooled "anew". To be measured.
-    regression (`str`, *optional*, defaults to `"deltas"`):
-        "deltas" or "offsets" of the inverse sigmoid. To be measured.
-    iou_loss (`str`, *optional*, defaults to `"generalized"`):
-        "generalized" or "plain". To be measured.
     l1_loss_coefficient, iou_loss_coefficient, class_loss_coefficient, hinge_loss_coefficient,
     contrastive_loss_coefficient (`float`, *optional*, defaults to 10, 2, 4, 1 and 1):
         Weights of the terms of Eq. 11 to 13.
@@ -122,9 +110,6 @@ class DiffusionVMRConfig(PreTrainedConfig):
     num_sampling_steps: int = 1
     roi_bins: int = 16
     dynamic_size: int = 16
-    proposal_features: str = "carried"
-    regression: str = "deltas"
-    iou_loss: str = "generalized"
     l1_loss_coefficient: float | int = 10.0
     iou_loss_coefficient: float | int = 2.0
     class_loss_coefficient: float | int = 4.0
@@ -156,9 +141,6 @@ class DiffusionVMRConfig(PreTrainedConfig):
         for field in ("encoder_attention_heads", "decoder_attention_heads"):
             if self.d_model % getattr(self, field):
                 raise ValueError(f"`{field}` must divide d_model={self.d_model}, got {getattr(self, field)}")
-        for field, values in OPEN_CHOICES.items():
-            if getattr(self, field) not in values:
-                raise ValueError(f"`{field}` must be one of {values}, got {getattr(self, field)!r}")
         if self.d_model % 2:
             raise ValueError(
                 f"`d_model` must be even, since positions are pairs of sine and cosine, got {self.d_model}"

@@ -93,16 +93,13 @@ def match(cost: np.ndarray, window_mask: np.ndarray) -> tuple[np.ndarray, np.nda
     return problem[rows][is_real], proposal[is_real], window[rows][is_real]
 
 
-def matching_cost(
-    logits: Tensor, spans: Tensor, targets: Targets, l1_weight: float, iou_weight: float, iou_loss: str = "generalized"
-) -> Tensor:
+def matching_cost(logits: Tensor, spans: Tensor, targets: Targets, l1_weight: float, iou_weight: float) -> Tensor:
     """Eq. 10, for logits (B, K, N, 2) and spans (B, K, N, 2) against the windows (B, M): (B, K, N, M)."""
     foreground = logits.softmax(-1)[..., :1]
     truth = targets.spans[:, None, None]
     distance = (spans[..., None, :] - truth).abs().mean(-1)
-    iou, generalized_iou = iou_and_generalized_iou(spans[..., None, :], truth)
-    overlap = generalized_iou if iou_loss == "generalized" else iou
-    return l1_weight * distance - iou_weight * overlap - foreground
+    _, generalized_iou = iou_and_generalized_iou(spans[..., None, :], truth)
+    return l1_weight * distance - iou_weight * generalized_iou - foreground
 
 
 def mean_per_sample(values: Tensor, sample: Tensor, num_samples: int) -> Tensor:
@@ -124,9 +121,7 @@ def detection_losses(logits: Tensor, spans: Tensor, targets: Targets, config) ->
     """
     batch, layers, num_proposals, _ = logits.shape
     with torch.no_grad():
-        cost = matching_cost(
-            logits, spans, targets, config.l1_loss_coefficient, config.iou_loss_coefficient, config.iou_loss
-        )
+        cost = matching_cost(logits, spans, targets, config.l1_loss_coefficient, config.iou_loss_coefficient)
         # The only transfer to the host of a training step: all layers and samples together. A model that diverged has
         # costs that are no numbers, which the solver would never return from.
         host = torch.cat((cost.nan_to_num().flatten(1), targets.window_mask.to(cost.dtype)), dim=1).cpu().numpy()
@@ -143,13 +138,12 @@ def detection_losses(logits: Tensor, spans: Tensor, targets: Targets, config) ->
     class_loss = class_loss * torch.where(is_background.flatten() == 1, config.background_coefficient, 1.0)
 
     predicted, truth = spans[sample, layer, proposal], targets.spans[sample, window]
-    iou, generalized_iou = iou_and_generalized_iou(predicted, truth)
-    overlap = generalized_iou if config.iou_loss == "generalized" else iou
+    _, generalized_iou = iou_and_generalized_iou(predicted, truth)
     per_layer = batch * layers
     return {
         "class": class_loss.view(batch, layers, num_proposals).mean(-1).sum(1).mean(),
         "l1": layers * mean_per_sample((predicted - truth).abs().mean(-1), problem, per_layer),
-        "iou": layers * mean_per_sample(1 - overlap, problem, per_layer),
+        "iou": layers * mean_per_sample(1 - generalized_iou, problem, per_layer),
     }
 
 

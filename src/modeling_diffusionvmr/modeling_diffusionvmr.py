@@ -22,7 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_diffusionvmr import DiffusionVMRConfig
 from .diffusion import DiffusionSchedule, sampling_timesteps, signal_to_spans, spans_to_signal
 from .loss_diffusionvmr import Targets, diffusionvmr_loss
-from .spans import keep_inside, refine, refine_by_offsets, roi_align
+from .spans import keep_inside, refine, roi_align
 
 TASK = "video-moment-retrieval"
 
@@ -231,7 +231,6 @@ class DiffusionVMRDenoisingLayer(GradientCheckpointingLayer):
         self.feed_forward = DiffusionVMRFeedForward(config, config.decoder_ffn_dim)
         self.feed_forward_layer_norm = nn.LayerNorm(size)
         self.dropout = nn.Dropout(config.dropout)
-        self.regression = config.regression
         self.time_modulation = nn.Sequential(nn.SiLU(), nn.Linear(4 * size, 2 * size))
         self.class_head = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 2))
         self.span_head = nn.Sequential(
@@ -257,8 +256,7 @@ class DiffusionVMRDenoisingLayer(GradientCheckpointingLayer):
         proposals = self.feed_forward_layer_norm(proposals + self.dropout(self.feed_forward(proposals)))
         scale, shift = self.time_modulation(time)[:, None].chunk(2, dim=-1)
         modulated = proposals * (scale + 1) + shift
-        move = refine if self.regression == "deltas" else refine_by_offsets
-        return proposals, self.class_head(modulated), move(spans, self.span_head(modulated).float())
+        return proposals, self.class_head(modulated), refine(spans, self.span_head(modulated).float())
 
 
 class DiffusionVMRPreTrainedModel(PreTrainedModel):
@@ -336,14 +334,12 @@ class DiffusionVMRDecoder(DiffusionVMRPreTrainedModel):
         num_clips = video_mask.sum(1)
         spans = [signal_to_spans(noisy_spans.float(), self.config.signal_scale)]
         logits = []
-        proposals = None
         for layer in self.layers:
             # A span narrower than a clip has nothing of its own to read, and a width of 0 could never grow
             layer_spans = keep_inside(spans[-1].detach(), 1 / num_clips[:, None])
             bins = roi_align(video, num_clips, layer_spans, self.config.roi_bins)  # phi of Eq. 8
-            if proposals is None or self.config.proposal_features == "anew":
-                proposals = bins.mean(2)  # rho of Eq. 8
-            proposals, layer_logits, layer_spans = layer(proposals, bins, layer_spans, time, **kwargs)
+            # rho of Eq. 8, anew in each layer: a proposal is what it reads where it is now
+            proposals, layer_logits, layer_spans = layer(bins.mean(2), bins, layer_spans, time, **kwargs)
             logits.append(layer_logits)
             spans.append(layer_spans)
         return DiffusionVMRDecoderOutput(

@@ -95,11 +95,6 @@ def refine(spans: Tensor, deltas: Tensor) -> Tensor:
     return torch.stack((center + shift / 2 * width, width * growth.clamp(max=math.log(MAX_WIDENING)).exp()), dim=-1)
 
 
-def refine_by_offsets(spans: Tensor, offsets: Tensor) -> Tensor:
-    """Spans moved in the space of the inverse sigmoid, as in Deformable DETR. Both (..., 2)."""
-    return (torch.logit(spans, eps=1e-3) + offsets).sigmoid()
-
-
 def relevant_clips(spans: Tensor, window_mask: Tensor, num_clips: Tensor, length: int) -> Tensor:
     """
     Which clips a moment makes relevant: those whose centre it holds, and for a moment that holds none the clip in which
