@@ -33,6 +33,7 @@ from modeling_diffusionvmr.ablation import (
     ABLATION_COLUMNS,
     PAPER,
     SECONDS_COLUMNS,
+    SELECTION,
     Measured,
     evaluate_model,
     layer_ious,
@@ -444,7 +445,9 @@ class Ablation:
             if n in ours:
                 measured = self.measured(ours[n])
                 entries.append((n, "ours", measured._replace(beside={**self.beside, **measured.beside})))
-        save_csv(table_rows("proposals", ABLATION_COLUMNS, entries), self.arguments.output_dir / "figure3.csv")
+        save_csv(
+            table_rows("proposals", (*ABLATION_COLUMNS, *SELECTION), entries), self.arguments.output_dir / "figure3.csv"
+        )
 
         lines = {self.label: {n: [metric_columns(one)["mAP@Avg"] for one in ours[n]] for n in ours}}
         lines |= {name: {n: [value] for n, value in curve.items()} for name, curve in curves.items()}

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-from modeling_diffusionvmr.ablation import PAPER, layer_ious, read_curve
+from modeling_diffusionvmr.ablation import PAPER, layer_ious, read_curve, selection
 from modeling_diffusionvmr.annotations import load_jsonl, save_jsonl
 from modeling_diffusionvmr.features import write_features
 from modeling_diffusionvmr.plotting import plot_curves, save_figure
@@ -328,6 +328,16 @@ def test_curves(tmp_path):
     save_figure(figure, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
         picture.load()
+
+
+def test_selection():
+    rows = [{"relevant_windows": [[0, 10], [20, 30]]}, {"relevant_windows": [[0, 4]]}]
+    windows = [[[20, 25, 0.9], [0, 10, 0.5]], [[6, 8, 0.8], [1, 5, 0.7]]]
+    predictions = [{"pred_relevant_windows": of_row} for of_row in windows]
+    # The first query's best is whole and its chosen one half of the truth; the second's are 3 of 5 and nothing
+    expected = {"best IoU": (1 + 0.6) / 2, "chosen IoU": 0.25, "chosen / true width": 0.5}
+    assert selection(predictions, rows) == pytest.approx(expected)
+    assert selection(predictions[1:], rows[1:])["chosen / true width"] is None
 
 
 def test_read_curve(folder, tmp_path):

@@ -31,6 +31,8 @@ METRICS = {
     "mAP@Avg": ("brief", "MR-full-mAP"),
 }
 """The paper's names, and where `evaluate_predictions` has them."""
+SELECTION = ("best IoU", "chosen IoU", "chosen / true width")
+"""What `selection` gives: whether a moment is not among the proposals, or among them and not chosen."""
 
 
 class PaperTable(NamedTuple):
@@ -155,7 +157,30 @@ def evaluate_model(
     processor = dataset.processor
     settings = {name: getattr(processor, name) for name in ("threshold", "top_k", "nms_threshold", "round_to")}
     settings |= {"num_proposals": num_proposals, "num_sampling_steps": num_sampling_steps}
-    return {**evaluate_predictions(predictions, dataset.rows), "settings": settings}
+    scores = evaluate_predictions(predictions, dataset.rows)
+    return {**scores, "selection": selection(predictions, dataset.rows), "settings": settings}
+
+
+def selection(predictions: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """
+    How good the best of all proposals is, and how good the one that has the highest score.
+
+    Returns:
+        `"best IoU"` and `"chosen IoU"`: IoU with that true window which it overlaps most, the mean over queries;
+        `"chosen / true width"`: the median of their widths' ratio over queries whose chosen window touches a true one.
+    """
+    best, chosen, ratios = [], [], []
+    for prediction, row in zip(predictions, rows):
+        windows = torch.tensor(prediction["pred_relevant_windows"], dtype=torch.float64)[:, :2]  # by falling score
+        truth = window_to_span(torch.tensor(row["relevant_windows"], dtype=torch.float64))
+        ious = iou_and_generalized_iou(window_to_span(windows)[:, None], truth)[0]
+        best.append(ious.max().item())
+        iou, index = ious[0].max(0)
+        chosen.append(iou.item())
+        if iou > 0:
+            ratios.append(((windows[0, 1] - windows[0, 0]) / truth[index, 1]).item())
+    values = (statistics.mean(best), statistics.mean(chosen), statistics.median(ratios) if ratios else None)
+    return dict(zip(SELECTION, values))
 
 
 def _on_device(batch: Mapping[str, Any], model) -> dict[str, Tensor]:
@@ -234,7 +259,8 @@ class Measured(NamedTuple):
 
 def metric_columns(metrics: Mapping[str, Any]) -> dict[str, float | None]:
     """Metrics as `evaluate_predictions` gives them, by the paper's names."""
-    return {column: metrics.get(part, {}).get(key) for column, (part, key) in METRICS.items()}
+    figures = {column: metrics.get(part, {}).get(key) for column, (part, key) in METRICS.items()}
+    return figures | metrics.get("selection", {})
 
 
 def settings_beside(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -288,7 +314,8 @@ def paper_table(number: int, ours: Mapping[str, Measured], beside: Mapping[str, 
             entries.append((label, "paper", Measured([figures], paper_beside)))
         if label in ours and ours[label].runs:
             entries.append((label, "ours", ours[label]._replace(beside={**beside, **ours[label].beside})))
-    rows = table_rows(paper.rows_are, paper.columns, entries)
+    columns = (*paper.columns, *(SELECTION if seconds else ()))
+    rows = table_rows(paper.rows_are, columns, entries)
     for column in seconds:
         one_step = {row["by"]: row[column] for row in rows if row[paper.rows_are] == "1"}
         for row in rows:
