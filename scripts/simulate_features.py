@@ -46,7 +46,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default: 0)")
     parser.add_argument(
-        "--noise", choices=NOISE_LEVELS, default="real", help="real: as hard as CLIP's features; easy: for a CPU"
+        "--noise", choices=NOISE_LEVELS, default="real", help="real: meant to be as hard as CLIP's; easy: for a CPU"
     )
     parser.add_argument("--clip_seconds", type=float, default=2.0, help="length of a clip (default: 2)")
     parser.add_argument("--size", type=int, default=CLIP_SIZE, help=f"numbers a clip and token (default: {CLIP_SIZE})")

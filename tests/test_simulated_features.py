@@ -120,8 +120,8 @@ def test_real_is_noisier_than_easy():
         assert not np.array_equal(real.video(vid), easy.video(vid))
 
 
-def test_real_is_as_hard_as_clip(shared):
-    """Highlights by cosine alone, as of "CLIP" in Moment-DETR's paper (on test): mAP 31.30, HIT@1 61.04, VeryGood."""
+def test_how_hard_real_is(shared):
+    """Highlights by cosine alone, on the real annotations."""
     rows = load_annotations(shared / "annotations" / "qvhighlights" / "highlight_val_release.jsonl")
     simulation, predictions = SimulatedFeatures(rows, 0, "real"), []
     for row in rows[::3]:
@@ -134,8 +134,8 @@ def test_real_is_as_hard_as_clip(shared):
             }
         )
     scores = evaluate_predictions(predictions, rows[::3])["brief"]
-    assert scores["HL-min-VeryGood-mAP"] == pytest.approx(31.3, abs=3)
-    assert scores["HL-min-VeryGood-Hit1"] == pytest.approx(61.0, abs=5)
+    assert scores["HL-min-VeryGood-mAP"] == pytest.approx(31, abs=3)
+    assert scores["HL-min-VeryGood-Hit1"] == pytest.approx(60, abs=5)
 
 
 def test_sentences_and_pictures_keep_an_offset():
