@@ -81,8 +81,8 @@ class NoiseLevel:
 
 
 NOISE_LEVELS = {
-    # Set so that on QVHighlights' val the cosine of sentence and clip alone finds highlights with an mAP of about 31 and
-    # a HIT@1 of about 60 (VeryGood), which a test measures; how fast Moment-DETR learns on it is not compared yet
+    # Set so that on QVHighlights' val the cosine of sentence and clip alone finds highlights with an mAP of about 31
+    # and a HIT@1 of about 60 (VeryGood), which a test measures; how Moment-DETR learns on it is not compared yet
     "real": NoiseLevel(
         hidden=0.4,
         mixed=0.5,
