@@ -109,6 +109,10 @@ class DiffusionVMRConfig(PreTrainedConfig):
     max_training_proposals: int = 20
     num_sampling_steps: int = 1
     roi_bins: int = 16
+    roi_context: float | int = 1.0  # the width that is read, in widths of the span
+    span_positions: bool = False  # whether positions of spans are added in the decoder's self-attention
+    class_loss_divisor: str = "proposals"  # or "weights"
+    padding_spans: str = "gaussian"  # or "uniform": both ends
     dynamic_size: int = 16
     l1_loss_coefficient: float | int = 10.0
     iou_loss_coefficient: float | int = 2.0

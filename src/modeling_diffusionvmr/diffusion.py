@@ -88,8 +88,9 @@ class DiffusionSchedule(nn.Module):
 
     table_size = 1024  # fixed noise for as many proposals is kept; more is computed when asked for
 
-    def __init__(self, num_steps: int, scale: float):
+    def __init__(self, num_steps: int, scale: float, padding_spans: str = "gaussian"):
         super().__init__()
+        self.padding_spans = padding_spans
         self.num_steps = num_steps
         self.scale = scale
         device = torch.empty(0).device  # of the context in which a model is built; it may be "meta"
@@ -184,6 +185,9 @@ class DiffusionSchedule(nn.Module):
         shuffled = spans.gather(1, order.argsort(dim=1)[..., None].expand(-1, -1, 2))[:, :num_proposals]
         shuffled = nn.functional.pad(shuffled, (0, 0, 0, num_proposals - shuffled.shape[1]))
         padding = (draws.padding / 6 + 0.5).clamp(0, 1)
+        if self.padding_spans == "uniform":
+            ends = torch.special.ndtr(draws.padding)
+            padding = torch.stack((ends.mean(-1), ends.amax(-1) - ends.amin(-1)), dim=-1)
         is_true = torch.arange(num_proposals, device=spans.device) < counts[:, None]
         clean = torch.where(is_true[..., None], shuffled, padding)
         noisy = self.add_noise(spans_to_signal(clean, self.scale), draws.noise, draws.timesteps)

@@ -135,13 +135,18 @@ def detection_losses(logits: Tensor, spans: Tensor, targets: Targets, config) ->
     is_background = torch.ones(batch, layers, num_proposals, dtype=torch.long, device=logits.device)
     is_background[sample, layer, proposal] = 0
     class_loss = F.cross_entropy(logits.flatten(0, 2), is_background.flatten(), reduction="none")
-    class_loss = class_loss * torch.where(is_background.flatten() == 1, config.background_coefficient, 1.0)
+    class_weight = torch.where(is_background.flatten() == 1, config.background_coefficient, 1.0)
+    class_loss = (class_loss * class_weight).view(batch, layers, num_proposals).sum(-1)
+    if config.class_loss_divisor == "weights":
+        class_loss = class_loss / class_weight.view(batch, layers, num_proposals).sum(-1)
+    else:
+        class_loss = class_loss / num_proposals
 
     predicted, truth = spans[sample, layer, proposal], targets.spans[sample, window]
     _, generalized_iou = iou_and_generalized_iou(predicted, truth)
     per_layer = batch * layers
     return {
-        "class": class_loss.view(batch, layers, num_proposals).mean(-1).sum(1).mean(),
+        "class": class_loss.sum(1).mean(),
         "l1": layers * mean_per_sample((predicted - truth).abs().mean(-1), problem, per_layer),
         "iou": layers * mean_per_sample(1 - generalized_iou, problem, per_layer),
     }

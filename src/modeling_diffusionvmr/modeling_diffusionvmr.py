@@ -227,6 +227,7 @@ class DiffusionVMRDenoisingLayer(GradientCheckpointingLayer):
         self.self_attn = DiffusionVMRSelfAttention(config, config.decoder_attention_heads)
         self.self_attn_layer_norm = nn.LayerNorm(size)
         self.interaction = DiffusionVMRDynamicInteraction(config)
+        self.span_projection = nn.Linear(size, size) if config.span_positions else None
         self.interaction_layer_norm = nn.LayerNorm(size)
         self.feed_forward = DiffusionVMRFeedForward(config, config.decoder_ffn_dim)
         self.feed_forward_layer_norm = nn.LayerNorm(size)
@@ -250,7 +251,11 @@ class DiffusionVMRDenoisingLayer(GradientCheckpointingLayer):
         Returns:
             The proposals' features (B, N, D), logits (B, N, 2), and the new spans (B, N, 2), float32.
         """
-        attended, _ = self.self_attn(proposals, **kwargs)
+        positions = None
+        if self.span_projection is not None:
+            sine = sine_embedding(spans * (2 * math.pi), proposals.shape[-1] // 2)
+            positions = self.span_projection(sine.flatten(-2).to(proposals.dtype))
+        attended, _ = self.self_attn(proposals, positions=positions, **kwargs)
         proposals = self.self_attn_layer_norm(proposals + self.dropout(attended))
         proposals = self.interaction_layer_norm(proposals + self.dropout(self.interaction(proposals, bins)))
         proposals = self.feed_forward_layer_norm(proposals + self.dropout(self.feed_forward(proposals)))
@@ -337,9 +342,12 @@ class DiffusionVMRDecoder(DiffusionVMRPreTrainedModel):
         for layer in self.layers:
             # A span narrower than a clip has nothing of its own to read, and a width of 0 could never grow
             layer_spans = keep_inside(spans[-1].detach(), 1 / num_clips[:, None])
-            bins = roi_align(video, num_clips, layer_spans, self.config.roi_bins)  # phi of Eq. 8
+            around = layer_spans * layer_spans.new_tensor([1.0, self.config.roi_context])
+            bins = roi_align(video, num_clips, around, self.config.roi_bins)  # phi of Eq. 8
             # rho of Eq. 8, anew in each layer: a proposal is what it reads where it is now
-            proposals, layer_logits, layer_spans = layer(bins.mean(2), bins, layer_spans, time, **kwargs)
+            side = round(self.config.roi_bins * (1 - 1 / self.config.roi_context) / 2)
+            pooled = bins[:, :, side : self.config.roi_bins - side].mean(2)
+            proposals, layer_logits, layer_spans = layer(pooled, bins, layer_spans, time, **kwargs)
             logits.append(layer_logits)
             spans.append(layer_spans)
         return DiffusionVMRDecoderOutput(
@@ -373,7 +381,7 @@ class DiffusionVMRModel(DiffusionVMRPreTrainedModel):
         self.text_projection = DiffusionVMRProjection(config, config.text_feature_size)
         self.encoder = DiffusionVMREncoder(config)
         self.decoder = DiffusionVMRDecoder(config)
-        self.schedule = DiffusionSchedule(config.num_diffusion_steps, config.signal_scale)
+        self.schedule = DiffusionSchedule(config.num_diffusion_steps, config.signal_scale, config.padding_spans)
         self.post_init()
 
     def encode(

@@ -68,7 +68,7 @@ def roi_align(features: Tensor, num_clips: Tensor, spans: Tensor, bins: int) -> 
     outside = ((clips == 0) & (offset < 0)) | ((clips == last) & (offset > 0))
     integral = offset - torch.where(outside, 0.0, 0.5) * offset * offset.abs()
     weights = integral.diff(dim=2) * (clips <= last)
-    weights = weights / weights.sum(-1, keepdim=True)
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
     bins_of_spans = torch.matmul(weights.to(features.dtype).flatten(1, 2), features)
     return bins_of_spans.unflatten(1, (spans.shape[1], bins))
 
