@@ -66,7 +66,10 @@ class DiffusionVMRConfig(PreTrainedConfig):
     num_sampling_steps (`int`, *optional*, defaults to 1):
         S, the DDIM steps of inference.
     roi_bins (`int`, *optional*, defaults to 16):
-        Equal parts of a span in which the 1-D RoI-align reads the video memory.
+        Equal parts in which the 1-D RoI-align reads the video memory for a span.
+    roi_context (`float`, *optional*, defaults to 2.0):
+        Width of what is read for a span, in widths of that span, at least 1: what lies around a moment tells it from a
+        part of one.
     dynamic_size (`int`, *optional*, defaults to 16):
         Inner size of the dynamic interaction: a proposal generates filters D -> dynamic_size -> D.
     l1_loss_coefficient, iou_loss_coefficient, class_loss_coefficient, hinge_loss_coefficient,
@@ -109,10 +112,7 @@ class DiffusionVMRConfig(PreTrainedConfig):
     max_training_proposals: int = 20
     num_sampling_steps: int = 1
     roi_bins: int = 16
-    roi_context: float | int = 1.0  # the width that is read, in widths of the span
-    span_positions: bool = False  # whether positions of spans are added in the decoder's self-attention
-    class_loss_divisor: str = "proposals"  # or "weights"
-    padding_spans: str = "gaussian"  # or "uniform": both ends
+    roi_context: float | int = 2.0
     dynamic_size: int = 16
     l1_loss_coefficient: float | int = 10.0
     iou_loss_coefficient: float | int = 2.0
@@ -142,6 +142,8 @@ class DiffusionVMRConfig(PreTrainedConfig):
         for field in ("dropout", "input_dropout"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"`{field}` must be in [0, 1), got {getattr(self, field)}")
+        if not 1 <= self.roi_context < math.inf:
+            raise ValueError(f"`roi_context` must be at least 1 and finite, got {self.roi_context}")
         for field in ("encoder_attention_heads", "decoder_attention_heads"):
             if self.d_model % getattr(self, field):
                 raise ValueError(f"`{field}` must divide d_model={self.d_model}, got {getattr(self, field)}")

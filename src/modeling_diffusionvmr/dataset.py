@@ -83,7 +83,7 @@ class MomentRetrievalDataset(Dataset):
             for row in self.rows:
                 if "relevant_windows" not in row:
                     raise ValueError(f"qid {row['qid']}: training needs its `relevant_windows`")
-            self.schedule = DiffusionSchedule(config.num_diffusion_steps, config.signal_scale, config.padding_spans)
+            self.schedule = DiffusionSchedule(config.num_diffusion_steps, config.signal_scale)
             self._draws_of: tuple[int, _EpochDraws] | None = None
             self._group_by_video()
 

@@ -59,8 +59,8 @@ def sampling_timesteps(timesteps: Tensor, num_sampling_steps: int) -> Tensor:
 @dataclass(frozen=True)
 class Draws:
     """
-    The random numbers of B training samples: `order` (B, M) in [0, 1) shuffles the true spans; `padding` (B, N, 2) and
-    `noise` (B, N, 2) are normal; `timesteps` (B,) are t, long.
+    The random numbers of B training samples: `order` (B, M) in [0, 1) shuffles the true spans; `padding` (B, N, 2) in
+    [0, 1) are the two ends of random ones; `noise` (B, N, 2) is normal; `timesteps` (B,) are t, long.
     """
 
     order: Tensor
@@ -88,9 +88,8 @@ class DiffusionSchedule(nn.Module):
 
     table_size = 1024  # fixed noise for as many proposals is kept; more is computed when asked for
 
-    def __init__(self, num_steps: int, scale: float, padding_spans: str = "gaussian"):
+    def __init__(self, num_steps: int, scale: float):
         super().__init__()
-        self.padding_spans = padding_spans
         self.num_steps = num_steps
         self.scale = scale
         device = torch.empty(0).device  # of the context in which a model is built; it may be "meta"
@@ -158,7 +157,7 @@ class DiffusionSchedule(nn.Module):
         """
         options = {"device": device, "generator": generator}
         return Draws(
-            padding=torch.randn(batch, num_proposals, 2, **options),
+            padding=torch.rand(batch, num_proposals, 2, **options),
             timesteps=torch.randint(self.num_steps, (batch,), **options),
             noise=torch.randn(batch, num_proposals, 2, **options),
             order=torch.rand(most, batch, **options).T,  # last and so that a greater M changes nothing else
@@ -169,8 +168,8 @@ class DiffusionSchedule(nn.Module):
         The training pipeline of section 3.2: pads the true spans with random ones, and adds the noise of step t.
 
         The true spans come first, in random order, so that the first N rows are right for any N; where there are more
-        of them than proposals, some are left out. Padding is drawn as in DiffusionDet: center and width from
-        N(1/2, 1/6).
+        of them than proposals, some are left out. The padding lies between two random points of the video: any part of
+        it, of any width, so that at a small t the width does not give the true ones away.
 
         Args:
             spans: (B, M, 2), padded on the right.
@@ -184,10 +183,7 @@ class DiffusionSchedule(nn.Module):
         order = draws.order + (torch.arange(most, device=spans.device) >= counts[:, None])
         shuffled = spans.gather(1, order.argsort(dim=1)[..., None].expand(-1, -1, 2))[:, :num_proposals]
         shuffled = nn.functional.pad(shuffled, (0, 0, 0, num_proposals - shuffled.shape[1]))
-        padding = (draws.padding / 6 + 0.5).clamp(0, 1)
-        if self.padding_spans == "uniform":
-            ends = torch.special.ndtr(draws.padding)
-            padding = torch.stack((ends.mean(-1), ends.amax(-1) - ends.amin(-1)), dim=-1)
+        padding = torch.stack((draws.padding.mean(-1), draws.padding.diff(dim=-1).abs().squeeze(-1)), dim=-1)
         is_true = torch.arange(num_proposals, device=spans.device) < counts[:, None]
         clean = torch.where(is_true[..., None], shuffled, padding)
         noisy = self.add_noise(spans_to_signal(clean, self.scale), draws.noise, draws.timesteps)

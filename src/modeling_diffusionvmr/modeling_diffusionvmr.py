@@ -224,10 +224,10 @@ class DiffusionVMRDenoisingLayer(GradientCheckpointingLayer):
     def __init__(self, config: DiffusionVMRConfig):
         super().__init__()
         size = config.d_model
+        self.span_projection = nn.Linear(2 * size, size)
         self.self_attn = DiffusionVMRSelfAttention(config, config.decoder_attention_heads)
         self.self_attn_layer_norm = nn.LayerNorm(size)
         self.interaction = DiffusionVMRDynamicInteraction(config)
-        self.span_projection = nn.Linear(size, size) if config.span_positions else None
         self.interaction_layer_norm = nn.LayerNorm(size)
         self.feed_forward = DiffusionVMRFeedForward(config, config.decoder_ffn_dim)
         self.feed_forward_layer_norm = nn.LayerNorm(size)
@@ -245,17 +245,15 @@ class DiffusionVMRDenoisingLayer(GradientCheckpointingLayer):
         Args:
             proposals: the proposals' features, (B, N, D).
             bins: what the RoI-align read for each, (B, N, R, D).
-            spans: where, (B, N, 2), float32.
+            spans: the proposals' spans, (B, N, 2), float32.
             time: the embedding of the step, (B, 4 D).
 
         Returns:
             The proposals' features (B, N, D), logits (B, N, 2), and the new spans (B, N, 2), float32.
         """
-        positions = None
-        if self.span_projection is not None:
-            sine = sine_embedding(spans * (2 * math.pi), proposals.shape[-1] // 2)
-            positions = self.span_projection(sine.flatten(-2).to(proposals.dtype))
-        attended, _ = self.self_attn(proposals, positions=positions, **kwargs)
+        # Where a proposal lies and how wide it is (as in DAB-DETR): a pooled feature alone does not say
+        placed = sine_embedding(spans * (2 * math.pi), proposals.shape[-1]).flatten(-2).to(proposals.dtype)
+        attended, _ = self.self_attn(proposals, positions=self.span_projection(placed), **kwargs)
         proposals = self.self_attn_layer_norm(proposals + self.dropout(attended))
         proposals = self.interaction_layer_norm(proposals + self.dropout(self.interaction(proposals, bins)))
         proposals = self.feed_forward_layer_norm(proposals + self.dropout(self.feed_forward(proposals)))
@@ -288,6 +286,8 @@ class DiffusionVMRPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, DiffusionVMRDecoder):
+            init.normal_(module.beyond_video)  # as large as the memory, which is normalised
         elif isinstance(module, DiffusionSchedule):
             for name, table in module.tables().items():
                 init.copy_(getattr(module, name), table)
@@ -327,6 +327,7 @@ class DiffusionVMRDecoder(DiffusionVMRPreTrainedModel):
         size = config.d_model
         self.time_embedding = nn.Sequential(nn.Linear(size, 4 * size), nn.GELU(), nn.Linear(4 * size, 4 * size))
         self.layers = nn.ModuleList([DiffusionVMRDenoisingLayer(config) for _ in range(config.decoder_layers)])
+        self.beyond_video = nn.Parameter(torch.empty(size))  # what is read where there are no clips
         self.post_init()
 
     @merge_with_config_defaults
@@ -342,12 +343,12 @@ class DiffusionVMRDecoder(DiffusionVMRPreTrainedModel):
         for layer in self.layers:
             # A span narrower than a clip has nothing of its own to read, and a width of 0 could never grow
             layer_spans = keep_inside(spans[-1].detach(), 1 / num_clips[:, None])
-            around = layer_spans * layer_spans.new_tensor([1.0, self.config.roi_context])
-            bins = roi_align(video, num_clips, around, self.config.roi_bins)  # phi of Eq. 8
-            # rho of Eq. 8, anew in each layer: a proposal is what it reads where it is now
-            side = round(self.config.roi_bins * (1 - 1 / self.config.roi_context) / 2)
-            pooled = bins[:, :, side : self.config.roi_bins - side].mean(2)
-            proposals, layer_logits, layer_spans = layer(pooled, bins, layer_spans, time, **kwargs)
+            # Eq. 8, anew in each layer: a proposal is what it reads where it is now. The mean over one bin is exact.
+            proposals = roi_align(video, num_clips, layer_spans, 1).squeeze(2)
+            center, width = layer_spans.split(1, dim=-1)
+            around = torch.cat((center, width * self.config.roi_context), dim=-1)
+            bins = roi_align(video, num_clips, around, self.config.roi_bins, self.beyond_video)
+            proposals, layer_logits, layer_spans = layer(proposals, bins, layer_spans, time, **kwargs)
             logits.append(layer_logits)
             spans.append(layer_spans)
         return DiffusionVMRDecoderOutput(
@@ -381,7 +382,7 @@ class DiffusionVMRModel(DiffusionVMRPreTrainedModel):
         self.text_projection = DiffusionVMRProjection(config, config.text_feature_size)
         self.encoder = DiffusionVMREncoder(config)
         self.decoder = DiffusionVMRDecoder(config)
-        self.schedule = DiffusionSchedule(config.num_diffusion_steps, config.signal_scale, config.padding_spans)
+        self.schedule = DiffusionSchedule(config.num_diffusion_steps, config.signal_scale)
         self.post_init()
 
     def encode(

@@ -40,7 +40,7 @@ def iou_and_generalized_iou(spans: Tensor, other: Tensor) -> tuple[Tensor, Tenso
     return iou, iou - (hull - union) / hull.clamp(min=tiny)
 
 
-def roi_align(features: Tensor, num_clips: Tensor, spans: Tensor, bins: int) -> Tensor:
+def roi_align(features: Tensor, num_clips: Tensor, spans: Tensor, bins: int, beyond: Tensor | float = 0.0) -> Tensor:
     """
     1-D RoI-align (phi of Eq. 8): the mean over each of `bins` equal parts of a span of the linear interpolant through
     the clips, which is constant beyond the first and the last clip's centre.
@@ -51,7 +51,8 @@ def roi_align(features: Tensor, num_clips: Tensor, spans: Tensor, bins: int) -> 
     Args:
         features: (B, L, D), padded on the right.
         num_clips: (B,), the real clips of each video, at least 1. Padding is never read.
-        spans: (B, N, 2), inside [0, 1] once they are windows, and of a width that their type can tell from 0.
+        spans: (B, N, 2), of a width that their type can tell from 0.
+        beyond: (D,), what is read where a span reaches beyond the video.
 
     Returns:
         (B, N, bins, D), in the type of `features`. Coordinates and weights are computed in the type of `spans`.
@@ -60,8 +61,10 @@ def roi_align(features: Tensor, num_clips: Tensor, spans: Tensor, bins: int) -> 
     start, end = windows[..., :1], windows[..., 1:]
     parts = torch.linspace(0, 1, bins + 1, dtype=spans.dtype, device=spans.device)
     last = num_clips.to(spans.dtype)[:, None, None, None] - 1
-    # Edges of the bins in units of clips, where clip i is centred at i: (B, N, bins + 1, 1)
-    edges = ((start + (end - start) * parts)[..., None] * (last + 1)) - 0.5
+    # Edges of the bins, and in units of clips, where clip i is centred at i: (B, N, bins + 1, 1)
+    parts = (start + (end - start) * parts)[..., None]
+    inside = parts.clamp(0, 1)
+    edges = inside * (last + 1) - 0.5
     clips = torch.arange(features.shape[1], dtype=spans.dtype, device=spans.device)
     offset = (edges - clips).clamp(-1, 1)
     # The integral of the hat function up to an edge, but for a constant; the two outermost clips stay at 1 outside
@@ -69,8 +72,9 @@ def roi_align(features: Tensor, num_clips: Tensor, spans: Tensor, bins: int) -> 
     integral = offset - torch.where(outside, 0.0, 0.5) * offset * offset.abs()
     weights = integral.diff(dim=2) * (clips <= last)
     weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-    bins_of_spans = torch.matmul(weights.to(features.dtype).flatten(1, 2), features)
-    return bins_of_spans.unflatten(1, (spans.shape[1], bins))
+    share = inside.diff(dim=2) / parts.diff(dim=2)
+    read = torch.matmul((weights * share).to(features.dtype).flatten(1, 2), features)
+    return read.unflatten(1, (spans.shape[1], bins)) + (1 - share).to(features.dtype) * beyond
 
 
 def keep_inside(spans: Tensor, least_width: Tensor | float) -> Tensor:
