@@ -7,7 +7,7 @@ from transformers import AutoConfig
 
 from modeling_diffusionvmr import DiffusionVMRConfig
 
-# The paper's setting for QVHighlights, and Moment-DETR's where the paper is silent; roi_bins and dynamic_size are ours
+# The paper's setting for QVHighlights, and Moment-DETR's where the paper is silent; what a span is read with is ours
 DEFAULTS = {
     "d_model": 512,
     "encoder_layers": 6,
@@ -72,7 +72,7 @@ def test_common_names():
 
 
 def test_whole_numbers_for_fractions():
-    fields = dict.fromkeys([*WEIGHTS, "dropout", "input_dropout"], 0) | {"signal_scale": 2}
+    fields = dict.fromkeys([*WEIGHTS, "dropout", "input_dropout"], 0) | {"signal_scale": 2, "roi_context": 1}
     config = DiffusionVMRConfig(**fields)
     assert {name: getattr(config, name) for name in fields} == fields
 
@@ -84,6 +84,7 @@ def test_whole_numbers_for_fractions():
         *((field, value) for field in WEIGHTS for value in (-0.1, math.nan, math.inf, "1")),
         *((field, value) for field in ("dropout", "input_dropout") for value in (-0.1, 1, 1.5, math.nan, None)),
         *(("signal_scale", value) for value in (0, -2.0, math.nan, math.inf, "2")),
+        *(("roi_context", value) for value in (0.9, -2.0, math.nan, math.inf, "2")),
         ("encoder_attention_heads", 7),
         ("decoder_attention_heads", 7),
         ("num_sampling_steps", 1001),

@@ -7,8 +7,9 @@ import torch
 from transformers import set_seed
 
 from modeling_diffusionvmr import DiffusionVMRForMomentRetrieval, DiffusionVMRModel, modeling_diffusionvmr
-from modeling_diffusionvmr.diffusion import cosine_alphas_cumprod, fixed_noise
+from modeling_diffusionvmr.diffusion import cosine_alphas_cumprod, fixed_noise, spans_to_signal
 from modeling_diffusionvmr.loss_diffusionvmr import Targets, diffusionvmr_loss
+from modeling_diffusionvmr.modeling_diffusionvmr import DiffusionVMRMemory
 from modeling_diffusionvmr.spans import iou_and_generalized_iou, keep_inside, span_to_window
 
 CLIPS, TOKENS = (9, 6, 1), (5, 2, 4)
@@ -425,6 +426,42 @@ def check_low_precision(output, exact, tolerance):
     spans = output.intermediate_spans[:, 1:].flatten(0, -2)
     spans = spans[((span_to_window(spans) > 0) & (span_to_window(spans) < 1)).all(-1)]
     assert len(spans) > 3 and (spans != spans.to(torch.bfloat16).float()).any(-1).float().mean() > 0.9
+
+
+@pytest.mark.parametrize(("context", "seen"), [(1.0, {3, 4, 5, 6}), (2, set(range(2, 8))), (3.0, set(range(1, 9)))])
+def test_a_proposal_sees_its_span_and_what_is_around(make_model, device, context, seen):
+    model = make_model(roi_context=context, decoder_layers=1).model
+    memory = DiffusionVMRMemory(
+        video=torch.randn(1, 10, 32, generator=torch.Generator().manual_seed(0)).to(device),
+        video_mask=torch.ones(1, 10, dtype=torch.bool, device=device),
+    )
+    # Clips 4 and 5, and by the interpolant half of their neighbours
+    spans = torch.tensor([[[0.5, 0.2]]], device=device)
+    arguments = (spans_to_signal(spans, model.config.signal_scale), torch.tensor([50], device=device))
+    base = model.denoise(memory, *arguments).intermediate_logits
+    matter = set()
+    for clip in range(10):
+        video = memory.video.clone()
+        video[:, clip] = 0
+        changed = model.denoise(DiffusionVMRMemory(video=video, video_mask=memory.video_mask), *arguments)
+        if (changed.intermediate_logits - base).abs().max() > 1e-5:
+            matter.add(clip)
+    assert matter == seen
+
+
+def test_proposals_know_where_they_lie(model, device):
+    """Two halves of equal clips: where in its half a proposal lies changes nothing but the place that others see."""
+    halves = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0)).to(device).repeat_interleave(10, dim=1)
+    memory = DiffusionVMRMemory(video=halves, video_mask=torch.ones(1, 20, dtype=torch.bool, device=device))
+    timesteps = torch.tensor([50], device=device)
+
+    def logits_of_the_second(first: list[float]) -> torch.Tensor:
+        noisy = spans_to_signal(torch.tensor([[first, [0.75, 0.2]]], device=device), 2.0)
+        return model.model.denoise(memory, noisy, timesteps).intermediate_logits[0, 0, 1]
+
+    base = logits_of_the_second([0.25, 0.1])
+    for other in ([0.2, 0.1], [0.25, 0.2]):
+        assert (logits_of_the_second(other) - base).abs().max() > 1e-4
 
 
 @pytest.fixture

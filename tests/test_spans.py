@@ -144,6 +144,19 @@ def test_roi_align_of_a_constant_is_that_constant():
     torch.testing.assert_close(roi_align(features, torch.tensor([75]), spans, 16), torch.full((1, 4, 16, 2), 3.0))
 
 
+def test_roi_align_beyond_the_video():
+    features, num_clips = torch.full((1, 8, 2), 3.0), torch.tensor([4])
+    spans = torch.tensor([[[0.125, 0.5], [1.0, 0.5], [0.5, 4.0]]])  # -1/8 to 3/8, 3/4 to 5/4, -3/2 to 5/2
+    beyond = torch.tensor([-1.0, 0.0])
+    result = roi_align(features, num_clips, spans, 4, beyond)
+    share = torch.tensor([[0.0, 1, 1, 1], [1, 1, 0, 0], [0, 0.5, 0.5, 0]])[None, ..., None]  # inside, of each bin
+    torch.testing.assert_close(result, share * 3 + (1 - share) * beyond)
+    torch.testing.assert_close(roi_align(features, num_clips, spans, 4), share * features[:, :1, None])
+    # No step where a span just reaches an end
+    steps = [roi_align(features, num_clips, spans[:, :1] + delta, 4, beyond) for delta in (0.0, 1e-6)]
+    torch.testing.assert_close(*steps, rtol=0, atol=1e-4)
+
+
 def test_roi_align_types():
     features = torch.randn(1, 8, 3, generator=torch.Generator().manual_seed(0))
     spans = random_spans(1, 6).float()
