@@ -20,7 +20,7 @@ from modeling_diffusionvmr.features import write_features
 from modeling_diffusionvmr.plotting import plot_curves, save_figure
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-SMALL = "--d_model 16 --encoder_layers 1 --decoder_layers 2 --encoder_ffn_dim 16 --decoder_ffn_dim 16 --roi_bins 2 "
+SMALL = "--d_model 16 --encoder_layers 1 --decoder_layers 2 --encoder_ffn_dim 16 --decoder_ffn_dim 16 --roi_bins 4 "
 SMALL += "--dynamic_size 2 --num_proposals 6 --max_steps 2 --eval_steps 2 --save_steps 2 --logging_steps 1 --use_cpu "
 SMALL += "--disable_tqdm --per_device_train_batch_size 4 --dataloader_pin_memory false --nms_threshold 0.9"
 ALL = "--tables 1 2 3 4 5 6 --figures 1 3 4 5"

@@ -129,6 +129,17 @@ def test_detection_terms(num_proposals, counts):
     assert {name: value.item() for name, value in result.items()} == pytest.approx(expected, rel=1e-5)
 
 
+def test_background_that_does_not_count():
+    """Then a sample without windows has no class loss, and a gradient of 0."""
+    logits, spans = make_predictions(1, 2, 3)
+    config = DiffusionVMRConfig(background_coefficient=0)
+    targets = Targets.from_labels([{"spans": torch.zeros(0, 2)}], "cpu")
+    loss = detection_losses(logits.requires_grad_(), spans, targets, config)["class"]
+    assert loss.item() == 0
+    (gradient,) = torch.autograd.grad(4 * loss, logits)
+    assert (gradient == 0).all()
+
+
 def test_detection_terms_by_hand():
     """Two proposals and one window (0.2 to 0.6), small enough to follow."""
     labels = [{"spans": torch.tensor([[0.4, 0.4]])}]

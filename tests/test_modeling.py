@@ -474,6 +474,15 @@ def roi_calls(monkeypatch) -> list:
     return calls
 
 
+def test_pooled_feature_is_of_the_span_alone(make_model, inputs, roi_calls):
+    model = make_model(roi_context=3)
+    model(**inputs)
+    for (_, _, spans, bins, *beyond), (_, _, around, all_bins, vector) in zip(roi_calls[::2], roi_calls[1::2]):
+        assert (bins, beyond, all_bins) == (1, [], 4) and vector is model.model.decoder.beyond_video
+        close(around, spans * torch.tensor([1.0, 3.0], device=spans.device), 1e-6)
+    assert len(roi_calls) == 4
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(make_model, inputs, labels, negative, device, roi_calls, dtype):
     model = make_model()

@@ -164,6 +164,8 @@ def test_roi_align_types():
     result = roi_align(features.bfloat16(), torch.tensor([8]), spans, 4)
     assert result.dtype == torch.bfloat16
     torch.testing.assert_close(result.float(), expected, rtol=0, atol=0.05)
+    result = roi_align(features.bfloat16(), torch.tensor([8]), spans * 2, 4, torch.ones(3))
+    assert result.dtype == torch.bfloat16
     # bfloat16 counts in twos beyond 256
     steps = torch.arange(300.0)[None, :, None] % 2
     alternating = roi_align(steps.bfloat16(), torch.tensor([300]), torch.tensor([[[299.5 / 300, 1 / 300]]]), 2)
@@ -175,6 +177,11 @@ def test_roi_align_gradients():
     spans = random_spans(2, 3, least_width=0.1).requires_grad_()
     num_clips = torch.tensor([6, 4])
     assert torch.autograd.gradcheck(lambda f, s: roi_align(f, num_clips, s, 3), (features, spans))
+    reaching_out = torch.tensor([[[0.1, 0.5], [1.4, 0.3]], [[0.5, 2.2], [0.9, 0.31]]], dtype=torch.float64)
+    beyond = torch.tensor([2.0, -1.0], dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda f, s, b: roi_align(f, num_clips, s, 3, b), (features, reaching_out.requires_grad_(), beyond)
+    )
 
 
 @pytest.mark.parametrize(

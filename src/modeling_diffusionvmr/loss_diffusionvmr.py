@@ -135,11 +135,11 @@ def detection_losses(logits: Tensor, spans: Tensor, targets: Targets, config) ->
     is_background = torch.ones(batch, layers, num_proposals, dtype=torch.long, device=logits.device)
     is_background[sample, layer, proposal] = 0
     class_loss = F.cross_entropy(logits.flatten(0, 2), is_background.flatten(), reduction="none")
+    # Divided by the sum of a sample's weights, as DETR does it for a batch, and not by N as Moment-DETR: else the share
+    # of the few that are foreground would shrink as N grows
     class_weight = torch.where(is_background == 1, config.background_coefficient, 1.0)
-    # Divided by the sum of the weights, as DETR does it, and not by N as Moment-DETR: else the share of the few that
-    # are foreground would shrink as N grows
-    total_weight = class_weight.sum(-1).clamp(min=torch.finfo(class_weight.dtype).tiny)
-    class_loss = (class_loss.view_as(class_weight) * class_weight).sum(-1) / total_weight
+    class_weight = class_weight / class_weight.sum(-1, keepdim=True).clamp(min=torch.finfo(class_weight.dtype).tiny)
+    class_loss = (class_loss.view_as(class_weight) * class_weight).sum(-1)
 
     predicted, truth = spans[sample, layer, proposal], targets.spans[sample, window]
     _, generalized_iou = iou_and_generalized_iou(predicted, truth)

@@ -272,7 +272,7 @@ class DiffusionVMRPreTrainedModel(PreTrainedModel):
     input_modalities = ("video", "text")
     _input_embed_layer = "video_projection"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DiffusionVMREncoderLayer", "DiffusionVMRDenoisingLayer"]
+    _no_split_modules = ["DiffusionVMREncoderLayer", "DiffusionVMRDecoder"]  # which holds a parameter of its own
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True

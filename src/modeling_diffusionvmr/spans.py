@@ -40,10 +40,10 @@ def iou_and_generalized_iou(spans: Tensor, other: Tensor) -> tuple[Tensor, Tenso
     return iou, iou - (hull - union) / hull.clamp(min=tiny)
 
 
-def roi_align(features: Tensor, num_clips: Tensor, spans: Tensor, bins: int, beyond: Tensor | float = 0.0) -> Tensor:
+def roi_align(features: Tensor, num_clips: Tensor, spans: Tensor, bins: int, beyond: Tensor | None = None) -> Tensor:
     """
     1-D RoI-align (phi of Eq. 8): the mean over each of `bins` equal parts of a span of the linear interpolant through
-    the clips, which is constant beyond the first and the last clip's centre.
+    the clips, which is constant from the first and the last clip's centre to the ends of the video.
 
     The mean is exact, not sampled: a clip's weight in a bin is the integral of its hat function, and all bins are read
     by one matrix product, whose gradient needs no scattered additions either.
@@ -51,8 +51,8 @@ def roi_align(features: Tensor, num_clips: Tensor, spans: Tensor, bins: int, bey
     Args:
         features: (B, L, D), padded on the right.
         num_clips: (B,), the real clips of each video, at least 1. Padding is never read.
-        spans: (B, N, 2), of a width that their type can tell from 0.
-        beyond: (D,), what is read where a span reaches beyond the video.
+        spans: (B, N, 2), of a width that can still be told from 0 in their type when it is divided by `bins`.
+        beyond: (D,), what is read where a span reaches beyond the video, by default 0.
 
     Returns:
         (B, N, bins, D), in the type of `features`. Coordinates and weights are computed in the type of `spans`.
@@ -60,21 +60,20 @@ def roi_align(features: Tensor, num_clips: Tensor, spans: Tensor, bins: int, bey
     windows = span_to_window(spans)
     start, end = windows[..., :1], windows[..., 1:]
     parts = torch.linspace(0, 1, bins + 1, dtype=spans.dtype, device=spans.device)
+    edges = (start + (end - start) * parts)[..., None]  # (B, N, bins + 1, 1)
+    inside = edges.clamp(0, 1)
     last = num_clips.to(spans.dtype)[:, None, None, None] - 1
-    # Edges of the bins, and in units of clips, where clip i is centred at i: (B, N, bins + 1, 1)
-    parts = (start + (end - start) * parts)[..., None]
-    inside = parts.clamp(0, 1)
-    edges = inside * (last + 1) - 0.5
     clips = torch.arange(features.shape[1], dtype=spans.dtype, device=spans.device)
-    offset = (edges - clips).clamp(-1, 1)
+    offset = (inside * (last + 1) - 0.5 - clips).clamp(-1, 1)  # in clips, of which the i-th is centred at i
     # The integral of the hat function up to an edge, but for a constant; the two outermost clips stay at 1 outside
     outside = ((clips == 0) & (offset < 0)) | ((clips == last) & (offset > 0))
     integral = offset - torch.where(outside, 0.0, 0.5) * offset * offset.abs()
     weights = integral.diff(dim=2) * (clips <= last)
     weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-    share = inside.diff(dim=2) / parts.diff(dim=2)
+    share = inside.diff(dim=2) / edges.diff(dim=2)  # of each bin, in the video
     read = torch.matmul((weights * share).to(features.dtype).flatten(1, 2), features)
-    return read.unflatten(1, (spans.shape[1], bins)) + (1 - share).to(features.dtype) * beyond
+    read = read.unflatten(1, (spans.shape[1], bins))
+    return read if beyond is None else read + (1 - share).to(features.dtype) * beyond.to(features.dtype)
 
 
 def keep_inside(spans: Tensor, least_width: Tensor | float) -> Tensor:
