@@ -66,6 +66,7 @@ def make_trainer(
     folder: str | Path,
     config: DiffusionVMRConfig,
     proposal_schedule: str = "progress",
+    proposal_growth: float = 1.0,
     processor: DiffusionVMRProcessor | None = None,
     num_rows: int = 8,
     train_dataset=None,
@@ -92,6 +93,7 @@ def make_trainer(
         eval_dataset=make_dataset(None) if eval_dataset is None else eval_dataset,
         processing_class=processor,
         proposal_schedule=proposal_schedule,
+        proposal_growth=proposal_growth,
         callbacks=callbacks,
     )
 

@@ -35,7 +35,7 @@ def test_preset(name, sizes, text_size, metric, tmp_path):
     assert (config.l1_loss_coefficient, config.iou_loss_coefficient, config.class_loss_coefficient) == (10, 2, 4)
     assert (config.hinge_loss_coefficient, config.contrastive_loss_coefficient) == (1, 1)
     assert (config.max_training_proposals, config.num_sampling_steps) == (20, 1)
-    assert preset["trainer"] == {"proposal_schedule": "progress"}
+    assert preset["trainer"] == {"proposal_schedule": "progress", "proposal_growth": 1}
 
     arguments = TrainingArguments(str(tmp_path), **preset["training"])
     assert (arguments.learning_rate, arguments.weight_decay, arguments.num_train_epochs) == (1e-4, 1e-4, 400)
@@ -126,7 +126,9 @@ def test_flags():
     }
     assert after["config"] == {**before["config"], "max_clips": 50}  # the processor's, too
     assert after["processor"] == {"round_to": None, "max_clips": 50, "video_feature_sizes": [3, 4]}
-    assert after["trainer"] == {"proposal_schedule": "stable"} and after["data"] == {"hold_out": 0.1}
+    assert after["trainer"] == {"proposal_schedule": "stable", "proposal_growth": 1} and after["data"] == {
+        "hold_out": 0.1
+    }
     assert before == load_preset("qvhighlights")
 
 

@@ -105,6 +105,20 @@ def test_terms_are_means_between_two_logs(make_trainer, tmp_path):
             assert log["loss"] == pytest.approx(sum(weights[name] * terms[name] for name in TERMS), abs=0.01)
 
 
+@pytest.mark.parametrize(("growth", "expected"), [(0.5, [1, 2, 3, 4, 5, 6] + [6] * 6), (0.01, [1] + [6] * 11)])
+def test_proposals_grow_early(make_trainer, tmp_path, growth, expected):
+    trainer = make_trainer(tmp_path, proposal_growth=growth)
+    seen = proposals_of_calls(trainer.model)
+    trainer.train()
+    assert seen == expected
+
+
+@pytest.mark.parametrize("growth", [0, -0.5, 1.5, float("nan")])
+def test_impossible_growth(growth):
+    with pytest.raises(ValueError, match="`proposal_growth` must be above 0 and at most 1, got"):
+        DiffusionVMRTrainer(proposal_growth=growth)
+
+
 def test_unknown_schedule():
     with pytest.raises(ValueError, match="`proposal_schedule` must be one of .*'progress', 'stable'.*'linear'"):
         DiffusionVMRTrainer(proposal_schedule="linear")

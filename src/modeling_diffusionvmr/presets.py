@@ -28,7 +28,7 @@ FIELDS = {
         name for name in inspect.signature(DiffusionVMRProcessor.__init__).parameters if name not in ("self", "kwargs")
     ],
     "training": [field.name for field in dataclasses.fields(TrainingArguments) if field.name != "output_dir"],
-    "trainer": ["proposal_schedule"],
+    "trainer": ["proposal_schedule", "proposal_growth"],
     "data": ["hold_out"],
 }
 """What each section of a preset may hold. A name that several sections have is set in all of them."""

@@ -44,13 +44,15 @@ class DiffusionVMRTrainer(Trainer):
     gives the predictions in the official format.
 
     Args:
-        proposal_schedule: "progress", from 1 to `config.max_training_proposals` in equal parts of the training; or
+        proposal_schedule: "progress", from 1 to `config.max_training_proposals` in equal parts of the growth; or
             "stable", all of them from the start.
+        proposal_growth: the share of the training that the growth takes, above 0 and at most 1.
         processing_class: the processor that is saved with the model, by default that of the training data.
         model, args, data_collator, other_args, kwargs: `Trainer`'s.
 
     Raises:
-        ValueError: for an unknown schedule, `compute_metrics`, and arguments with which there are no official metrics.
+        ValueError: for an unknown schedule, a growth out of range, `compute_metrics`, and arguments with which there
+            are no official metrics.
     """
 
     def __init__(
@@ -60,12 +62,15 @@ class DiffusionVMRTrainer(Trainer):
         data_collator=None,
         *other_args,
         proposal_schedule: str = "progress",
+        proposal_growth: float = 1.0,
         processing_class=None,
         compute_metrics=None,
         **kwargs,
     ):
         if proposal_schedule not in PROPOSAL_SCHEDULES:
             raise ValueError(f"`proposal_schedule` must be one of {PROPOSAL_SCHEDULES}, got {proposal_schedule!r}")
+        if not 0 < proposal_growth <= 1:
+            raise ValueError(f"`proposal_growth` must be above 0 and at most 1, got {proposal_growth!r}")
         if compute_metrics is not None:
             raise ValueError("`compute_metrics` is not called: the official metrics are computed, as `eval_...`")
         for field, needed in (("eval_do_concat_batches", True), ("batch_eval_metrics", False)):
@@ -78,6 +83,7 @@ class DiffusionVMRTrainer(Trainer):
             self.processor = getattr(self.train_dataset, "processor", None)
         self.add_callback(SetEpochCallback())
         self.proposal_schedule = proposal_schedule
+        self.proposal_growth = proposal_growth
         self._staging: Path | None = None  # where a checkpoint is written now
         self.model_accepts_loss_kwargs = True  # `compute_loss` weighs micro-batches itself
         self.args.remove_unused_columns = False  # the samples hold what the collator needs, under names of its own
@@ -90,7 +96,7 @@ class DiffusionVMRTrainer(Trainer):
         most = self.accelerator.unwrap_model(self.model).config.max_training_proposals
         if self.proposal_schedule == "stable":
             return most
-        progress = self.state.global_step / max(self.state.max_steps, 1)
+        progress = self.state.global_step / max(self.state.max_steps * self.proposal_growth, 1)
         return min(1 + int(progress * most), most)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device) -> int | None:
