@@ -6,6 +6,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from modeling_diffusionvmr import DiffusionVMRConfig
+from modeling_diffusionvmr.command_line import run
 
 # The paper's setting for QVHighlights, and Moment-DETR's where the paper is silent; what a span is read with is ours
 DEFAULTS = {
@@ -156,3 +157,11 @@ def test_pipeline_entry_is_dropped_where_the_package_is_installed(tmp_path):
     entry = {"video-moment-retrieval": {"impl": "pipeline_diffusionvmr.VideoMomentRetrievalPipeline", "pt": []}}
     path.write_text(json.dumps({**json.loads(path.read_text()), "custom_pipelines": entry}))
     assert not hasattr(AutoConfig.from_pretrained(tmp_path), "custom_pipelines")
+
+
+@pytest.mark.parametrize(("field", "value"), [("roi_context", 0.5), ("roi_bins", 0), ("roi_bins", "half")])
+def test_commands_say_in_one_line_what_is_wrong(field, value):
+    with pytest.raises(SystemExit) as exit_:
+        run(lambda _: DiffusionVMRConfig(**{field: value}), None)
+    assert exit_.value.code.startswith("error: ") and "\n" not in exit_.value.code
+    assert field in exit_.value.code and str(value) in exit_.value.code

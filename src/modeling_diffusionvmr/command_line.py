@@ -23,7 +23,9 @@ def run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespac
         main(arguments)
     except SafetensorError as error:
         sys.exit(f"error: {getattr(arguments, 'model', None)}: its weights are broken or cut off ({error})")
-    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
+    except StrictDataclassError as error:  # its own first line names a validator, the cause says what is wrong
+        sys.exit(f"error: {error.__cause__ or error}")
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 
