@@ -126,9 +126,8 @@ def test_flags():
     }
     assert after["config"] == {**before["config"], "max_clips": 50}  # the processor's, too
     assert after["processor"] == {"round_to": None, "max_clips": 50, "video_feature_sizes": [3, 4]}
-    assert after["trainer"] == {"proposal_schedule": "stable", "proposal_growth": 1} and after["data"] == {
-        "hold_out": 0.1
-    }
+    assert after["trainer"] == {"proposal_schedule": "stable", "proposal_growth": 1}
+    assert after["data"] == {"hold_out": 0.1}
     assert before == load_preset("qvhighlights")
 
 

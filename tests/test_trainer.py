@@ -113,9 +113,9 @@ def test_proposals_grow_early(make_trainer, tmp_path, growth, expected):
     assert seen == expected
 
 
-@pytest.mark.parametrize("growth", [0, -0.5, 1.5, float("nan")])
+@pytest.mark.parametrize("growth", [0, -0.5, 1.5, float("nan"), "half", None])
 def test_impossible_growth(growth):
-    with pytest.raises(ValueError, match="`proposal_growth` must be above 0 and at most 1, got"):
+    with pytest.raises(ValueError, match="`proposal_growth` must be a number above 0 and at most 1, got"):
         DiffusionVMRTrainer(proposal_growth=growth)
 
 

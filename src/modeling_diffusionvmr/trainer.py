@@ -69,8 +69,8 @@ class DiffusionVMRTrainer(Trainer):
     ):
         if proposal_schedule not in PROPOSAL_SCHEDULES:
             raise ValueError(f"`proposal_schedule` must be one of {PROPOSAL_SCHEDULES}, got {proposal_schedule!r}")
-        if not 0 < proposal_growth <= 1:
-            raise ValueError(f"`proposal_growth` must be above 0 and at most 1, got {proposal_growth!r}")
+        if not (isinstance(proposal_growth, (int, float)) and 0 < proposal_growth <= 1):
+            raise ValueError(f"`proposal_growth` must be a number above 0 and at most 1, got {proposal_growth!r}")
         if compute_metrics is not None:
             raise ValueError("`compute_metrics` is not called: the official metrics are computed, as `eval_...`")
         for field, needed in (("eval_do_concat_batches", True), ("batch_eval_metrics", False)):
