@@ -82,7 +82,8 @@ class NoiseLevel:
 
 NOISE_LEVELS = {
     # Set so that on QVHighlights' val the cosine of sentence and clip alone finds highlights with an mAP of about 31
-    # and a HIT@1 of about 60 (VeryGood), which a test measures; how Moment-DETR learns on it is not compared yet
+    # and a HIT@1 of about 60 (VeryGood), which a test measures. Moment-DETR learns on it later than on real features
+    # (docs/results/README.md)
     "real": NoiseLevel(
         hidden=0.4,
         mixed=0.5,
