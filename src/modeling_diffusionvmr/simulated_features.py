@@ -4,8 +4,8 @@ without downloading any. Whatever is measured on them is to be called simulated.
 
 The world behind them, all of it a function of a seed:
 
-- A word has a fixed random vector. Words that begin alike ("walks", "walking") are alike. A few directions carry much
-  of the variance and many carry little, as in CLIP.
+- A word has a fixed random vector. Words with the same first letters ("cleans", "cleaning") are alike. A few directions
+  carry much of the variance and many carry little, as in CLIP.
 - A sentence is its words' vectors, each blended with the words before it, between a start and an end token. The end
   token sums up the words that carry meaning.
 - A moment shows some of these words, not all: a sum of their vectors that comes and goes with soft edges near the
