@@ -82,8 +82,8 @@ class NoiseLevel:
 
 NOISE_LEVELS = {
     # Set so that on QVHighlights' val the cosine of sentence and clip alone finds highlights with an mAP of about 31
-    # and a HIT@1 of about 60 (VeryGood), which a test measures, and so that Moment-DETR learns about as on real
-    # features for 35 epochs: it leaves the floor some seven later, and then gets further (docs/results/README.md)
+    # and a HIT@1 of about 60 (VeryGood), which a test measures, and so that Moment-DETR's first ten epochs go about as
+    # on real features. It then leaves the floor some seven epochs later, and gets further (docs/results/README.md)
     "real": NoiseLevel(
         hidden=0.25,
         mixed=0.5,
