@@ -115,6 +115,15 @@ def test_a_moment_is_closer_to_its_sentence(noise):
     assert mean_auc(simulation, strangers) < mean_auc(simulation) - 0.05
 
 
+def test_unseen_moments_are_visible_but_not_like_their_sentence():
+    level = replace(NOISE_LEVELS["easy"], background=0.0, lasting=0.0, fleeting=0.0, distractors=0)
+    seen, unseen = (SimulatedFeatures(ROWS, 0, replace(level, unseen=share)) for share in (0.0, 1.0))
+    assert mean_auc(seen) > 0.9 and 0.35 < mean_auc(unseen) < 0.65
+    for row in ROWS:
+        clips, relevant = unseen.video(row["vid"]), inside(row, 30)
+        assert np.linalg.norm(clips - clips[~relevant].mean(0), axis=1)[relevant].mean() > 0.5
+
+
 def test_real_is_noisier_than_easy():
     real, easy = (SimulatedFeatures(ROWS, 0, noise) for noise in ("real", "easy"))
     assert mean_auc(real) < mean_auc(easy) - 0.03
@@ -137,7 +146,7 @@ def test_how_hard_real_is(shared):
         )
     scores = evaluate_predictions(predictions, rows[::3])["brief"]
     assert scores["HL-min-VeryGood-mAP"] == pytest.approx(31, abs=3)
-    assert scores["HL-min-VeryGood-Hit1"] == pytest.approx(60, abs=5)
+    assert scores["HL-min-VeryGood-Hit1"] == pytest.approx(57, abs=4)
 
 
 def test_sentences_and_pictures_keep_an_offset():
@@ -172,7 +181,7 @@ def test_distractors_are_shown():
 
 
 def test_strength_follows_saliency():
-    level, times = NOISE_LEVELS["real"], np.arange(75) * 2 + 1.0
+    level, times = replace(NOISE_LEVELS["real"], graded=1.0), np.arange(75) * 2 + 1.0
     row = {"duration": 150, "relevant_windows": [[20, 60], [100, 110]]}
     uniform = strength_of(row, times, level, np.random.default_rng(0))
     assert uniform[20] == uniform[52] == 0.75 and uniform[0] == uniform[40] == 0
@@ -181,6 +190,8 @@ def test_strength_follows_saliency():
     scored = {**row, "relevant_clip_ids": clips, "saliency_scores": scores}
     strength = strength_of(scored, times, level, np.random.default_rng(0))
     assert strength[15] == 1 and strength[25] == 0.25 and strength[52] == 0.5 and strength[40] == 0
+    graded = strength_of(scored, times, replace(level, graded=0.4), np.random.default_rng(0))
+    np.testing.assert_allclose(graded, 0.4 * strength + 0.6 * uniform)
     shuffled = {**scored, "relevant_clip_ids": clips[::-1], "saliency_scores": scores[::-1]}
     np.testing.assert_array_equal(strength_of(shuffled, times, level, np.random.default_rng(0)), strength)
     fading = strength_of(row, np.arange(0, 150, 0.1), level, np.random.default_rng(0))
