@@ -9,7 +9,8 @@ The world behind them, all of it a function of a seed:
 - A sentence is its words' vectors, each blended with the words before it, between a start and an end token. The end
   token sums up the words that carry meaning.
 - A moment shows some of these words, not all: a sum of their vectors that comes and goes with soft edges near the
-  annotated ones, and whose strength follows its saliency scores. Some moments show something else instead.
+  annotated ones, and whose strength follows its saliency scores, wholly or in part. Some moments show something else
+  instead.
 - A video also shows distractors: moments of other rows, as they are but for their time. Some share a word with a
   sentence of the video.
 - A clip is what it shows, partly as it is and partly through a fixed non-linear mixture, with a background that is the
@@ -85,9 +86,9 @@ class NoiseLevel:
 
 
 NOISE_LEVELS = {
-    # Set so that on QVHighlights Moment-DETR learns on it about as in its published log on real features
-    # (docs/results/README.md), and so that the cosine of sentence and clip alone finds val's highlights with an mAP of
-    # about 31 and a HIT@1 of about 57 (VeryGood), which a test measures
+    # Set so that on QVHighlights the cosine of sentence and clip alone finds val's highlights with an mAP of about 31
+    # and a HIT@1 of about 57 (VeryGood), which a test measures, and so that Moment-DETR learns for 35 epochs about as
+    # in its published log on real features. It then gets further (docs/results/README.md)
     "real": NoiseLevel(
         hidden=0.25,
         unseen=0.25,
