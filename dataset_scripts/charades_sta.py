@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from modeling_diffusionvmr.annotations import hold_out
-from modeling_diffusionvmr.conversion import MomentRetrievalBuilder, main
+from modeling_diffusionvmr.data.annotations import hold_out
+from modeling_diffusionvmr.data.conversion import MomentRetrievalBuilder, main
 
 VAL_SHARE = 0.05
 

@@ -1,6 +1,6 @@
 """QVHighlights, as released -> a folder that `datasets.load_dataset` opens."""
 
-from modeling_diffusionvmr.conversion import MomentRetrievalBuilder, main
+from modeling_diffusionvmr.data.conversion import MomentRetrievalBuilder, main
 
 
 class QVHighlights(MomentRetrievalBuilder):

@@ -1,6 +1,6 @@
 """TACoS, as released with 2D-TAN -> a folder that `datasets.load_dataset` opens."""
 
-from modeling_diffusionvmr.conversion import MomentRetrievalBuilder, main
+from modeling_diffusionvmr.data.conversion import MomentRetrievalBuilder, main
 
 
 class TACoS(MomentRetrievalBuilder):

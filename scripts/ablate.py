@@ -26,10 +26,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoProcessor
-
-from modeling_diffusionvmr import MomentRetrievalDataset, predict_moments
-from modeling_diffusionvmr.ablation import (
+from ablation import (
     ABLATION_COLUMNS,
     PAPER,
     SECONDS_COLUMNS,
@@ -45,10 +42,13 @@ from modeling_diffusionvmr.ablation import (
     settings_beside,
     table_rows,
 )
-from modeling_diffusionvmr.annotations import whole_file
-from modeling_diffusionvmr.command_line import check_device, clip_seconds_of
-from modeling_diffusionvmr.command_line import run as run_command
-from modeling_diffusionvmr.features import open_text_features, open_video_features
+from transformers import AutoModel, AutoProcessor
+
+from modeling_diffusionvmr import MomentRetrievalDataset, predict_moments
+from modeling_diffusionvmr.cli.options import check_device, clip_seconds_of
+from modeling_diffusionvmr.cli.options import run as run_command
+from modeling_diffusionvmr.data.features import open_text_features, open_video_features
+from modeling_diffusionvmr.data.files import atomic_write
 from modeling_diffusionvmr.plotting import (
     plot_curves,
     plot_predictions,
@@ -56,7 +56,7 @@ from modeling_diffusionvmr.plotting import (
     prediction_panels,
     save_figure,
 )
-from modeling_diffusionvmr.presets import load_preset, override
+from modeling_diffusionvmr.training.presets import load_preset, override
 
 RUNS = {
     "default": [],
@@ -162,7 +162,7 @@ def needed_runs(arguments: argparse.Namespace) -> list[str]:
 def cached(path: Path, compute: Callable[[], dict]) -> dict:
     """What is in a JSON file, or is computed and put there."""
     if not path.exists():
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(compute(), indent=2) + "\n", encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -236,7 +236,7 @@ class Run:
 
     def train(self) -> None:
         """Trains, or goes on; then evaluates. What it prints goes into the log, progress to the terminal."""
-        with whole_file(self.folder / SETTINGS_FILE) as temporary:
+        with atomic_write(self.folder / SETTINGS_FILE) as temporary:
             temporary.write_text(json.dumps(self.settings(), indent=2) + "\n", encoding="utf-8")
         with open(self.log, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             try:

@@ -36,10 +36,11 @@ from modeling_diffusionvmr import (
     __version__,
     loss_diffusionvmr,
 )
-from modeling_diffusionvmr.annotations import SALIENCY_CLIP_SECONDS, load_annotations, load_jsonl, whole_file
-from modeling_diffusionvmr.command_line import run
-from modeling_diffusionvmr.metrics import evaluate_predictions
-from modeling_diffusionvmr.presets import load_preset, override
+from modeling_diffusionvmr.cli.options import run
+from modeling_diffusionvmr.data.annotations import SALIENCY_CLIP_SECONDS, load_annotations
+from modeling_diffusionvmr.data.files import atomic_write, load_jsonl
+from modeling_diffusionvmr.training.metrics import evaluate_predictions
+from modeling_diffusionvmr.training.presets import load_preset, override
 
 # Simulated data have QVHighlights' shape
 QUERIES, DURATION, MOST_WINDOWS, PROPOSALS = 1550, 150, 4, 10
@@ -185,7 +186,7 @@ class SimulatedFeatures(Mapping):
 
 def make_folder(folder: Path, num_videos: int, seed: int) -> None:
     """A converted folder with a query a video and features of QVHighlights' sizes."""
-    from modeling_diffusionvmr.conversion import MomentRetrievalBuilder, Source, convert
+    from modeling_diffusionvmr.data.conversion import MomentRetrievalBuilder, Source, convert
 
     class Simulated(MomentRetrievalBuilder):
         TITLE, ABOUT, LICENSE = "Simulated", "Random numbers of QVHighlights' shape.", "other"
@@ -204,7 +205,7 @@ def open_folder(folder: Path, samples: int, repeats: int, seed: int) -> dict[str
     import datasets  # noqa: F401  what is imported is not what is measured
     import pyarrow.parquet  # noqa: F401
 
-    from modeling_diffusionvmr.features import open_text_features, open_video_features
+    from modeling_diffusionvmr.data.features import open_text_features, open_video_features
 
     torch.set_num_threads(1)  # as in a worker of a `DataLoader`
     before, started = resident_mib(), time.perf_counter()
@@ -407,7 +408,7 @@ def main(arguments: argparse.Namespace) -> None:
     print(", ".join(f"{name}: {value}" for name, value in result.items() if name != "table"))
     print_table(result["table"])
     if arguments.output:
-        with whole_file(arguments.output) as temporary:
+        with atomic_write(arguments.output) as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         print(f"saved {arguments.output}")
 

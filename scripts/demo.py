@@ -7,9 +7,9 @@ from pathlib import Path
 from transformers import pipeline
 
 from modeling_diffusionvmr import DEFAULT_MODEL
-from modeling_diffusionvmr.command_line import run
+from modeling_diffusionvmr.cli.options import run
 from modeling_diffusionvmr.plotting import plot_refinement, plot_timeline, save_figure
-from modeling_diffusionvmr.rendered_world import plan_video, write_video
+from modeling_diffusionvmr.synthetic.rendered_world import plan_video, write_video
 from modeling_diffusionvmr.video import open_video
 
 FIRST_SEED = 77_000_000  # far from the seeds of training and evaluation

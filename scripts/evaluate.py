@@ -18,8 +18,7 @@ from modeling_diffusionvmr import (
     load_annotations,
     predict_moments,
 )
-from modeling_diffusionvmr.annotations import save_jsonl, whole_file
-from modeling_diffusionvmr.command_line import (
+from modeling_diffusionvmr.cli.options import (
     add_data_arguments,
     add_model_arguments,
     check_device,
@@ -27,7 +26,8 @@ from modeling_diffusionvmr.command_line import (
     load_model,
     run,
 )
-from modeling_diffusionvmr.features import open_text_features, open_video_features
+from modeling_diffusionvmr.data.features import open_text_features, open_video_features
+from modeling_diffusionvmr.data.files import atomic_write, save_jsonl
 
 POST_PROCESSING = ("threshold", "top_k", "nms_threshold", "round_to")
 
@@ -109,7 +109,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     if has_truth:
         metrics, predictions = best
-        with whole_file(arguments.output_dir / "metrics.json") as path:
+        with atomic_write(arguments.output_dir / "metrics.json") as path:
             path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     else:
         (arguments.output_dir / "metrics.json").unlink(missing_ok=True)  # of other predictions

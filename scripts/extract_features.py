@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 
 from modeling_diffusionvmr import load_annotations
 from modeling_diffusionvmr.backbones import ClipBackbone, load_backbone
-from modeling_diffusionvmr.command_line import check_device, run
-from modeling_diffusionvmr.extraction import extract_sentences, extract_videos, find_videos
+from modeling_diffusionvmr.cli.options import check_device, run
+from modeling_diffusionvmr.data.extraction import extract_sentences, extract_videos, find_videos
 
 MOST_NAMES = 10  # on one line
 

@@ -4,6 +4,7 @@ CLIP's features from rendered mp4 files, and trains a tiny DiffusionVMR on them.
 """
 
 import argparse
+import json
 import multiprocessing
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rendered_clip import measure_clip, train_rendered_clip
 from tqdm.auto import tqdm
 from transformers import TrainingArguments, pipeline, set_seed
 
@@ -29,13 +31,12 @@ from modeling_diffusionvmr import (
     load_annotations,
     open_features,
 )
-from modeling_diffusionvmr.annotations import save_jsonl
 from modeling_diffusionvmr.backbones import Backbones, ClipBackbone
-from modeling_diffusionvmr.command_line import run
-from modeling_diffusionvmr.extraction import extract_sentence, extract_video
+from modeling_diffusionvmr.cli.options import run
+from modeling_diffusionvmr.data.extraction import extract_sentence, extract_video
+from modeling_diffusionvmr.data.files import save_json, save_jsonl
 from modeling_diffusionvmr.modeling_diffusionvmr import TASK
-from modeling_diffusionvmr.rendered_backbone import measure_clip, train_rendered_clip
-from modeling_diffusionvmr.rendered_world import VideoPlan, annotation_rows, plan_video, write_video
+from modeling_diffusionvmr.synthetic.rendered_world import VideoPlan, annotation_rows, plan_video, write_video
 
 CLIP_SECONDS = 2.0
 TRAINING_VIDEOS = 1200
@@ -200,7 +201,7 @@ def save(model: DiffusionVMRForMomentRetrieval, processor: DiffusionVMRProcessor
 
 def publish(made: Path, folder: Path) -> None:
     """
-    Puts the checkpoint in its place. In the package, the code that comes with it is links to the sources themselves.
+    Move the checkpoint to its place. Inside the package it needs no copy of the code.
 
     Raises:
         ValueError: when the place holds something else.
@@ -211,11 +212,19 @@ def publish(made: Path, folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(made, partial)
     if folder.resolve() == Path(DEFAULT_MODEL):
-        for path in partial.glob("*.py"):
-            path.unlink()
-            path.symlink_to(Path("..") / path.name)
+        drop_code(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def drop_code(checkpoint: Path) -> None:
+    """Remove the remote code of a checkpoint, and the fields that point to it."""
+    for path in checkpoint.glob("*.py"):
+        path.unlink()
+    for name in ("config.json", "processor_config.json"):
+        content = json.loads((checkpoint / name).read_text(encoding="utf-8"))
+        kept = {field: value for field, value in content.items() if field not in ("auto_map", "custom_pipelines")}
+        save_json(kept, checkpoint / name)
 
 
 def halve(path: Path) -> None:
@@ -296,7 +305,7 @@ def _text(value: Any) -> str:
 
 def sizes(folder: Path) -> Iterable[str]:
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.is_symlink():
+        if path.is_file():
             yield f"{path.relative_to(folder)}: {path.stat().st_size / 2**20:.2f} MiB"
     yield f"together {sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 2**20:.2f} MiB"
 

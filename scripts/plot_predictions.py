@@ -3,10 +3,11 @@
 import argparse
 from pathlib import Path
 
-from modeling_diffusionvmr.annotations import load_annotations, load_jsonl
-from modeling_diffusionvmr.command_line import run
-from modeling_diffusionvmr.metrics import rows_by_qid
+from modeling_diffusionvmr.cli.options import run
+from modeling_diffusionvmr.data.annotations import load_annotations
+from modeling_diffusionvmr.data.files import load_jsonl
 from modeling_diffusionvmr.plotting import TOP_K, plot_predictions, prediction_panels, save_figure
+from modeling_diffusionvmr.training.metrics import rows_by_qid
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -6,7 +6,7 @@ import sys
 
 from transformers import pipeline
 
-from modeling_diffusionvmr.command_line import add_model_arguments, check_model, run
+from modeling_diffusionvmr.cli.options import add_model_arguments, check_model, run
 from modeling_diffusionvmr.video import open_video
 
 NUM_FRAMES = 12

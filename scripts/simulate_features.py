@@ -18,10 +18,10 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from modeling_diffusionvmr import load_annotations
-from modeling_diffusionvmr.annotations import whole_file
-from modeling_diffusionvmr.command_line import run
-from modeling_diffusionvmr.features import METADATA_FILE, TEXT_KEY, VIDEO_KEY, write_features
-from modeling_diffusionvmr.simulated_features import BACKBONE, CLIP_SIZE, NOISE_LEVELS, SimulatedFeatures
+from modeling_diffusionvmr.cli.options import run
+from modeling_diffusionvmr.data.features import METADATA_FILE, TEXT_KEY, VIDEO_KEY, write_features
+from modeling_diffusionvmr.data.files import atomic_write
+from modeling_diffusionvmr.synthetic.simulated_features import BACKBONE, CLIP_SIZE, NOISE_LEVELS, SimulatedFeatures
 
 TEXT_FOLDER, MOTION = "clip_text", "slowfast"
 SETTINGS_FILE = "simulation.json"
@@ -72,7 +72,7 @@ def write_settings(arguments: argparse.Namespace) -> None:
         if json.loads(path.read_text()) != settings:
             raise ValueError(f"{path}: this folder was made with other settings; name another one, or remove it")
         return
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(settings, indent=2) + "\n")
 
 
@@ -125,7 +125,7 @@ def main(arguments: argparse.Namespace) -> None:
     write_settings(arguments)
     folders = [BACKBONE] + [MOTION] * (arguments.motion_size is not None)
     for folder in folders:
-        with whole_file(arguments.output_dir / folder / METADATA_FILE) as temporary:
+        with atomic_write(arguments.output_dir / folder / METADATA_FILE) as temporary:
             temporary.write_text(json.dumps({"clip_seconds": arguments.clip_seconds, "simulated": True}) + "\n")
     tasks = [(folder, vid) for folder in folders for vid in simulation.rows_of_video]
     tasks += [(TEXT_FOLDER, qid) for qid in simulation.rows]

@@ -23,11 +23,11 @@ from modeling_diffusionvmr import (
     MomentRetrievalDataset,
     load_annotations,
 )
-from modeling_diffusionvmr.annotations import hold_out
-from modeling_diffusionvmr.checkpoints import last_whole_checkpoint
-from modeling_diffusionvmr.command_line import add_data_arguments, check_model, clip_seconds_of, run
-from modeling_diffusionvmr.features import feature_size, name_of, open_text_features, open_video_features
-from modeling_diffusionvmr.presets import PRESETS, load_preset, override
+from modeling_diffusionvmr.cli.options import add_data_arguments, check_model, clip_seconds_of, run
+from modeling_diffusionvmr.data.annotations import hold_out
+from modeling_diffusionvmr.data.features import feature_size, name_of, open_text_features, open_video_features
+from modeling_diffusionvmr.training.checkpoints import last_whole_checkpoint
+from modeling_diffusionvmr.training.presets import PRESETS, load_preset, override
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -6,7 +6,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from modeling_diffusionvmr import DiffusionVMRConfig
-from modeling_diffusionvmr.command_line import run
+from modeling_diffusionvmr.cli.options import run
 
 # The paper's setting for QVHighlights, and Moment-DETR's where the paper is silent; what a span is read with is ours
 DEFAULTS = {

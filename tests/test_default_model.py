@@ -14,7 +14,7 @@ from modeling_diffusionvmr import (
     evaluate_predictions,
 )
 from modeling_diffusionvmr.modeling_diffusionvmr import TASK
-from modeling_diffusionvmr.rendered_world import annotation_rows, plan_video, write_video
+from modeling_diffusionvmr.synthetic.rendered_world import annotation_rows, plan_video, write_video
 
 FIRST_SEED = 55_000_000  # neither of training nor of the README's figures
 NUM_VIDEOS = 12
@@ -31,14 +31,10 @@ def test_size():
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".pkl")]
 
 
-def test_its_code_is_the_package(tmp_path):
-    """It carries what a process without the package needs, and no second copy of it."""
-    AutoModel.from_pretrained(DEFAULT_MODEL).save_pretrained(tmp_path)
-    needed = {path.name for path in tmp_path.glob("*.py")} | {"processing_diffusionvmr.py"}
-    carried = list(Path(DEFAULT_MODEL).glob("*.py"))
-    assert {path.name for path in carried} == needed
-    for path in carried:
-        assert path.read_bytes() == (Path(DEFAULT_MODEL).parent / path.name).read_bytes()
+def test_it_holds_weights_and_json_only():
+    suffixes = {path.suffix for path in Path(DEFAULT_MODEL).rglob("*") if path.is_file()}
+    assert suffixes == {".json", ".safetensors"}
+    assert not [path for path in Path(DEFAULT_MODEL).rglob("*") if path.is_symlink()]
 
 
 def test_auto_classes():

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from modeling_diffusionvmr import DEFAULT_MODEL
-from modeling_diffusionvmr.rendered_world import plan_video, write_video
+from modeling_diffusionvmr.synthetic.rendered_world import plan_video, write_video
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -30,7 +30,7 @@ def video(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.glob("*.py")))
+@pytest.mark.parametrize("script", sorted(p.name for p in SCRIPTS.glob("*.py") if "__main__" in p.read_text()))
 def test_help(script, tmp_path):
     result = run(script, "--help", folder=tmp_path)
     assert result.returncode == 0 and result.stdout.startswith("usage:")

@@ -1,4 +1,4 @@
-"""The official QVHighlights scores as a module of `evaluate`: a thin import of `modeling_diffusionvmr.metrics`."""
+"""The official QVHighlights scores as an `evaluate` module: a thin wrapper of `evaluate_predictions`."""
 
 import json
 
@@ -6,7 +6,7 @@ import json
 import datasets
 import evaluate
 
-from modeling_diffusionvmr.metrics import evaluate_predictions
+from modeling_diffusionvmr.training.metrics import evaluate_predictions
 
 DESCRIPTION = "Video moment retrieval and highlight detection, scored as the official evaluation of QVHighlights does."
 CITATION = """\

@@ -22,13 +22,13 @@ DEFAULT_MODEL = str(Path(__file__).parent / "default_model")
 
 # Resolved when asked for: `transformers.Trainer` loads datasets, and features and metrics are not needed to retrieve
 LAZY = {
-    "DiffusionVMRDataCollator": "dataset",
-    "DiffusionVMRTrainer": "trainer",
-    "MomentRetrievalDataset": "dataset",
-    "evaluate_predictions": "metrics",
-    "load_annotations": "annotations",
-    "open_features": "features",
-    "predict_moments": "prediction",
+    "DiffusionVMRDataCollator": "training.dataset",
+    "DiffusionVMRTrainer": "training.trainer",
+    "MomentRetrievalDataset": "training.dataset",
+    "evaluate_predictions": "training.metrics",
+    "load_annotations": "data.annotations",
+    "open_features": "data.features",
+    "predict_moments": "training.prediction",
 }
 
 __all__ = [

@@ -14,9 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from .annotations import SALIENCY_CLIP_SECONDS, check_row, whole_file
-from .metrics import predicted_saliency, predicted_windows
+from .data.annotations import SALIENCY_CLIP_SECONDS, check_row
+from .data.files import atomic_write
 from .spans import span_to_window
+from .training.metrics import predicted_saliency, predicted_windows
 
 PREDICTED, TRUE, SALIENCY = "#d1495b", "#2e7d32", "#33658a"
 SOURCES = (PREDICTED, SALIENCY, "#c17c00", "#6d597a", "#3a3a3a")  # a colour a source of predictions
@@ -28,7 +29,7 @@ RANK, GAP, TOP_K = 0.16, 0.12, 5  # of a source's windows: the height of one, th
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
     """Writes a picture, whole or not at all; its format is that of the path's extension."""
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "png", dpi=110, bbox_inches="tight")
 
 

@@ -1,1 +1,0 @@
-../loss_diffusionvmr.py

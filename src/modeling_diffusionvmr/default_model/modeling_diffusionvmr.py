@@ -1,1 +1,0 @@
-../modeling_diffusionvmr.py

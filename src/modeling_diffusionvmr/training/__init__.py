@@ -1,0 +1,1 @@
+"""From rows and features to a trained, evaluated checkpoint."""

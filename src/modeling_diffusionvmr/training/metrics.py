@@ -1,0 +1,272 @@
+"""
+Official scores: what Moment-DETR's `standalone_eval/eval.py` prints for QVHighlights, for all queries at once.
+
+Q queries, P predicted windows, G true ones, C clips, T thresholds. Queries have different numbers of windows, so arrays
+of windows (Q, P or G, 2) are padded with NaN, which no comparison is true of.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..data.annotations import NUM_SALIENCY_ANNOTATORS, SALIENCY_CLIP_SECONDS, check_saliency
+
+IOU_THRESHOLDS = np.array([0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95])
+EXTRA_IOU_THRESHOLDS = (0.1, 0.3)
+LENGTH_RANGES = {"short": (0, 10), "middle": (10, 30), "long": (30, 150), "full": (0, np.inf)}  # seconds; above, up to
+SALIENCY_LEVELS = {"Fair": 2, "Good": 3, "VeryGood": 4}  # the least score of a highlight
+MAX_WINDOWS = 10  # of a prediction count for the average precision
+
+
+def evaluate_predictions(
+    predictions: Sequence[Mapping[str, Any]], references: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """
+    Scores predictions as the official evaluation of QVHighlights does.
+
+    Args:
+        predictions: dicts with `qid`, `pred_relevant_windows` ([[start, end, score], ...] in seconds; the first one
+            counts for R1, the first ten, by score, for the average precision) and, all or none, `pred_saliency_scores`
+            (one a 2 s clip; as officially, what is missing at the end counts as 0, and what is too much not at all).
+            Where no prediction has windows, only saliency is scored.
+        references: rows of `load_annotations` with `relevant_windows` and, all or none, `saliency_scores`. They may be
+            in another order, but have the qids of the predictions; 7 and "7" are the same qid.
+
+    Returns:
+        Percentages with two digits. The official keys come first: `"brief"`; `"HL-min-Fair"`, `"HL-min-Good"` and
+        `"HL-min-VeryGood"` (left out, and left out of `"brief"`, where one side has no saliency); `"full"`, `"long"`,
+        `"middle"` and `"short"` (true windows of all lengths, of more than 30 s, 10 s, 0 s). Then `"extra"`, which is
+        not official: `"MR-R1@0.1"`, `"MR-R1@0.3"`, and `"MR-mIoU"`, the mean IoU of the first window, over all queries.
+
+        Where the official script crashes or drops a query, this does not: a query without a predicted window, or
+        without a saliency score, is a miss, and where no true window is in a range of lengths, its numbers are `None`.
+
+    Raises:
+        ValueError: for a qid that is missing, used twice, or on one side only; for windows or scores of another shape,
+            or not finite; a window that ends before it starts; a reference without windows. It names the qid.
+    """
+    references, predictions = rows_by_qid(references, "reference"), rows_by_qid(predictions, "prediction")
+    for rows, others, kind in ((references, predictions, "prediction"), (predictions, references, "reference")):
+        alone = [qid for qid in rows if qid not in others]
+        if alone:
+            raise ValueError(f"qid {alone[0]}: there is no {kind} (nor for {len(alone) - 1} more qids)")
+    saliency = _saliency(predictions, references)
+    highlights_only = saliency is not None and all("pred_relevant_windows" not in row for row in predictions.values())
+    scores, extra = ({}, {}) if highlights_only else _moment_scores(predictions, references)
+    brief = {}
+    if not highlights_only:
+        brief |= {f"MR-{name}-mAP": scores[name]["MR-mAP"]["average"] for name in LENGTH_RANGES}
+        brief |= {f"MR-full-mAP@{iou}": scores["full"]["MR-mAP"][iou] for iou in ("0.5", "0.75")}
+        brief |= {f"MR-full-R1@{iou}": scores["full"]["MR-R1"][iou] for iou in ("0.5", "0.7")}
+    brief = dict(sorted(brief.items()))
+    if saliency is not None:
+        for level_name, (precision, hit) in _highlight_scores(*saliency).items():
+            scores[f"HL-min-{level_name}"] = {"HL-mAP": precision, "HL-Hit1": hit}
+            brief |= {f"HL-min-{level_name}-mAP": precision, f"HL-min-{level_name}-Hit1": hit}
+    return {"brief": brief, **dict(sorted(scores.items())), "extra": extra}
+
+
+def _moment_scores(
+    predictions: Mapping[str, Mapping[str, Any]], references: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, dict[str, Any]], dict[str, float | None]]:
+    """The official numbers for each range of lengths, and what is not official."""
+    found = _padded([predicted_windows(qid, row) for qid, row in predictions.items()])[:, :MAX_WINDOWS]
+    truth = _padded([_true_windows(qid, references[qid]) for qid in predictions])
+    order = np.argsort(-found[..., 2], axis=1, kind="stable")
+    by_score = np.take_along_axis(found, order[..., None], axis=1)
+    lengths = truth[..., 1] - truth[..., 0]
+
+    scores, extra = {}, {}
+    for name, (above, up_to) in LENGTH_RANGES.items():
+        in_range = (above < lengths) & (lengths <= up_to)
+        rows = in_range.any(axis=1)
+        true_windows = np.where(in_range[..., None], truth, np.nan)[rows]
+        precisions = _mean(_average_precisions(by_score[rows], true_windows))
+        first_ious = _first_ious(found[rows, 0], true_windows)
+        scores[name] = {
+            "MR-mAP": {**_by_threshold(precisions), "average": _percent(precisions.mean())},
+            "MR-R1": _by_threshold(_mean(first_ious[:, None] >= IOU_THRESHOLDS)),
+        }
+        if name == "full":
+            extra = {f"MR-R1@{iou}": _percent(_mean(first_ious >= iou)) for iou in EXTRA_IOU_THRESHOLDS}
+            extra["MR-mIoU"] = _percent(_mean(first_ious))
+    return scores, extra
+
+
+def rows_by_qid(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Mapping[str, Any]]:
+    """Rows of one kind by their qid as a string: 7 and "7" are the same. Raises `ValueError` for none, or for two."""
+    by_qid = {}
+    for index, row in enumerate(rows):
+        if row.get("qid") is None:
+            raise ValueError(f"{kind} number {index} has no `qid`")
+        if str(row["qid"]) in by_qid:
+            raise ValueError(f"qid {row['qid']}: there are two {kind}s")
+        by_qid[str(row["qid"])] = row
+    if not by_qid:
+        raise ValueError(f"there are no {kind}s, at least one is needed")
+    return by_qid
+
+
+def _numbers(values: Any, columns: tuple[int, ...], what: str) -> np.ndarray:
+    """Finite numbers, float64 (n, *columns); n may be 0."""
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{what}, got {str(values)[:80]}") from None
+    if array.shape == (0,):
+        array = array.reshape(0, *columns)
+    if array.ndim != 1 + len(columns) or array.shape[1:] != columns:
+        raise ValueError(f"{what}, got {str(values)[:80]}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{what} that are finite numbers, got {array[~np.isfinite(array)][0]}")
+    return array
+
+
+def predicted_windows(qid: int | str, prediction: Mapping[str, Any]) -> np.ndarray:
+    """A prediction's [start, end, score], checked: float64 (P, 3), seconds; P may be 0. Raises `ValueError`."""
+    what = f"qid {qid}: `pred_relevant_windows` must be a list of [start, end, score]"
+    windows = _numbers(prediction.get("pred_relevant_windows"), (3,), what)
+    if (windows[:, 0] > windows[:, 1]).any():
+        raise ValueError(f"qid {qid}: a predicted window ends before it starts")
+    return windows
+
+
+def predicted_saliency(qid: int | str, prediction: Mapping[str, Any]) -> np.ndarray | None:
+    """A prediction's scores of clips, checked: float64 (C,), or `None` where it has none. Raises `ValueError`."""
+    if prediction.get("pred_saliency_scores") is None:
+        return None
+    what = f"qid {qid}: `pred_saliency_scores` must be a list of numbers, one a clip,"
+    return _numbers(prediction["pred_saliency_scores"], (), what)
+
+
+def _true_windows(qid: str, reference: Mapping[str, Any]) -> np.ndarray:
+    what = f"qid {qid}: `relevant_windows` of the reference must be a list of [start, end]"
+    windows = _numbers(reference.get("relevant_windows"), (2,), what)
+    if not len(windows) or (windows[:, 0] >= windows[:, 1]).any():
+        raise ValueError(f"{what}, at least one, each of which ends after it starts, got {windows.tolist()}")
+    return windows
+
+
+def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Q arrays (n, D) -> (Q, largest n but at least 1, D), padded with NaN."""
+    padded = np.full((len(rows), max(1, *map(len, rows)), rows[0].shape[1]), np.nan)
+    for row, array in zip(padded, rows):
+        row[: len(array)] = array
+    return padded
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Over the queries; NaN where there are none."""
+    return values.mean(axis=0) if len(values) else np.full(values.shape[1:], np.nan)
+
+
+def _percent(value: float) -> float | None:
+    return None if np.isnan(value) else float(f"{100 * value:.2f}")
+
+
+def _by_threshold(values: np.ndarray) -> dict[str, float | None]:
+    return {str(threshold): _percent(value) for threshold, value in zip(IOU_THRESHOLDS.tolist(), values)}
+
+
+def _ious(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Windows (Q, P, 2) and (Q, G, 2) -> (Q, P, G); -1 for padding."""
+    starts, ends = found[:, :, None, 0], found[:, :, None, 1]
+    true_starts, true_ends = truth[:, None, :, 0], truth[:, None, :, 1]
+    overlap = np.clip(np.minimum(ends, true_ends) - np.maximum(starts, true_starts), 0, None)
+    ious = overlap / ((ends - starts) + (true_ends - true_starts) - overlap)
+    return np.where(np.isnan(ious), -1, ious)
+
+
+def _first_ious(first: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """The IoU of one window a query (Q, 2) with the best of the true ones (Q, G, 2), 0 for padding: (Q,)."""
+    best = _ious(first[:, None], truth)[:, 0].argmax(axis=1)
+    starts, ends = first[:, 0], first[:, 1]
+    true_starts, true_ends = truth[np.arange(len(truth)), best].T
+    overlap = np.clip(np.minimum(ends, true_ends) - np.maximum(starts, true_starts), 0, None)
+    # Officially by the hull here, which is the union of two windows that meet, but may differ from it in its last bit,
+    # and thresholds such as 0.7 are met exactly
+    return np.nan_to_num(overlap / (np.maximum(ends, true_ends) - np.minimum(starts, true_starts)))
+
+
+def _average_precisions(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Windows (Q, P, 2) by falling score and true ones (Q, G, 2) -> interpolated average precision (Q, T)."""
+    ious = _ious(found, truth)
+    num_queries, num_found, num_true = ious.shape
+    free = np.ones((num_queries, len(IOU_THRESHOLDS), num_true), dtype=bool)  # not found yet, by threshold
+    hits = np.zeros((num_found, num_queries, len(IOU_THRESHOLDS)))
+    for rank in range(num_found):
+        # The best one that is still free, and of equals the last, as officially. (There an unstable sort decides, which
+        # the processor may change. But only true windows that touch can be equals, and QVHighlights has none of these)
+        candidates = np.where(free, ious[:, rank, None], -1)[..., ::-1]
+        best = candidates.argmax(axis=-1)[..., None]
+        hit = np.take_along_axis(candidates, best, axis=-1) >= IOU_THRESHOLDS[:, None]
+        best = num_true - 1 - best
+        np.put_along_axis(free, best, np.take_along_axis(free, best, axis=-1) & ~hit, axis=-1)
+        hits[rank] = hit[..., 0]
+    num_hits = hits.cumsum(axis=0)
+    precision = num_hits / np.arange(1, num_found + 1)[:, None, None]
+    best_from_here = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
+    recall = num_hits / (~np.isnan(truth[:, :, 0])).sum(axis=1)[:, None]
+    return (np.diff(recall, axis=0, prepend=0) * best_from_here).sum(axis=0)
+
+
+def _saliency(
+    predictions: Mapping[str, Mapping[str, Any]], references: Mapping[str, Mapping[str, Any]]
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray] | None:
+    """
+    For each query, in the order of the predictions, the predicted scores; the people's, padded to (Q, 3, C); and its
+    number of clips, (Q,). `None` where one side has no saliency.
+    """
+    for rows, key in ((predictions, "pred_saliency_scores"), (references, "saliency_scores")):
+        without = [qid for qid in predictions if rows[qid].get(key) is None]
+        if len(without) == len(rows):
+            return None
+        if without:
+            raise ValueError(f"qid {without[0]}: has no `{key}`, though others have")
+    scores, num_clips = [], []
+    for qid, row in predictions.items():
+        scores.append(predicted_saliency(qid, row))
+        try:
+            check_saliency(references[qid])
+        except ValueError as error:
+            raise ValueError(f"qid {qid}: {error}") from None
+        num_clips.append(int(references[qid]["duration"] / SALIENCY_CLIP_SECONDS))
+    true_scores = np.zeros((len(scores), NUM_SALIENCY_ANNOTATORS, max(1, *num_clips)))
+    for qid, row in zip(predictions, true_scores):
+        row[:, references[qid]["relevant_clip_ids"]] = np.transpose(references[qid]["saliency_scores"])
+    return scores, true_scores, np.array(num_clips)
+
+
+def _highlight_scores(
+    scores: Sequence[np.ndarray], true_scores: np.ndarray, num_clips: np.ndarray
+) -> dict[str, tuple[float, float]]:
+    """For each level of saliency the mean average precision, and how often the best clip is a highlight, in percent."""
+    num_queries, _, most_clips = true_scores.shape
+    real = np.arange(most_clips) < num_clips[:, None]
+    predicted = np.zeros((num_queries, most_clips))
+    for row, count, values in zip(predicted, num_clips, scores):
+        row[: min(count, len(values))] = values[:count]
+    given = np.array([len(values) > 0 for values in scores])
+    best_clip = np.array([values.argmax() if len(values) else most_clips for values in scores])
+
+    order = np.argsort(np.where(real, -predicted, np.inf), axis=1, kind="stable")
+    predicted = np.take_along_axis(predicted, order, axis=1)
+    # Clips of the same score are found together: only at the last of them there is a precision
+    is_last = np.take_along_axis(real, order, axis=1)
+    is_last[:, :-1] &= (predicted[:, 1:] != predicted[:, :-1]) | ~is_last[:, 1:]
+    is_last = is_last[:, None]
+    result = {}
+    for name, least in SALIENCY_LEVELS.items():
+        highlights = true_scores >= least
+        num_hits = np.take_along_axis(highlights, order[:, None], axis=2).cumsum(axis=2)
+        precision = np.where(is_last, num_hits / np.arange(1, most_clips + 1), 0)
+        best_from_here = np.maximum.accumulate(precision[..., ::-1], axis=2)[..., ::-1]
+        before = np.maximum.accumulate(np.where(is_last, num_hits, 0), axis=2)
+        before = np.pad(before, ((0, 0), (0, 0), (1, 0)))[..., :-1]
+        counts = is_last & (num_hits > before)
+        average = (best_from_here * counts).sum(axis=2) / np.maximum(counts.sum(axis=2), 1)
+        in_video = best_clip < num_clips
+        hits = in_video & highlights.any(axis=1)[np.arange(num_queries), np.where(in_video, best_clip, 0)]
+        result[name] = _percent((average * given[:, None]).mean()), _percent(hits.mean())
+    return result

@@ -1,0 +1,736 @@
+"""`conversion.py` and `dataset_scripts/`, on small releases made by hand in the official layouts."""
+
+import contextlib
+import io
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import h5py
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import DatasetCard
+
+from modeling_diffusionvmr import (
+    DiffusionVMRProcessor,
+    MomentRetrievalDataset,
+    load_annotations,
+    open_features,
+)
+from modeling_diffusionvmr.data import conversion
+from modeling_diffusionvmr.data.annotations import hold_out
+from modeling_diffusionvmr.data.features import open_text_features, open_video_features, write_features
+from modeling_diffusionvmr.data.files import load_jsonl, save_jsonl
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "dataset_scripts"
+BENCHMARKS = {"qvhighlights": "QVHighlights", "charades_sta": "Charades-STA", "tacos": "TACoS"}
+COLUMNS = {
+    "qid": datasets.Value("int64"),
+    "query": datasets.Value("string"),
+    "vid": datasets.Value("string"),
+    "duration": datasets.Value("float64"),
+    "relevant_windows": datasets.List(datasets.List(datasets.Value("float64"))),
+    "relevant_clip_ids": datasets.List(datasets.Value("int32")),
+    "saliency_scores": datasets.List(datasets.List(datasets.Value("float32"))),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Where `datasets` keeps its Arrow files, here and in processes that are started."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        patch.setenv("HF_DATASETS_CACHE", str(folder))
+        yield folder
+
+
+# Releases
+
+
+def random_array(random, length: int, size: int) -> np.ndarray:
+    return random.normal(size=(length, size)).astype(np.float32)
+
+
+def make_qvhighlights(folder: Path) -> list[str]:
+    """Clips of 2 s; the backbones of a video differ by a clip; one row has the ground truth of nothing."""
+    random = np.random.default_rng(1)
+    rows = {
+        "train": [
+            {"qid": 7, "query": "A pan", "vid": "a_60.0_210.0", "duration": 20, "relevant_windows": [[2, 6], [10, 20]]},
+            {"qid": 3, "query": "Un \u00e9t\u00e9", "vid": "b_0.0_24.0", "duration": 24, "relevant_windows": [[0, 4]]},
+            {"qid": 12, "query": "A pan is cold", "vid": "a_60.0_210.0", "duration": 20, "relevant_windows": [[0, 2]]},
+        ],
+        "val": [{"qid": 4, "query": "A dog", "vid": "c_0.0_30.0", "duration": 30, "relevant_windows": [[28, 30]]}],
+        "test": [{"qid": 9, "query": "A cat", "vid": "d_0.0_18.0", "duration": 18, "relevant_windows": [[4, 6]]}],
+    }  # fmt: skip
+    for split, suffix in (("train", "train_release"), ("val", "val_release"), ("test", "test_with_gt")):
+        for row in rows[split]:
+            start, end = row["relevant_windows"][0]
+            row["relevant_clip_ids"] = list(range(start // 2, end // 2))
+            row["saliency_scores"] = [[clip % 5, 1, 4] for clip in row["relevant_clip_ids"]]
+            write_features(folder / "text", row["qid"], random_array(random, 5, 3), "last_hidden_state")
+            length = row["duration"] // 2
+            write_features(folder / "slowfast", row["vid"], random_array(random, length + 1, 6))
+            write_features(folder / "clip", row["vid"], random_array(random, length, 4))
+        save_jsonl(rows[split], folder / f"highlight_{suffix}.jsonl")
+    to_predict = [{name: row[name] for name in ("qid", "query", "vid", "duration")} for row in rows["test"]]
+    save_jsonl(to_predict, folder / "highlight_test_release.jsonl")  # as before its ground truth was released
+    return ["--video_features", "slowfast", "clip", "--text_features", "text"]
+
+
+def make_charades(folder: Path) -> list[str]:
+    """VGG with 6 clips a second, and word vectors. Two windows end after their video."""
+    random = np.random.default_rng(2)
+    (folder / "vgg").mkdir()
+    for split, count in (("train", 24), ("test", 2)):
+        vids = [f"{split[0].upper()}V{index:03}" for index in range(count)]
+        durations = {vid: 20.5 + index for index, vid in enumerate(vids)}
+        table = "".join(f'{vid},"a, b",{seconds}\n' for vid, seconds in durations.items())
+        (folder / f"Charades_v1_{split}.csv").write_text("id,script,length\n" + table)
+        lines = [f"{vid} {index}.5 {index + 6}.0##a person {what}." for index, vid in enumerate(vids) for what in "ab"]
+        lines[0] = f"{vids[0]} 15.0 25.0##a person beyond."
+        (folder / f"charades_sta_{split}.txt").write_text("\n".join(lines) + "\n")
+        for vid, seconds in durations.items():
+            np.save(folder / "vgg" / f"{vid}.npy", random_array(random, int(6 * seconds), 5))
+    words = ["a", "person", "b", "beyond"]
+    text = "".join(f"{word} {' '.join(map(str, random_array(random, 1, 3)[0]))}\n" for word in words)
+    (folder / "glove.txt").write_text(text)
+    return ["--video_features", "vgg", "--text_features", "glove.txt"]
+
+
+def make_tacos(folder: Path) -> list[str]:
+    """C3D in HDF5 under the names of files; a few clips for a long video."""
+    random = np.random.default_rng(3)
+    with h5py.File(folder / "c3d.hdf5", "w") as file:
+        for number, split in enumerate(("train", "val", "test")):
+            videos = {}
+            for index in range(2):
+                timestamps = [[5, 50], [60 + index, 700]]
+                sentences = ["He cuts a plum.", "She waits."]
+                vid = f"s{number}-d{index}"
+                videos[f"{vid}.avi"] = {
+                    "timestamps": timestamps,
+                    "sentences": sentences,
+                    "fps": 29.4,
+                    "num_frames": 3000,
+                }
+                file[f"{vid}.avi"] = random_array(random, 40 + index, 7)
+                for sentence in range(2):
+                    write_features(
+                        folder / "text", f"{vid}_{sentence}", random_array(random, 4, 3), "last_hidden_state"
+                    )
+            (folder / f"{split}.json").write_text(json.dumps(videos))
+    return ["--video_features", "c3d.hdf5", "--text_features", "text"]
+
+
+MAKE = {"qvhighlights": make_qvhighlights, "charades_sta": make_charades, "tacos": make_tacos}
+
+
+@pytest.fixture(scope="module")
+def releases(tmp_path_factory):
+    """The folder and the arguments of each release. Nothing may write there."""
+    made = {}
+    for name, make in MAKE.items():
+        folder = tmp_path_factory.mktemp(name)
+        made[name] = SimpleNamespace(folder=folder, arguments=make(folder))
+    return made
+
+
+def convert(benchmark: str, folder: Path, output: Path, *arguments) -> SimpleNamespace:
+    """Runs a command in this process, from the release's folder: what it printed, and what it exited with."""
+    command = [benchmark, str(output), "--annotations", ".", *map(str, arguments)]
+    stdout, stderr, code = io.StringIO(), io.StringIO(), None
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+    ):
+        warnings.simplefilter("always")
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", command)
+        try:
+            runpy.run_path(str(SCRIPTS / f"{benchmark}.py"), run_name="__main__")
+        except SystemExit as error:
+            code = error.code
+    return SimpleNamespace(code=code, stdout=stdout.getvalue(), stderr=stderr.getvalue())
+
+
+@pytest.fixture(scope="module")
+def converted(releases, tmp_path_factory):
+    """The folder that each release became, in float32. Nothing may write there."""
+    folders = {}
+    for name, release in releases.items():
+        output = tmp_path_factory.mktemp("output") / name
+        result = convert(name, release.folder, output, *release.arguments, "--dtype", "float32")
+        assert result.code is None, result.code
+        folders[name] = output
+    return folders
+
+
+def official_rows(benchmark: str, folder: Path) -> dict[str, list]:
+    files = {
+        "qvhighlights": [
+            "highlight_train_release.jsonl",
+            "highlight_val_release.jsonl",
+            "highlight_test_with_gt.jsonl",
+        ],
+        "charades_sta": ["charades_sta_train.txt", "charades_sta_test.txt"],
+        "tacos": ["train.json", "val.json", "test.json"],
+    }[benchmark]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rows = [load_annotations(folder / file) for file in files]
+    if benchmark == "charades_sta":
+        rows[:1] = hold_out(rows[0], 0.05)
+    return dict(zip(("train", "val", "test"), rows))
+
+
+@pytest.fixture
+def release(tmp_path):
+    """A release of QVHighlights that a test may break, and its conversion."""
+    folder = tmp_path / "release"
+    folder.mkdir()
+    arguments = make_qvhighlights(folder)
+    output = tmp_path / "output"
+
+    def run(*more, instead=arguments):
+        return convert("qvhighlights", folder, output, *instead, *more)
+
+    return SimpleNamespace(folder=folder, output=output, convert=run)
+
+
+# What a folder holds
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_annotations(releases, converted, benchmark):
+    """One row a query, its features beside it, as the default config."""
+    folder = releases[benchmark].folder
+    loaded = datasets.load_dataset(str(converted[benchmark]))
+    official = official_rows(benchmark, folder)
+    assert list(loaded) == ["train", "val", "test"]
+    text = open_text_features(folder / releases[benchmark].arguments[-1], sum(official.values(), []))
+    for split, rows in official.items():
+        types = dict(COLUMNS, text_features=datasets.Array2D((None, 3), "float32"))
+        if benchmark == "tacos":
+            types["qid"] = datasets.Value("string")
+        assert dict(loaded[split].features) == types
+        assert len(loaded[split]) == len(rows)
+        for found, row in zip(loaded[split], rows):
+            for name in COLUMNS:
+                assert found[name] == row.get(name)
+            np.testing.assert_array_equal(found["text_features"], text[row["qid"]])
+
+
+@pytest.mark.parametrize(
+    "benchmark, sizes, seconds",
+    [
+        ("qvhighlights", {"slowfast": 6, "clip": 4}, 2.0),
+        ("charades_sta", {"vgg": 5}, None),  # the release does not say it: the duration divided by the clips
+        ("tacos", {"c3d": 7}, None),
+    ],
+)
+def test_videos(releases, converted, benchmark, sizes, seconds):
+    """One row a video, one column a backbone."""
+    loaded = datasets.load_dataset(str(converted[benchmark]), "videos").with_format("numpy")
+    stores = {name: next(iter(releases[benchmark].folder.glob(f"{name}*"))) for name in sizes}
+    stores = {name: open_features(path) for name, path in stores.items()}
+    for split, rows in official_rows(benchmark, releases[benchmark].folder).items():
+        durations = {row["vid"]: row["duration"] for row in rows}
+        types = {"vid": datasets.Value("string"), "duration": datasets.Value("float64")}
+        types["clip_seconds"] = datasets.Value("float64")
+        types.update({name: datasets.Array2D((None, size), "float32") for name, size in sizes.items()})
+        assert dict(loaded[split].features) == types
+        assert {row["vid"]: row["duration"] for row in loaded[split]} == durations
+        assert len(loaded[split]) == len(durations)
+        for row in loaded[split]:
+            for name, store in stores.items():
+                assert row[name].dtype == np.float32
+                np.testing.assert_array_equal(row[name], store[row["vid"]])
+    columns = [open_features(converted[benchmark], name) for name in sizes]
+    assert [column.clip_seconds for column in columns] == [seconds] * len(sizes)
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_card(releases, converted, benchmark):
+    folder = converted[benchmark]
+    card = DatasetCard.load(folder / "README.md")
+    assert card.data.pretty_name == BENCHMARKS[benchmark] and card.data.language == ["en"]
+    assert card.data.license == ("cc-by-nc-sa-4.0" if benchmark == "qvhighlights" else "other")
+    assert [config["config_name"] for config in card.data.configs] == ["annotations", "videos"]
+    assert [config.get("default", False) for config in card.data.configs] == [True, False]
+    named = []
+    for config in card.data.configs:
+        assert [files["split"] for files in config["data_files"]] == ["train", "val", "test"]
+        for files in config["data_files"]:
+            paths = [files["path"]] if isinstance(files["path"], str) else files["path"]
+            named += [path for pattern in paths for path in folder.glob(pattern)]
+    assert sorted(named) == sorted(folder.glob("*/*")) and len(set(named)) == len(named) == 6
+    assert {path.name for path in folder.iterdir()} == {"README.md", "annotations", "videos"}
+    for split, rows in official_rows(benchmark, releases[benchmark].folder).items():
+        assert f"| {split} | {len(rows)} | {len({row['vid'] for row in rows})} |" in card.text
+    for text in ("@in" if benchmark != "tacos" else "@article", "https://", "float32", "not normalised", "licence"):
+        assert text in card.text
+    assert str(releases[benchmark].folder) not in card.content
+
+
+def test_licence_and_split_of_charades(converted):
+    text = DatasetCard.load(converted["charades_sta"] / "README.md").text
+    assert "no validation split: 5% of its training videos are held out" in text
+    rows = {split: load_annotations(converted["charades_sta"], split) for split in ("train", "val", "test")}
+    assert {split: len(split_rows) for split, split_rows in rows.items()} == {"train": 46, "val": 2, "test": 4}
+    assert sorted(row["qid"] for row in rows["train"] + rows["val"]) == list(range(48))
+    assert [row["qid"] for row in rows["test"]] == [12404, 12405, 12406, 12407]
+
+
+# Reading it back
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_rows_come_back(releases, converted, benchmark):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # windows that end after the video were cut when it was converted
+        for split, rows in official_rows(benchmark, releases[benchmark].folder).items():
+            assert load_annotations(converted[benchmark], split=split) == rows
+            assert load_annotations(str(converted[benchmark]), split, skip_invalid=True) == rows
+    for split in ("validation", None):
+        with pytest.raises(ValueError, match=rf"`split` must be one of .*val.*, got {split!r}$"):
+            load_annotations(converted[benchmark], split)
+
+
+def test_split_of_what_has_none(releases):
+    with pytest.raises(ValueError, match=r"train\.json: only a converted folder has a `split`, got 'train'"):
+        load_annotations(releases["tacos"].folder / "train.json", "train")
+    with pytest.raises(ValueError, match=f"{releases['tacos'].folder}: "):
+        load_annotations(releases["tacos"].folder, "train")
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_samples_are_those_of_the_official_files(releases, converted, tiny_config, benchmark):
+    """With their draws, exactly: the clips of the releases cover the durations."""
+    release = releases[benchmark]
+    video = [release.folder / name for name in release.arguments[1:-2]]
+    rows = {
+        "official": official_rows(benchmark, release.folder)["train"],
+        "converted": load_annotations(converted[benchmark], "train"),
+    }
+    stores = {
+        "official": (
+            open_video_features(video),
+            open_text_features(release.folder / release.arguments[-1], rows["official"]),
+        ),
+        "converted": (
+            open_video_features([converted[benchmark]]),
+            open_text_features(converted[benchmark], rows["converted"]),
+        ),
+    }
+    sizes = [next(iter(store.values())).shape[1] for store in stores["official"][0]]
+    processor = DiffusionVMRProcessor(sizes, 3, max_clips=20, max_tokens=10)
+    one, other = (
+        MomentRetrievalDataset(rows[name], *stores[name], processor, tiny_config())
+        for name in ("official", "converted")
+    )
+    assert len(one) == len(other) > 2
+    for index in range(min(len(one), 6)):
+        sample, again = one[index], other[index]
+        assert sample.keys() == again.keys() and sample.pop("covered_duration") == again.pop("covered_duration")
+        for name, value in sample.items():
+            torch.testing.assert_close(again[name], value, atol=0, rtol=0)
+
+
+def test_float16_by_default(release, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")  # what is moved to its place at the end is written beside it
+    assert release.convert().code is None
+    assert {path.name for path in release.output.parent.iterdir()} == {"release", "output"}
+    monkeypatch.undo()
+    for name in ("slowfast", "clip", "text"):
+        official = open_features(release.folder / name)
+        features = open_features(release.output, "text_features" if name == "text" else name)
+        assert sorted(features) == sorted(official)
+        for identifier, array in official.items():
+            np.testing.assert_array_equal(features[identifier], array.astype(np.float16).astype(np.float32))
+    types = datasets.load_dataset(str(release.output), "videos", split="val").features
+    assert types["clip"] == datasets.Array2D((None, 4), "float16")
+    assert "float16" in (release.output / "README.md").read_text()
+
+
+def test_several_files(release, monkeypatch):
+    """As of a large release: rows stay in order, and each file holds some."""
+    monkeypatch.setattr(conversion, "MAX_FILE_BYTES", 300)
+    monkeypatch.setattr(conversion, "MAX_GROUP_BYTES", 150)
+    assert release.convert("--dtype", "float32").code is None
+    assert len(list(release.output.glob("annotations/*train*"))) == 3 == len(list(release.output.glob("*/*train*"))) - 2
+    train = load_jsonl(release.folder / "highlight_train_release.jsonl")
+    assert load_annotations(release.output, "train") == train
+    assert datasets.load_dataset(str(release.output), split="train")["qid"][:] == [7, 3, 12]
+    for name in ("slowfast", "clip"):
+        for vid, array in open_features(release.folder / name).items():
+            np.testing.assert_array_equal(open_features(release.output, name)[vid], array)
+
+
+def test_converted_again(release):
+    """Nothing of the folder that was there before is read, though its name is the same."""
+    assert release.convert().code is None
+    assert load_annotations(release.output, "val")[0]["query"] == "A dog"
+    assert open_features(release.output, "clip")["c_0.0_30.0"].shape == (15, 4)
+    assert len(datasets.load_dataset(str(release.output), split="val")) == 1
+    shutil.rmtree(release.output)
+    row = load_jsonl(release.folder / "highlight_val_release.jsonl")[0]
+    save_jsonl([{**row, "query": "A fox"}], release.folder / "highlight_val_release.jsonl")
+    array = open_features(release.folder / "clip")["c_0.0_30.0"] + 1
+    write_features(release.folder / "clip", "c_0.0_30.0", array)
+    assert release.convert().code is None
+    assert load_annotations(release.output, "val")[0]["query"] == "A fox"
+    np.testing.assert_allclose(open_features(release.output, "clip")["c_0.0_30.0"], array, atol=2e-3)
+    assert datasets.load_dataset(str(release.output), split="val")["query"][:] == ["A fox"]
+
+
+def test_test_split_without_ground_truth(release):
+    (release.folder / "highlight_test_with_gt.jsonl").unlink()
+    assert release.convert().code is None
+    row = {"qid": 9, "query": "A cat", "vid": "d_0.0_18.0", "duration": 18}
+    assert load_annotations(release.output, "test") == [row]
+
+
+def test_numbers_and_names_as_qid(release):
+    """In one column both are strings; the features of a sentence are found by either."""
+    path = release.folder / "highlight_train_release.jsonl"
+    rows = load_jsonl(path)
+    save_jsonl([{**rows[0], "qid": "seven"}, *rows[1:]], path)
+    shutil.move(release.folder / "text" / "qid7.npz", release.folder / "text" / "qidseven.npz")
+    assert release.convert().code is None
+    assert [row["qid"] for row in load_annotations(release.output, "train")] == ["seven", "3", "12"]
+    assert open_features(release.output, "text_features")[3].shape == (5, 3)
+
+
+# The length of a clip
+
+
+def test_clip_seconds(release):
+    def seconds(*arguments):
+        shutil.rmtree(release.output, ignore_errors=True)
+        assert release.convert(*arguments).code is None
+        values = {open_features(release.output, name).clip_seconds for name in ("slowfast", "clip")}
+        assert f"A clip has {values.copy().pop():g} s" in (release.output / "README.md").read_text()
+        return values
+
+    assert seconds() == {2.0}
+    (release.folder / "clip" / "features.json").write_text('{"clip_seconds": 1.5}')
+    assert seconds() == {1.5}
+    assert seconds("--clip_seconds", 0.75) == {0.75}
+
+
+# Bad input
+
+
+def in_file(release, name, change):
+    path = release.folder / name
+    path.write_bytes(change(path.read_bytes()))
+
+
+def rewritten(release, backbone, change):
+    store = open_features(release.folder / backbone)
+    identifier = sorted(store)[0]
+    array = change(store[identifier].copy())
+    key = "last_hidden_state" if backbone == "text" else "features"
+    stem = f"qid{identifier}" if backbone == "text" else identifier
+    np.savez(release.folder / backbone / f"{stem}.npz", **{key: array})
+
+
+def with_nan(array):
+    array[1, 1] = np.nan
+    return array
+
+
+TRAIN = "highlight_train_release.jsonl"
+BROKEN = {
+    "no annotations": (
+        lambda release: (release.folder / "highlight_val_release.jsonl").unlink(),
+        r"there is no highlight_val_release\.jsonl, the val split of QVHighlights$",
+    ),
+    "no JSON": (lambda release: in_file(release, TRAIN, lambda text: text + b"{\n"), rf"{TRAIN}, line 4: not JSON"),
+    "a key is missing": (
+        lambda release: in_file(release, TRAIN, lambda text: text.replace(b'"vid"', b'"video"', 1)),
+        rf"{TRAIN}, line 1: `vid` is missing$",
+    ),
+    "a window that ends before it starts": (
+        lambda release: in_file(release, TRAIN, lambda text: text.replace(b"[2, 6]", b"[6, 2]")),
+        rf"{TRAIN}, line 1: the window \[6, 2\] does not end after it starts$",
+    ),
+    "a duplicate": (
+        lambda release: in_file(release, TRAIN, lambda text: text.replace(b'"qid": 12', b'"qid": 3')),
+        rf"{TRAIN}, line 3: `qid` 3 was used before \({TRAIN}, line 2\)$",
+    ),
+    "no features of a video": (
+        lambda release: (release.folder / "slowfast" / "b_0.0_24.0.npz").unlink(),
+        r"train, vid b_0\.0_24\.0: slowfast: no features of b_0\.0_24\.0$",
+    ),
+    "no features of a sentence": (
+        lambda release: (release.folder / "text" / "qid9.npz").unlink(),
+        "test, qid 9: text: no features of 9$",
+    ),
+    "cut off": (
+        lambda release: in_file(release, "clip/d_0.0_18.0.npz", lambda data: data[:100]),
+        r"test, vid d_0\.0_18\.0: clip, d_0\.0_18\.0: cannot be read",
+    ),
+    "NaN": (
+        lambda release: rewritten(release, "clip", with_nan),
+        r"train, vid a_60\.0_210\.0: clip, a_60\.0_210\.0: features have NaN or infinity in row 1$",
+    ),
+    "NaN in a sentence": (
+        lambda release: rewritten(release, "text", with_nan),
+        r"train, qid 12: text, 12: features have NaN or infinity in row 1$",
+    ),
+    "another video": (
+        lambda release: rewritten(release, "clip", lambda array: array[:4]),
+        r"train, vid a_60\.0_210\.0: .*backbones have \[11, 4\] clips, which is not the same video$",
+    ),
+    "another size": (
+        lambda release: np.savez(release.folder / "clip" / "c_0.0_30.0.npz", features=np.ones((15, 5))),
+        r"val, vid c_0\.0_30\.0: clip: features must be \(length, 4\), got \(15, 5\)$",
+    ),
+    "beyond float16": (
+        lambda release: rewritten(release, "clip", lambda array: array * 1e6),
+        r"train, vid a_60\.0_210\.0: clip: has values beyond what float16 holds; float32 would hold them$",
+    ),
+    "no usable features": (
+        lambda release: [path.write_bytes(b"") for path in release.folder.glob("clip/*")],
+        "clip: has usable features for no vid of the annotations$",
+    ),
+    "clips of two lengths": (
+        lambda release: [
+            (release.folder / name / "features.json").write_text(json.dumps({"clip_seconds": seconds}))
+            for name, seconds in (("clip", 1), ("slowfast", 2))
+        ],
+        "clips of the same length, got 2 s in slowfast, 1 s in clip$",
+    ),
+}  # fmt: skip
+
+
+def assert_refused(result, message: str, release):
+    """One line, and nothing is left behind."""
+    assert isinstance(result.code, str) and result.code.startswith("error: ") and "\n" not in result.code
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(result.code)
+    assert [path.name for path in release.output.parent.iterdir()] == ["release"]
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_refused_releases(release, broken):
+    change, message = BROKEN[broken]
+    change(release)
+    before = sorted(release.folder.rglob("*"))
+    assert_refused(release.convert(), message, release)
+    assert sorted(release.folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "video, more, message",
+    [
+        (["clip", "./clip"], [], "two backbones are called clip: give NAME=PATH"),
+        (["a=clip", "a=slowfast"], [], "two backbones are called a: give NAME=PATH"),
+        (["vid=clip"], [], "'vid' cannot be the name of a column of features: give NAME=PATH"),
+        (["text_features=clip"], [], "'text_features' cannot be the name of a column"),
+        (["clip-b32"], [], r"clip-b32: no such file or folder"),
+        (["clip"], ["--clip_seconds", "0"], "`clip_seconds` must be a number of seconds above 0, got 0"),
+        (["clip"], ["--clip_seconds", "-1"], "`clip_seconds` must be"),
+        (["clip"], ["--clip_seconds", "nan"], "`clip_seconds` must be"),
+        (["highlight_train_release.jsonl"], [], "neither a folder of features nor an HDF5 file"),
+        (["clip"], ["--text_features", "nowhere"], "nowhere: no such file or folder of features"),
+        (["clip"], ["--text_features", "nowhere.txt"], r"nowhere\.txt"),
+    ],
+)
+def test_refused_arguments(release, video, more, message):
+    arguments = ["--video_features", *video, "--text_features", "text"]
+    assert_refused(release.convert(*more, instead=arguments), message, release)
+
+
+def test_names_of_backbones(release):
+    other = release.folder / "a=b"
+    shutil.copytree(release.folder / "clip", other / "clip-b32")
+    arguments = ["--video_features", f"vit={other}/clip-b32", "slowfast", "--text_features", "text"]
+    assert release.convert(instead=arguments).code is None
+    assert [store.column for store in open_video_features([release.output])] == ["vit", "slowfast"]
+    shutil.rmtree(release.output)
+    (other / "clip-b32").rename(other / "clip")
+    assert release.convert(instead=["--video_features", other / "clip", "--text_features", "text"]).code is None
+    assert open_features(release.output).column == "clip"
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_output_that_is_there(release, kind):
+    if kind == "file":
+        release.output.write_text("mine")
+    else:
+        release.output.mkdir()
+    assert release.convert().code == f"error: {release.output}: is there already; remove it, or give another name"
+    assert release.output.read_text() == "mine" if kind == "file" else not list(release.output.iterdir())
+
+
+def test_nothing_left_of_new_parents(release):
+    (release.folder / "text" / "qid9.npz").unlink()
+    output = release.output / "deep" / "er"
+    assert convert("qvhighlights", release.folder, output, "--video_features", "clip", "--text_features", "text").code
+    assert not release.output.exists()
+    (release.folder / "text" / "qid4.npz").rename(release.folder / "text" / "qid9.npz")
+    write_features(release.folder / "text", 4, np.ones((5, 3)), "last_hidden_state")
+    assert not convert(
+        "qvhighlights", release.folder, output, "--video_features", "clip", "--text_features", "text"
+    ).code
+    assert len(load_annotations(output, "val")) == 1
+
+
+def test_nothing_left_where_it_is_interrupted(release, monkeypatch):
+    """In the second table, when the first one is written."""
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversion.Source, "_annotation", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        release.convert()
+    assert [path.name for path in release.output.parent.iterdir()] == ["release"]
+
+
+# Rows that are left out
+
+
+def test_skip_invalid(release):
+    in_file(release, TRAIN, lambda text: text + b"{\n")
+    (release.folder / "clip" / "b_0.0_24.0.npz").unlink()  # the video of qid 3
+    rewritten(release, "text", lambda array: array[:0])  # of qid 12, whose video stays
+    result = release.convert("--skip_invalid")
+    assert result.code is None
+    assert f"{TRAIN}, line 4: not JSON" in result.stderr and "dropped 1 of 4 rows" in result.stderr
+    wanted = {
+        "train, vid b_0.0_24.0": "clip: no features of b_0.0_24.0",
+        "train, qid 3": "video b_0.0_24.0 was dropped",
+        "train, qid 12": "text, 12: features are empty",
+    }
+    assert f"warning: {len(wanted)} rows were left out for their features:" in result.stderr
+    card = (release.output / "README.md").read_text()
+    for what, why in wanted.items():
+        assert f"  {what}: {why}" in result.stderr
+        assert f"- {what}\n" in card
+    assert "| train | 1 | 1 |" in card and "train: 1 queries, 1 videos" in result.stdout
+    assert [row["qid"] for row in load_annotations(release.output, "train")] == [7]
+    assert sorted(open_features(release.output, "clip")) == ["a_60.0_210.0", "c_0.0_30.0", "d_0.0_18.0"]
+    assert sorted(open_features(release.output, "text_features"), key=int) == ["4", "7", "9"]
+
+
+def test_skip_invalid_where_nothing_is(release):
+    result = release.convert("--skip_invalid")
+    assert result.code is None and "left out" not in result.stderr and "dropped" not in result.stderr
+    assert "No query was left out" in (release.output / "README.md").read_text()
+
+
+def test_skip_invalid_that_leaves_a_split_empty(release):
+    (release.folder / "clip" / "c_0.0_30.0.npz").unlink()
+    result = release.convert("--skip_invalid")
+    assert_refused(result, "the val split has no", release)
+
+
+def test_lines_of_charades_that_end_before_they_start(releases, tmp_path):
+    folder = tmp_path / "release"
+    shutil.copytree(releases["charades_sta"].folder, folder)
+    train = folder / "charades_sta_train.txt"
+    train.write_text("TV003 8.0 7.0##a person b.\n" + train.read_text())
+    arguments = releases["charades_sta"].arguments
+    result = convert("charades_sta", folder, tmp_path / "output", *arguments)
+    assert result.code.startswith("error: charades_sta_train.txt, line 1: the window [8.0, 7.0] does not end after")
+    result = convert("charades_sta", folder, tmp_path / "output", *arguments, "--skip_invalid")
+    assert result.code is None
+    assert "charades_sta_train.txt: dropped 1 of 49 rows:\n  charades_sta_train.txt, line 1:" in result.stderr
+    rows = load_annotations(tmp_path / "output", "train") + load_annotations(tmp_path / "output", "val")
+    assert sorted(row["qid"] for row in rows) == list(range(48))
+
+
+# The Hub
+
+
+class FakeApi:
+    """Stands for the Hub: keeps what it is asked."""
+
+    calls = []
+
+    def create_repo(self, repo_id, **options):
+        self.calls.append(("create_repo", repo_id, options))
+        return SimpleNamespace(repo_id=f"someone/{repo_id}")
+
+    def upload_folder(self, *, repo_id, folder_path, **options):
+        names = sorted(path.name for path in Path(folder_path).iterdir())
+        self.calls.append(("upload_folder", repo_id, names, options))
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_push_to_hub(release, monkeypatch, private):
+    monkeypatch.setattr(FakeApi, "calls", [])
+    monkeypatch.setattr(conversion, "HfApi", FakeApi)
+    arguments = ["--push_to_hub", "moments", *(["--private"] if private else [])]
+    assert release.convert(*arguments).code is None
+    create, upload = FakeApi.calls
+    assert create == ("create_repo", "moments", {"repo_type": "dataset", "private": private, "exist_ok": True})
+    names, options = ["README.md", "annotations", "videos"], {"repo_type": "dataset", "delete_patterns": "*.parquet"}
+    assert upload == ("upload_folder", "someone/moments", names, options)  # nothing is left of an earlier one
+    assert release.output.is_dir()
+
+
+def test_nothing_is_pushed_of_a_release_that_is_refused(release, monkeypatch):
+    monkeypatch.setattr(FakeApi, "calls", [])
+    monkeypatch.setattr(conversion, "HfApi", FakeApi)
+    (release.folder / "text" / "qid9.npz").unlink()
+    assert_refused(release.convert("--push_to_hub", "moments"), "no features of 9", release)
+    assert not FakeApi.calls
+
+
+# As a person runs it
+
+
+def test_command(releases, tmp_path):
+    """Nothing is written but the folder, and nothing to the home of who runs it."""
+    release = releases["charades_sta"]
+    before = sorted(release.folder.rglob("*"))
+    (tmp_path / "home").mkdir()
+    command = [sys.executable, SCRIPTS / "charades_sta.py", tmp_path / "new" / "output", "--annotations", "."]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment.update(HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1")
+    result = subprocess.run(
+        [*command, *release.arguments],
+        cwd=release.folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [
+        "train: 46 queries, 23 videos",
+        "val: 2 queries, 1 videos",
+        "test: 4 queries, 2 videos",
+        f"wrote {tmp_path / 'new' / 'output'}",
+    ]
+    cut = "windows of 1 rows end after their video, and were cut there"
+    for split in ("train", "test"):
+        assert f"warning: charades_sta_{split}.txt: {cut}" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert sorted(release.folder.rglob("*")) == before
+    assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["output"]
+    assert len(load_annotations(tmp_path / "new" / "output", "train")) == 46
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_help(benchmark, tmp_path):
+    result = convert(benchmark, tmp_path, tmp_path / "output", "--help")
+    assert result.code == 0 and result.stdout.startswith("usage:") and BENCHMARKS[benchmark] in result.stdout

@@ -1,0 +1,140 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from modeling_diffusionvmr.synthetic import rendered_world as world
+
+SEEN = [world.plan_video(seed) for seed in range(60)]
+UNSEEN = [world.plan_video(seed, unseen_pairs=True) for seed in range(60)]
+EVERY = [(plan, query) for plan in SEEN + UNSEEN for query in plan.queries]
+
+
+def named_pairs(text: str) -> list[tuple[str, str]]:
+    """The (colour, shape) pairs that a sentence names, read from its words."""
+    singular = {form: shape for shape in world.SHAPES for form in (shape, f"{shape}s", f"{shape}es")}
+    words = text.split()
+    return [(colour, singular[shape]) for colour, shape in zip(words, words[1:]) if colour in world.COLOURS]
+
+
+def are_neighbours(tracks: list[world.Track], pairs: set[tuple[str, str]]) -> bool:
+    """Whether two objects of these pairs are close together."""
+    return any({a.pair, b.pair} == pairs and world.gap(a, b) < 0.05 for a, b in itertools.combinations(tracks, 2))
+
+
+def test_a_plan_is_a_function_of_its_seed():
+    assert world.plan_video(7) == world.plan_video(7) != world.plan_video(8)
+    assert np.array_equal(world.render_frame(SEEN[0], 12.3), world.render_frame(world.plan_video(0), 12.3))
+
+
+def test_videos_and_sentences_keep_their_bounds():
+    for plan in SEEN + UNSEEN:
+        assert 30 <= plan.duration <= 150 and 3 <= len(plan.queries) <= 6
+        assert len({query.text for query in plan.queries}) == len(plan.queries)
+    for plan, query in EVERY:
+        starts, ends = zip(*query.windows)
+        assert 0 <= starts[0] and ends[-1] <= plan.duration and len(query.windows) <= world.MOST_WINDOWS
+        assert min(end - start for start, end in query.windows) >= world.SHORTEST_WINDOW
+        assert all(start - end >= world.SHORTEST_PAUSE for start, end in zip(starts[1:], ends))
+
+
+def test_the_world_is_varied():
+    several = np.mean([len(query.windows) > 1 for _, query in EVERY])
+    assert 0.25 < several < 0.5
+    for kind in ("single", "relation", "count"):
+        assert np.mean([query.kind == kind for _, query in EVERY]) > 0.2
+    assert np.mean([query.swapped for _, query in EVERY]) > 0.3
+
+
+def test_windows_are_exactly_when_the_sentence_is_true():
+    # An account of truth of its own: it reads the words of the sentence, and looks twice a second
+    for plan, query in EVERY:
+        named, words = named_pairs(query.text), query.text.split()
+        for time in np.arange(0, plan.duration, 0.5) + 0.123:
+            visible = plan.visible(time)
+            if "next" in words or "beside" in words:
+                true = are_neighbours(visible, set(named))
+            else:
+                true = sum(track.pair == named[0] for track in visible) >= (2 if "two" in words else 1)
+            assert true == any(start <= time < end for start, end in query.windows)
+
+
+def test_what_is_next_to_each_other_and_what_is_not_is_plain_to_see():
+    for plan in SEEN + UNSEEN:
+        for time in np.arange(0, plan.duration, 2.0):
+            visible = plan.visible(time)
+            for a, b in itertools.combinations(visible, 2):
+                apart = np.hypot(*np.subtract(a.centre(time), b.centre(time))) - a.radius - b.radius
+                assert apart <= world.NEXT_TO_GAP + 1e-6 or apart >= world.APART_GAP - 1e-6
+            for pair in world.PAIRS:
+                assert sum(track.pair == pair for track in visible) <= 2
+
+
+def test_every_sentence_has_a_lookalike_in_its_video():
+    for plan, query in EVERY:
+        words = {word for pair in query.statement.pairs for word in pair}
+        assert any(track.pair not in query.statement.pairs and words & set(track.pair) for track in plan.tracks)
+
+
+def test_swapped_sentences_see_their_words_bound_the_other_way():
+    for plan, query in EVERY:
+        if not query.swapped:
+            continue
+        pairs = query.statement.pairs
+        scenes = [plan.visible(track.start) for track in plan.tracks]
+        if query.kind == "single":
+            shown = [{track.pair for track in scene} for scene in scenes]
+            elsewhere = [list(zip(*seen)) for seen in shown if pairs[0] not in seen]
+            assert any(pairs[0][0] in colours and pairs[0][1] in shapes for colours, shapes in elsewhere)
+        else:
+            swap = {(pairs[0][0], pairs[1][1]), (pairs[1][0], pairs[0][1])}
+            assert any(are_neighbours(scene, swap) for scene in scenes)
+
+
+def test_unseen_pairs_appear_only_where_asked_for():
+    shown = {track.pair for plan in SEEN + world.plan_stills(0, 400) for track in plan.tracks}
+    assert shown <= set(world.SEEN_PAIRS) and len(world.SEEN_PAIRS) == 90
+    assert not any(query.unseen for plan in SEEN for query in plan.queries)
+    assert np.mean([query.unseen for plan in UNSEEN for query in plan.queries]) > 0.4
+    for words in zip(*world.UNSEEN_PAIRS):
+        assert len(set(words)) == len(words)
+
+
+def test_annotation_rows_have_the_qvhighlights_shape():
+    (plan, query), row = EVERY[0], world.annotation_rows(SEEN[0])[0]
+    assert row["query"] == query.text and row["vid"] == plan.vid
+    assert row["relevant_windows"] == [list(window) for window in query.windows]
+    assert set(row) == {"qid", "query", "vid", "duration", "relevant_windows", "kind", "unseen", "swapped"}
+
+
+def test_written_video_shows_what_was_rendered(tmp_path):
+    av = pytest.importorskip("av")
+    plan = min(SEEN, key=lambda plan: plan.duration)
+    path = tmp_path / "video.mp4"
+    world.write_video(plan, path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["video.mp4"]
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].codec_context.name == "h264"
+        frames = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+    assert len(frames) == round(plan.duration * world.FRAME_RATE)
+    for time, frame in frames[:: len(frames) // 5]:
+        assert np.abs(frame.astype(float) - world.render_frame(plan, time)).mean() < 8
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    pytest.importorskip("av")
+    render = world.render_frame
+    monkeypatch.setattr(world, "render_frame", lambda plan, time: render(plan, time) if time < 10 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        world.write_video(SEEN[0], tmp_path / "video.mp4")
+    assert not list(tmp_path.iterdir())
+
+
+def test_stills_in_nameless_colours_show_no_unseen_pair():
+    def nearest_name(colour):
+        return min(world.COLOURS, key=lambda name: np.hypot.reduce(np.subtract(colour, world.COLOURS[name])))
+
+    stills = world.plan_stills(1, 200, nameless=True)
+    nearest = {(nearest_name(track.pair[0]), track.pair[1]) for still in stills for track in still.tracks}
+    assert len(nearest) > 50 and nearest.isdisjoint(world.UNSEEN_PAIRS)
+    assert world.render_frame(stills[0], 0.0).shape == (world.FRAME_SIZE, world.FRAME_SIZE, 3)

@@ -1,0 +1,448 @@
+"""Restart: a training killed at any moment goes on from the last whole checkpoint, to the same weights."""
+
+import json
+import os
+import shutil
+import threading
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import small_training
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
+from small_training import make_trainer, weights_of
+from transformers import AutoModel, AutoProcessor, TrainerCallback
+
+from modeling_diffusionvmr.training import trainer as trainer_module
+from modeling_diffusionvmr.training.checkpoints import STAGING_FOLDER, find_fault, last_whole_checkpoint
+
+# An epoch has 5 micro-batches and 3 steps, so that most checkpoints are in the middle of one; and there is dropout
+TRAINING = {
+    "num_rows": 10,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 6,
+    "save_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+}
+FILES = (
+    "config.json",
+    "model.safetensors",
+    "optimizer.pt",
+    "processor_config.json",
+    "rng_state.pth",
+    "scheduler.pt",
+    "trainer_state.json",
+)
+
+
+@pytest.fixture(scope="module")
+def in_process(tiny_config):
+    """Calls a function of `small_training` in a process of its own, with what is trained here."""
+
+    def run(function, where, *positional, **arguments):
+        fields = tiny_config().to_diff_dict()
+        small_training.in_process(function, where, fields, *positional, **{**TRAINING, **arguments})
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(in_process, tmp_path_factory) -> Path:
+    """The folder of a training that nothing happened to; all its checkpoints are in `run`."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    in_process(small_training.train, str(folder))
+    return folder
+
+
+@pytest.fixture
+def copied(uninterrupted, tmp_path) -> Path:
+    """A folder with copies of the checkpoints of steps 3 and 4 in `run`."""
+    for step in (3, 4):
+        shutil.copytree(uninterrupted / f"run/checkpoint-{step}", tmp_path / f"run/checkpoint-{step}")
+    return tmp_path
+
+
+def assert_same_end(folder: Path, uninterrupted: Path):
+    """The same weights, to the bit."""
+    ours, theirs = (safetensors.torch.load_file(path / "weights") for path in (folder, uninterrupted))
+    assert ours.keys() == theirs.keys()
+    different = [name for name, weights in ours.items() if not torch.equal(weights, theirs[name])]
+    assert not different
+
+
+def contents(checkpoint: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in checkpoint.iterdir()}
+
+
+# Killed
+
+
+@pytest.fixture(scope="module")
+def killed(in_process, tmp_path_factory) -> list[Path]:
+    """Folders of trainings that were killed while they saved the checkpoint of step 2 and removed that of step 1."""
+    folder = tmp_path_factory.mktemp("killed")
+    in_process(small_training.save_and_die, str(folder), 2, save_total_limit=1)
+    return sorted((path.parent for path in folder.glob("*/moment")), key=lambda path: int(path.name))
+
+
+def test_every_file_is_a_moment_to_be_killed_at(killed):
+    """The test below is of what it says."""
+    moments = [(folder / "moment").read_text() for folder in killed]
+    staged = f"run/{STAGING_FOLDER}/checkpoint-2"
+    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        assert {f"before {staged}/{name}", f"half of {staged}/{name}", f"after {staged}/{name}"} <= set(moments)
+    for name in ("config.json", "processor_config.json", "trainer_state.json"):
+        assert f"open {staged}/{name}" in moments
+    assert f"os.rename {staged}" in moments
+    removal = moments.index("shutil.rmtree run/checkpoint-1")
+    assert removal > moments.index(f"os.rename {staged}")
+    assert len(moments[removal:]) > len(FILES)
+
+
+def test_a_checkpoint_is_whole_or_not_there(killed, uninterrupted):
+    steps = []
+    for folder in killed:
+        moment = (folder / "moment").read_text()
+        for checkpoint in (folder / "run").glob("checkpoint-*"):
+            whole = contents(checkpoint).keys() == contents(uninterrupted / "run" / checkpoint.name).keys()
+            assert whole == (find_fault(checkpoint) is None), f"{checkpoint.name} after {moment}"
+            assert whole or checkpoint.name == "checkpoint-1"  # which is being removed
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # the last one is whole: nothing is skipped
+            last = last_whole_checkpoint(folder / "run")
+        assert last is not None, moment
+        steps.append(int(last.split("-")[-1]))
+    assert steps == sorted(steps) and set(steps) == {1, 2}
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(killed, uninterrupted, in_process):
+    """After half of a file, between writing and moving, after moving, and in the middle of removing the old one."""
+    moments = [(folder / "moment").read_text() for folder in killed]
+    staged = f"run/{STAGING_FOLDER}/checkpoint-2"
+    moved = moments.index(f"os.rename {staged}")
+    removed = moments.index("shutil.rmtree run/checkpoint-1")
+    chosen = (moments.index(f"half of {staged}/optimizer.pt"), moved, moved + 1, (removed + len(moments)) // 2)
+    folders = [killed[index] for index in chosen]
+    in_process(small_training.resume_everywhere, [str(folder) for folder in folders], save_total_limit=1)
+    for folder in folders:
+        assert_same_end(folder, uninterrupted)
+        assert [path.name for path in (folder / "run").iterdir()] == ["checkpoint-6"]  # and nothing half-written
+
+
+# Resumed
+
+
+def test_goes_on_from_any_step_to_the_same_weights(uninterrupted, in_process, tmp_path):
+    """At the end of an epoch and in its middle, with dropout; whether or not the samples come from workers."""
+    logs = json.loads((uninterrupted / "logs").read_text())
+    workers = {"dataloader_num_workers": 2, "dataloader_multiprocessing_context": "fork"}
+    for step, options in ((1, {}), (2, workers), (3, {}), (5, {})):
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        checkpoint = str(uninterrupted / f"run/checkpoint-{step}")
+        in_process(small_training.train, str(folder), checkpoint, save_strategy="no", **options)
+        assert_same_end(folder, uninterrupted)
+        ours, theirs = (
+            [{name: log[name] for name in log if name.startswith(("loss", "num", "grad"))} for log in history]
+            for history in (json.loads((folder / "logs").read_text()), logs)
+        )
+        assert ours == theirs  # all terms, and the number of proposals
+    assert [log["num_proposals"] for log in logs if "loss" in log] == [1, 2, 3, 4, 5, 6]
+
+
+def test_starts_anew_without_a_checkpoint_only_where_asked_to(tiny_config, tmp_path):
+    trainer = make_trainer(tmp_path, tiny_config(), max_steps=1)
+    with pytest.raises(ValueError, match="no whole checkpoint to resume from"):
+        trainer.train(resume_from_checkpoint=True)
+    (tmp_path / STAGING_FOLDER / "checkpoint-1").mkdir(parents=True)
+    trainer.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+# Damaged
+
+
+def truncate(path: Path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def cut_off_the_end(path: Path):
+    os.truncate(path, path.stat().st_size - 2)
+
+
+def empty(path: Path):
+    path.write_bytes(b"")
+
+
+def replace(path: Path):
+    path.write_bytes(b"?" * path.stat().st_size)
+
+
+FAULTS = {"model.safetensors": "weights|model.safetensors"}
+DAMAGES = (truncate, cut_off_the_end, empty, replace, Path.unlink)
+
+
+def test_files_of_a_checkpoint(uninterrupted):
+    """All that are damaged below, and the code, but nothing that only unpickling reads."""
+    found = {name for name in contents(uninterrupted / "run/checkpoint-4") if not name.endswith(".py")}
+    assert found == set(FILES) or found - set(FILES) <= {"manifest.json"}
+    assert not list(uninterrupted.rglob("training_args.bin"))
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_skipped(copied, name, damage):
+    damage(copied / "run/checkpoint-4" / name)
+    with pytest.warns(UserWarning, match=f"checkpoint-4 is not whole and is skipped: .*{FAULTS.get(name, name)}"):
+        assert last_whole_checkpoint(copied / "run") == str(copied / "run/checkpoint-3")
+
+
+def test_an_empty_folder_is_skipped(copied):
+    shutil.rmtree(copied / "run/checkpoint-4")
+    (copied / "run/checkpoint-4").mkdir()
+    (copied / "run/checkpoint-best").mkdir()  # somebody's own
+    (copied / "run/checkpoint-9").write_text("no folder")
+    with pytest.warns(UserWarning, match="checkpoint-4") as warned:
+        assert last_whole_checkpoint(copied / "run") == str(copied / "run/checkpoint-3")
+    assert len(warned) == 1
+
+
+def test_a_training_goes_on_from_before_the_damage(copied, uninterrupted, in_process):
+    truncate(copied / "run/checkpoint-4/optimizer.pt")
+    in_process(small_training.train, str(copied), True)
+    assert_same_end(copied, uninterrupted)
+    assert find_fault(copied / "run/checkpoint-4") is None  # it was saved again
+    assert contents(copied / "run/checkpoint-4").keys() == contents(uninterrupted / "run/checkpoint-4").keys()
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(copied, tiny_config):
+    trainer = make_trainer(copied / "run", tiny_config(), **TRAINING)
+    for name in ("optimizer.pt", "trainer_state.json"):
+        truncate(copied / "run/checkpoint-4" / name)
+        with pytest.raises(ValueError, match=f"checkpoint-4.*cannot be resumed from.*{name}"):
+            trainer.train(resume_from_checkpoint=str(copied / "run/checkpoint-4"))
+    with pytest.raises(ValueError, match="checkpoint-7"):
+        trainer.train(resume_from_checkpoint=str(copied / "run/checkpoint-7"))
+    assert trainer.state.global_step == 0
+
+
+class Hostile:
+    """Makes a folder where it is unpickled."""
+
+    def __init__(self, folder: Path):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_hostile_checkpoint_runs_nothing(copied, tiny_config, name):
+    path = copied / "run/checkpoint-4" / name
+    torch.save(Hostile(copied / "run it"), path)
+    trainer = make_trainer(copied / "run", tiny_config(), use_cpu=True, **TRAINING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.train(resume_from_checkpoint=str(path.parent))
+    except Exception as error:
+        assert "weights_only" in str(error).lower() or name in str(error)
+    assert not (copied / "run it").exists()
+    torch.load(path, weights_only=False)
+    assert (copied / "run it").exists()  # it would have
+
+
+def test_hostile_training_arguments_are_not_read(copied, tiny_config):
+    torch.save(Hostile(copied / "run it"), copied / "run/checkpoint-4/training_args.bin")
+    trainer = make_trainer(copied / "run", tiny_config(), use_cpu=True, **TRAINING)
+    trainer.train(resume_from_checkpoint=str(copied / "run/checkpoint-4"))
+    assert trainer.state.global_step == 6
+    assert not (copied / "run it").exists()
+
+
+# The best one
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Has the evaluations give these scores, one after the other."""
+
+    def script(scores):
+        scores = iter(scores)
+        monkeypatch.setattr(
+            trainer_module,
+            "evaluate_predictions",
+            lambda *arguments: {"brief": {"MR-full-mAP": next(scores), "MR-full-R1@0.5": 1.0}, "extra": {}},
+        )
+
+    return script
+
+
+BEST = {
+    **TRAINING,
+    "eval_steps": 1,
+    "metric_for_best_model": "MR-full-mAP",
+    "greater_is_better": True,
+    "load_best_model_at_end": True,
+    "save_total_limit": 2,
+}
+
+
+def weights_in(checkpoint: str | Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(Path(checkpoint) / "model.safetensors")
+
+
+def test_the_best_checkpoint_stays_and_is_loaded(scripted, tiny_config, tmp_path):
+    """Whatever is rotated, before a resume and after it."""
+    scripted([10, 40, 30, 20])
+    trainer = make_trainer(tmp_path, tiny_config(), **{**BEST, "max_steps": 4})
+    trainer.train()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-4"}
+    state = json.loads((tmp_path / "checkpoint-4/trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")
+    assert (state["best_metric"], state["best_global_step"]) == (40, 2)
+    # The state of the best one says so of itself
+    state = json.loads((tmp_path / "checkpoint-2/trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")
+    best, last = weights_in(tmp_path / "checkpoint-2"), weights_in(tmp_path / "checkpoint-4")
+    loaded = {name: weights.cpu() for name, weights in trainer.model.state_dict().items() if name in best}
+    assert all(torch.equal(loaded[name], best[name]) for name in best)
+    assert any(not torch.equal(loaded[name], last[name]) for name in best)
+
+    scripted([35, 39])
+    again = make_trainer(tmp_path, tiny_config(), **BEST)
+    again.train(resume_from_checkpoint=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-6"}
+    state = json.loads((tmp_path / "checkpoint-6/trainer_state.json").read_text())
+    assert Path(state["best_model_checkpoint"]) == tmp_path / "checkpoint-2"
+    assert all(torch.equal(again.model.get_parameter(name).cpu(), best[name]) for name in weights_of(again.model))
+
+
+def test_only_the_best_is_saved_where_asked_for(scripted, tiny_config, tmp_path):
+    scripted([10, 40, 30, 50, 20, 20])
+    make_trainer(tmp_path, tiny_config(), **{**BEST, "save_strategy": "best", "save_total_limit": None}).train()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2", "checkpoint-4"}
+
+
+def test_the_latest_are_kept(tiny_config, tmp_path):
+    make_trainer(tmp_path, tiny_config(), max_steps=5, save_steps=1, save_total_limit=2).train()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4", "checkpoint-5"}
+
+
+def test_weights_alone_are_a_checkpoint(tiny_config, tmp_path):
+    trainer = make_trainer(tmp_path, tiny_config(), max_steps=2, save_steps=1, save_only_model=True)
+    trainer.train()
+    assert not [*tmp_path.rglob("*.pt"), *tmp_path.rglob("*.pth"), *tmp_path.rglob("*.bin")]
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+def test_saved_model(tiny_config, tmp_path):
+    """`save_model` gives what loads, and nothing of the training."""
+    trainer = make_trainer(tmp_path / "run", tiny_config(), max_steps=1, save_strategy="no")
+    trainer.train()
+    trainer.save_model()
+    trainer.save_model(str(tmp_path / "other"))
+    for folder in (tmp_path / "run", tmp_path / "other"):
+        names = {path.name for path in folder.iterdir() if path.suffix != ".py"}
+        assert names - {"manifest.json"} == {"config.json", "model.safetensors", "processor_config.json"}
+        AutoProcessor.from_pretrained(folder)
+        saved = AutoModel.from_pretrained(folder)
+        assert all(torch.equal(saved.get_parameter(name), w) for name, w in weights_of(trainer.model).items())
+
+
+# The Hub
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Takes the place of the Hub; gives what was uploaded: `(files by their path there, commit message)`."""
+    uploads = []
+
+    def upload(self, *, repo_id, folder_path, path_in_repo=None, ignore_patterns=None, run_as_future=False, **options):
+        assert repo_id == "somebody/model"
+        names = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
+        names = filter_repo_objects(names, ignore_patterns=ignore_patterns)
+        uploads.append(({str(Path(path_in_repo or "", name)) for name in names}, options["commit_message"]))
+        future = Future()
+        future.set_result(None)
+        return future if run_as_future else future.result()
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    monkeypatch.setattr(HfApi, "create_repo", lambda *arguments, **options: FakeUrl())
+    return uploads
+
+
+class FakeUrl(str):
+    repo_id = "somebody/model"
+
+
+PUSHED = {"push_to_hub": True, "hub_model_id": "somebody/model", "max_steps": 2, "save_steps": 1}
+MODEL_FILES = {"config.json", "model.safetensors", "processor_config.json"}
+TRAINING_FILES = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+
+
+@pytest.mark.parametrize(
+    "strategy, folders",
+    [
+        ("end", []),
+        ("every_save", []),
+        ("checkpoint", ["last-checkpoint", "last-checkpoint"]),
+        ("all_checkpoints", ["checkpoint-1", "checkpoint-2"]),
+    ],
+)
+def test_what_is_pushed(hub, tiny_config, tmp_path, strategy, folders):
+    trainer = make_trainer(tmp_path, tiny_config(), **PUSHED, hub_strategy=strategy, save_total_limit=1)
+    trainer.train()
+    code = {f"{part}_diffusionvmr.py" for part in ("configuration", "modeling", "processing", "pipeline")}
+    models = [files for files, _ in hub if "model.safetensors" in files]
+    assert len(models) == (0 if strategy == "end" else 2)
+    for files in models:
+        assert files >= MODEL_FILES | code
+        assert not files & (TRAINING_FILES | {"training_args.bin"})
+        assert not any("checkpoint" in name or name.startswith("_") for name in files)
+    checkpoints = [files for files, _ in hub if "model.safetensors" not in files]
+    for files, folder in zip(checkpoints, folders, strict=True):
+        assert files >= {f"{folder}/{name}" for name in MODEL_FILES | TRAINING_FILES}
+        assert f"{folder}/training_args.bin" not in files
+    hub.clear()
+    trainer.push_to_hub(commit_message="done")
+    ((files, message),) = hub
+    assert message == "done"
+    assert files >= MODEL_FILES | code | {"README.md"}
+    assert not any("checkpoint" in name or name in TRAINING_FILES | {"training_args.bin"} for name in files)
+
+
+def test_a_checkpoint_is_not_removed_while_it_is_pushed(monkeypatch, tiny_config, tmp_path):
+    """A push takes longer than the next save, which makes it one checkpoint too many."""
+    goes_on = threading.Event()
+    pushes = []
+
+    def upload(self, *, folder_path, run_as_future, **options):
+        def read():
+            goes_on.wait(60)
+            return {path.name for path in Path(folder_path).iterdir()}
+
+        pushes.append(ThreadPoolExecutor(1).submit(read))
+        return pushes[-1]
+
+    class GoOn(TrainerCallback):
+        def on_train_end(self, *arguments, **options):
+            goes_on.set()
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    monkeypatch.setattr(HfApi, "create_repo", lambda *arguments, **options: FakeUrl())
+    in_time = threading.Timer(2, goes_on.set)  # a trainer may wait for the push, too
+    in_time.start()
+    options = {**PUSHED, "max_steps": 3, "hub_strategy": "every_save", "save_total_limit": 1}
+    make_trainer(tmp_path, tiny_config(), callbacks=[GoOn()], **options).train()
+    in_time.cancel()
+    assert pushes
+    for push in pushes:
+        assert push.result(60) >= MODEL_FILES
+    assert (tmp_path / "checkpoint-3").is_dir()

@@ -1,0 +1,506 @@
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import small_training
+import torch
+from small_training import LENGTHS, TERMS, weights_of
+from torch._dynamo.utils import counters
+from transformers import AutoModel, AutoProcessor, EarlyStoppingCallback, TrainerCallback, TrainingArguments
+
+from modeling_diffusionvmr import (
+    DiffusionVMRDataCollator,
+    DiffusionVMRForMomentRetrieval,
+    DiffusionVMRProcessor,
+    DiffusionVMRTrainer,
+    evaluate_predictions,
+    predict_moments,
+)
+from modeling_diffusionvmr.training import trainer as trainer_module
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def make_dataset(tiny_config):
+    def make(train=True, **options) -> small_training.Recording:
+        return small_training.make_dataset(tiny_config() if train else None, **options)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def make_trainer(tiny_config):
+    def make(folder, proposal_schedule="progress", config=None, **arguments) -> DiffusionVMRTrainer:
+        return small_training.make_trainer(folder, config or tiny_config(), proposal_schedule, **arguments)
+
+    return make
+
+
+def proposals_of_calls(model) -> list:
+    """N of every call from now on."""
+    seen = []
+    model.register_forward_hook(lambda _, arguments, output: seen.append(output.logits.shape[1]))
+    return seen
+
+
+@pytest.fixture(scope="module")
+def trained(make_trainer, tmp_path_factory):
+    """A trainer that is done, and N of its steps."""
+    trainer = make_trainer(tmp_path_factory.mktemp("trained"))
+    seen = proposals_of_calls(trainer.model)
+    trainer.train()
+    return trainer, list(seen)
+
+
+def test_proposals_grow_with_the_training(trained):
+    assert trained[1] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
+
+
+def test_logs(trained):
+    trainer, proposals = trained
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == STEPS
+    config = trainer.model.config
+    for log in logs:
+        terms = {name: log[f"loss_{name}"] for name in TERMS}
+        assert all(term > 0 for term in terms.values())
+        total = sum(getattr(config, f"{name}_loss_coefficient") * term for name, term in terms.items())
+        assert log["loss"] == pytest.approx(total, abs=0.01)
+    assert [log["num_proposals"] for log in logs] == proposals  # those of the step that is logged
+
+
+def test_each_epoch_has_its_own_draws(trained):
+    trainer, _ = trained
+    epochs = [epoch for epoch, _ in itertools.groupby(trainer.train_dataset.epochs)]
+    assert epochs == [0, 1, 2, 3, 4, 5]  # of two steps each
+
+
+def test_constant_number_of_proposals(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path, "stable", max_steps=3, save_strategy="no")
+    seen = proposals_of_calls(trainer.model)
+    trainer.train()
+    assert seen == [6, 6, 6]
+    assert [log["num_proposals"] for log in trainer.state.log_history if "loss" in log] == [6, 6, 6]
+
+
+def test_terms_are_means_between_two_logs(make_trainer, tmp_path):
+    """Whatever the number of steps, and of batches in a step."""
+    trainer = make_trainer(
+        tmp_path,
+        max_steps=4,
+        save_strategy="no",
+        logging_steps=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+    )
+    seen = proposals_of_calls(trainer.model)
+    trainer.train()
+    assert seen == [1, 1, 2, 2, 4, 4, 5, 5]
+    for log in trainer.state.log_history:
+        if "loss" in log:
+            terms = {name: log[f"loss_{name}"] for name in TERMS}
+            weights = {name: getattr(trainer.model.config, f"{name}_loss_coefficient") for name in TERMS}
+            assert log["loss"] == pytest.approx(sum(weights[name] * terms[name] for name in TERMS), abs=0.01)
+
+
+@pytest.mark.parametrize(("growth", "expected"), [(0.5, [1, 2, 3, 4, 5, 6] + [6] * 6), (0.01, [1] + [6] * 11)])
+def test_proposals_grow_early(make_trainer, tmp_path, growth, expected):
+    trainer = make_trainer(tmp_path, proposal_growth=growth)
+    seen = proposals_of_calls(trainer.model)
+    trainer.train()
+    assert seen == expected
+
+
+@pytest.mark.parametrize("growth", [0, -0.5, 1.5, float("nan"), "half", None])
+def test_impossible_growth(growth):
+    with pytest.raises(ValueError, match="`proposal_growth` must be a number above 0 and at most 1, got"):
+        DiffusionVMRTrainer(proposal_growth=growth)
+
+
+def test_unknown_schedule():
+    with pytest.raises(ValueError, match="`proposal_schedule` must be one of .*'progress', 'stable'.*'linear'"):
+        DiffusionVMRTrainer(proposal_schedule="linear")
+
+
+def test_evaluation_loss(trained, make_dataset):
+    trainer, _ = trained
+    seen = proposals_of_calls(trainer.model)
+    history = len(trainer.state.log_history)
+    metrics = trainer.evaluate()
+    assert set(seen) == {5}  # of inference
+    assert metrics["eval_loss"] > 0
+    assert trainer.evaluate()["eval_loss"] == metrics["eval_loss"]
+    assert all("num_proposals" not in log for log in trainer.state.log_history[history:])
+
+
+def test_checkpoint_loads(trained, make_dataset):
+    trainer, _ = trained
+    model = AutoModel.from_pretrained(f"{trainer.args.output_dir}/checkpoint-{STEPS}").to(trainer.args.device)
+    assert type(model) is DiffusionVMRForMomentRetrieval
+    dataset = make_dataset(train=False)
+    expected = predict_moments(trainer.model, dataset, progress=False)
+    assert predict_moments(model, dataset, progress=False) == expected
+
+
+def test_processor_is_saved_with_a_checkpoint(make_trainer, make_dataset, tmp_path):
+    make_trainer(tmp_path, processor=make_dataset().processor, max_steps=1, save_steps=1).train()
+    processor = AutoProcessor.from_pretrained(tmp_path / "checkpoint-1")
+    assert type(processor) is DiffusionVMRProcessor
+    assert (processor.video_feature_sizes, processor.max_clips) == ([12], 20)
+
+
+def test_training_goes_on_from_a_checkpoint(make_trainer, tiny_config, tmp_path):
+    """In the middle of an epoch, to the same weights."""
+    config = tiny_config(dropout=0, input_dropout=0)
+    whole = make_trainer(tmp_path, config=config, max_steps=6, save_steps=3)
+    whole.train()
+    again = make_trainer(tmp_path, config=config, max_steps=6, save_steps=3)
+    seen = proposals_of_calls(again.model)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert seen == [4, 5, 6]
+    for name, parameter in again.model.named_parameters():
+        torch.testing.assert_close(parameter, whole.model.get_parameter(name), atol=1e-6, rtol=0)
+
+
+# Evaluation in training
+
+
+def official(model, dataset) -> dict[str, float]:
+    """What the model is worth, by the way that `scripts/evaluate.py` goes."""
+    scores = evaluate_predictions(predict_moments(copy.deepcopy(model), dataset, progress=False), dataset.rows)
+    return {name: value for name, value in (scores["brief"] | scores["extra"]).items() if value is not None}
+
+
+def metrics_of(log: dict, prefix: str = "eval_") -> dict[str, float]:
+    return {name.removeprefix(prefix): value for name, value in log.items() if name.startswith(f"{prefix}MR-")}
+
+
+def evaluations(trainer) -> list[dict]:
+    return [log for log in trainer.state.log_history if any(name.startswith("eval_") for name in log)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_in_training(make_trainer, make_dataset, tmp_path, workers):
+    """The numbers of evaluate.py for the checkpoints; the rows do not divide by the batch."""
+    options = {"eval_steps": 2, "save_steps": 2, "max_steps": 4, "metric_for_best_model": "MR-full-mAP"}
+    trainer = make_trainer(
+        tmp_path, eval_strategy="steps", per_device_eval_batch_size=3, dataloader_num_workers=workers, **options
+    )
+    trainer.train()
+    logs = evaluations(trainer)
+    assert [log["step"] for log in logs] == [2, 4]
+    for log in logs:
+        model = AutoModel.from_pretrained(tmp_path / f"checkpoint-{log['step']}").to(trainer.args.device)
+        expected = official(model, make_dataset(train=False))
+        assert {"MR-full-mAP", "MR-full-R1@0.5", "MR-full-R1@0.7", "MR-mIoU"} <= expected.keys()
+        assert metrics_of(log) == expected
+        assert log["eval_loss"] > 0
+    assert trainer.state.best_metric == max(log["eval_MR-full-mAP"] for log in logs)
+
+
+def test_several_sets_to_evaluate_on(make_trainer, make_dataset, tmp_path):
+    sets = {"few": make_dataset(train=False, num_rows=3), "all": make_dataset(train=False)}
+    trainer = make_trainer(
+        tmp_path,
+        eval_dataset=sets,
+        max_steps=1,
+        eval_strategy="steps",
+        save_strategy="no",
+        metric_for_best_model="all_MR-full-R1@0.5",
+    )
+    trainer.train()
+    logs = evaluations(trainer)
+    for name, dataset in sets.items():
+        (log,) = (log for log in logs if f"eval_{name}_loss" in log)
+        assert metrics_of(log, f"eval_{name}_") == official(trainer.model, dataset)
+
+
+def test_rows_without_truth(trained, make_dataset):
+    """There is nothing to score them by; a part of the truth would give numbers of another set."""
+    trainer, _ = trained
+    dataset = make_dataset(train=False, truth=False)
+    assert not metrics_of(trainer.evaluate(dataset))
+    output = trainer.predict(dataset)
+    assert not metrics_of(output.metrics, "test_") and "test_loss" not in output.metrics
+    assert [prediction["qid"] for prediction in output.predictions] == list(range(8))
+
+    mixed = make_dataset(train=False)
+    del mixed.rows[2]["relevant_windows"]
+    mixed.rows[5]["relevant_windows"] = []
+    output = trainer.predict(mixed)
+    assert not metrics_of(output.metrics, "test_")
+    assert len(output.predictions) == 8
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_predictions_of_the_trainer(trained, make_dataset, train):
+    """Those of `predict_moments`, from data of training, too, whose draws hold the truth."""
+    trainer, _ = trained
+    dataset = make_dataset(train=train)
+    output = trainer.predict(dataset)
+    for prediction, expected in zip(output.predictions, predict_moments(trainer.model, dataset, progress=False)):
+        assert {**prediction, "pred_relevant_windows": 0, "pred_saliency_scores": 0} == {
+            **expected,
+            "pred_relevant_windows": 0,
+            "pred_saliency_scores": 0,
+        }
+        for key in ("pred_relevant_windows", "pred_saliency_scores"):
+            np.testing.assert_allclose(prediction[key], expected[key], atol=1e-4)
+    assert metrics_of(output.metrics, "test_") == official(trainer.model, dataset)
+
+
+def test_evaluation_loss_is_the_mean_over_rows(trained, make_dataset):
+    trainer, _ = trained
+    dataset = make_dataset(train=False, num_rows=7)
+    trainer.args.per_device_eval_batch_size = 3
+    try:
+        loss = trainer.evaluate(dataset)["eval_loss"]
+    finally:
+        trainer.args.per_device_eval_batch_size = 8
+    batch = DiffusionVMRDataCollator()(dataset.__getitems__(range(7)))
+    batch = {name: value.to(trainer.args.device) for name, value in batch.items()}
+    with torch.no_grad():
+        expected = trainer.model.eval()(**batch).loss.item()
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluation_leaves_the_training_alone(make_trainer, make_dataset, tiny_config, tmp_path):
+    """Even on the same data set, whose draws are those of an epoch; and with a batch of its own size."""
+    losses = []
+    # An evaluation changes the dropout that follows: its loader draws a seed from the same generator
+    config = tiny_config(dropout=0.0, input_dropout=0.0)
+    for options in ({}, {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 3}):
+        dataset = make_dataset()
+        trainer = make_trainer(
+            tmp_path,
+            config=config,
+            train_dataset=dataset,
+            eval_dataset=dataset,
+            max_steps=6,
+            save_strategy="no",
+            per_device_train_batch_size=2,
+            **options,
+        )
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[0] == losses[1]
+
+
+def test_early_stopping(make_trainer, monkeypatch, tmp_path):
+    scores = iter([10.0, 20.0, 15.0, 18.0, 30.0])
+    monkeypatch.setattr(
+        trainer_module, "evaluate_predictions", lambda *_: {"brief": {"MR-full-mAP": next(scores)}, "extra": {}}
+    )
+    trainer = make_trainer(
+        tmp_path,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+        max_steps=5,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="MR-full-mAP",
+        greater_is_better=True,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 4
+    best = AutoModel.from_pretrained(tmp_path / "checkpoint-2")
+    for name, weights in weights_of(trainer.model).items():
+        assert torch.equal(weights, best.get_parameter(name))
+
+
+class Reporter(TrainerCallback):
+    """Stands for Weights & Biases and the like: it is given the logs."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(logs)
+
+
+def test_reporters_are_given_all(make_trainer, tmp_path):
+    reporter = Reporter()
+    make_trainer(
+        tmp_path, callbacks=[reporter], max_steps=2, save_strategy="no", eval_strategy="epoch", logging_steps=2
+    ).train()
+    (loss,) = (log for log in reporter.logs if "loss" in log)
+    assert {f"loss_{term}" for term in TERMS} < loss.keys()
+    (scores,) = (log for log in reporter.logs if "eval_loss" in log)
+    assert "eval_MR-full-mAP" in scores and "eval_MR-mIoU" in scores
+
+
+# What `Trainer` can do
+
+
+def losses_of(trainer) -> list[float]:
+    trainer.train()
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def test_training_does_not_depend_on_workers(make_trainer, tmp_path):
+    """Not even its dropout."""
+    alone, shared = (
+        losses_of(make_trainer(tmp_path, max_steps=6, save_strategy="no", dataloader_num_workers=workers))
+        for workers in (0, 2)
+    )
+    assert shared == alone
+    assert len(set(alone)) == 6
+
+
+def test_model_from_a_function(make_trainer, make_dataset, tiny_config, tmp_path):
+    trainer = DiffusionVMRTrainer(
+        args=TrainingArguments(str(tmp_path), max_steps=2, save_strategy="no", report_to="none", disable_tqdm=True),
+        train_dataset=make_dataset(),
+        model_init=lambda: DiffusionVMRForMomentRetrieval(tiny_config()),
+    )
+    assert trainer.train().global_step == 2
+
+
+def test_arguments_by_position(make_dataset, tiny_config, tmp_path):
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, save_strategy="no", report_to="none", disable_tqdm=True)
+    model, collator = DiffusionVMRForMomentRetrieval(tiny_config()), DiffusionVMRDataCollator()
+    trainer = DiffusionVMRTrainer(model, arguments, collator, make_dataset(), make_dataset(train=False))
+    assert trainer.data_collator is collator and len(trainer.eval_dataset) == 8
+    assert trainer.train(None, None).global_step == 1
+    trainer = DiffusionVMRTrainer(model, arguments, None, make_dataset())
+    assert type(trainer.data_collator) is DiffusionVMRDataCollator
+
+
+@pytest.mark.parametrize("field, value", [("eval_do_concat_batches", False), ("batch_eval_metrics", True)])
+def test_arguments_that_leave_no_metrics(make_trainer, tmp_path, field, value):
+    with pytest.raises(ValueError, match=f"`{field}` must be {not value}"):
+        make_trainer(tmp_path, **{field: value})
+
+
+def test_metrics_of_ones_own(make_dataset, tiny_config, tmp_path):
+    with pytest.raises(ValueError, match="`compute_metrics`"):
+        DiffusionVMRTrainer(
+            DiffusionVMRForMomentRetrieval(tiny_config()),
+            TrainingArguments(str(tmp_path), report_to="none"),
+            train_dataset=make_dataset(),
+            compute_metrics=lambda prediction: {},
+        )
+
+
+def test_predictions_kept_on_the_host(make_trainer, tmp_path):
+    """`eval_accumulation_steps` gives the same numbers."""
+    metrics = [
+        metrics_of(make_trainer(tmp_path, eval_accumulation_steps=steps, per_device_eval_batch_size=3).evaluate())
+        for steps in (None, 1)
+    ]
+    assert metrics[0] == metrics[1] and metrics[0]
+
+
+# Precision and compilation
+
+
+def test_training_in_bfloat16(make_trainer, tiny_config, tmp_path):
+    """Under autocast: near float32, and with weights and a loss that are float32."""
+    config = tiny_config(dropout=0.0, input_dropout=0.0)
+    exact, rough = (
+        make_trainer(
+            tmp_path, config=config, bf16=bf16, use_cpu=True, max_steps=6, learning_rate=3e-4, save_strategy="no"
+        )
+        for bf16 in (False, True)
+    )
+    expected = losses_of(exact)
+    types = set()
+    rough.model.saliency_head.register_forward_hook(lambda _, inputs, output: types.add(output.dtype))
+    losses = losses_of(rough)
+    assert types == {torch.bfloat16}  # it was on
+    assert {weights.dtype for weights in weights_of(rough.model).values()} == {torch.float32}
+    assert losses != expected
+    assert losses[0] == pytest.approx(expected[0], rel=0.02)
+    assert losses == pytest.approx(expected, rel=0.15)
+    metrics = rough.evaluate()
+    assert np.isfinite(metrics["eval_loss"]) and metrics_of(metrics)
+
+
+def test_evaluation_in_bfloat16(make_trainer, tmp_path):
+    """`bf16_full_eval` makes the model bfloat16; the batches follow."""
+    metrics = make_trainer(tmp_path, bf16_full_eval=True, use_cpu=True).evaluate()
+    assert np.isfinite(metrics["eval_loss"]) and metrics_of(metrics)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_compiled_training(make_dataset, make_trainer, tiny_config, tmp_path):
+    """20 numbers of proposals, windows in varying number: a handful of graphs, and the same losses."""
+    config = tiny_config(max_training_proposals=20, encoder_layers=1, decoder_layers=1)
+    dataset = small_training.make_dataset(config, num_rows=16, lengths=(15, 15, 15, 15), num_tokens=6)
+    options = {"config": config, "train_dataset": dataset, "max_steps": 20, "save_strategy": "no", "use_cpu": True}
+    expected = losses_of(make_trainer(tmp_path, **options))
+    torch._dynamo.reset()
+    counters.clear()
+    # The limit is 8: beyond it a function is left to Python, for good and with no more than a warning
+    with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
+        trainer = make_trainer(tmp_path, **options, torch_compile=True, torch_compile_backend="eager")
+        seen = proposals_of_calls(trainer.model)
+        losses = losses_of(trainer)
+    torch._dynamo.reset()
+    assert seen == list(range(1, 21))
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert 0 < counters["stats"]["unique_graphs"] <= 12
+    assert counters["stats"]["calls_captured"] > 100  # it is the model that was compiled
+    assert not counters["graph_break"]
+
+
+# Predictions
+
+
+def test_predictions_are_in_the_official_format(trained, make_dataset):
+    trainer, _ = trained
+    model, dataset = trainer.model.train(), make_dataset(train=False)
+    predictions = predict_moments(model, dataset, batch_size=3, progress=False)
+    assert not model.training
+    assert [prediction["qid"] for prediction in predictions] == list(range(8))
+    for prediction, row in zip(predictions, dataset.rows):
+        assert list(prediction) == ["qid", "query", "vid", "pred_relevant_windows", "pred_saliency_scores"]
+        assert (prediction["query"], prediction["vid"]) == (row["query"], row["vid"])
+        assert len(prediction["pred_relevant_windows"]) == 5
+        scores = [score for _, _, score in prediction["pred_relevant_windows"]]
+        assert scores == sorted(scores, reverse=True) and 0 < scores[-1] and scores[0] < 1
+        for start, end, _ in prediction["pred_relevant_windows"]:
+            assert 0 <= start <= end <= row["duration"]
+        assert len(prediction["pred_saliency_scores"]) == min(LENGTHS[row["qid"] % 4], 20)
+    scores = evaluate_predictions(predictions, dataset.rows)
+    assert 0 <= scores["extra"]["MR-mIoU"] <= 100 and "MR-full-mAP" in scores["brief"]
+
+
+def test_predictions_do_not_depend_on_the_batch(trained, make_dataset):
+    model, dataset = trained[0].model, make_dataset(train=False)
+    for one, other in zip(
+        predict_moments(model, dataset, batch_size=1, progress=False), predict_moments(model, dataset, progress=False)
+    ):
+        for key in ("pred_relevant_windows", "pred_saliency_scores"):
+            np.testing.assert_allclose(one[key], other[key], atol=1e-3)
+
+
+def test_options_of_predictions(trained, make_dataset):
+    model, dataset = trained[0].model, make_dataset(train=False)
+    many = predict_moments(model, dataset, num_proposals=12, num_sampling_steps=2, progress=False)
+    assert {len(prediction["pred_relevant_windows"]) for prediction in many} == {12}
+    few = predict_moments(model, dataset, num_proposals=12, top_k=2, round_to=2.0, progress=False)
+    for prediction, row in zip(few, dataset.rows):
+        assert len(prediction["pred_relevant_windows"]) == 2
+        for start, end, _ in prediction["pred_relevant_windows"]:
+            assert start % 2 == 0 and (end % 2 == 0 or end == row["duration"])
+
+
+def test_predictions_of_a_model_in_bfloat16(trained, make_dataset):
+    trainer, _ = trained
+    dataset = make_dataset(train=False)
+    exact = predict_moments(trainer.model, dataset, progress=False)
+    folder = f"{trainer.args.output_dir}/checkpoint-{STEPS}"
+    model = AutoModel.from_pretrained(folder, dtype=torch.bfloat16).to(trainer.args.device)
+    for one, other in zip(predict_moments(model, dataset, progress=False), exact):
+        np.testing.assert_allclose(one["pred_saliency_scores"], other["pred_saliency_scores"], atol=0.1)
+
+
+def test_predictions_do_not_depend_on_the_truth(make_dataset, tiny_config):
+    """A data set of training carries its windows under little noise; a model that starts there would look good."""
+    model = DiffusionVMRForMomentRetrieval(tiny_config())
+    with_draws, without = (predict_moments(model, make_dataset(train=train), progress=False) for train in (True, False))
+    assert with_draws == without
