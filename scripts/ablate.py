@@ -46,7 +46,7 @@ from transformers import AutoModel, AutoProcessor
 
 from modeling_diffusionvmr import MomentRetrievalDataset, predict_moments
 from modeling_diffusionvmr.cli.options import check_device, clip_seconds_of
-from modeling_diffusionvmr.cli.options import run as run_command
+from modeling_diffusionvmr.cli.options import run_safely as run_command
 from modeling_diffusionvmr.data.features import open_text_features, open_video_features
 from modeling_diffusionvmr.data.files import atomic_write
 from modeling_diffusionvmr.plotting import (

@@ -36,7 +36,7 @@ from modeling_diffusionvmr import (
     __version__,
     loss_diffusionvmr,
 )
-from modeling_diffusionvmr.cli.options import run
+from modeling_diffusionvmr.cli.options import run_safely
 from modeling_diffusionvmr.data.annotations import SALIENCY_CLIP_SECONDS, load_annotations
 from modeling_diffusionvmr.data.files import atomic_write, load_jsonl
 from modeling_diffusionvmr.training.metrics import evaluate_predictions
@@ -414,4 +414,4 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    run_safely(main, parse_arguments())

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import pipeline
 
 from modeling_diffusionvmr import DEFAULT_MODEL
-from modeling_diffusionvmr.cli.options import run
+from modeling_diffusionvmr.cli.options import run_safely
 from modeling_diffusionvmr.plotting import plot_refinement, plot_timeline, save_figure
 from modeling_diffusionvmr.synthetic.rendered_world import plan_video, write_video
 from modeling_diffusionvmr.video import open_video
@@ -64,4 +64,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("demo"), help="default: demo/")
     parser.add_argument("--seed", type=int, default=FIRST_SEED, help="of the world")
-    run(lambda arguments: main(arguments.output_dir, arguments.seed), parser.parse_args())
+    run_safely(lambda arguments: main(arguments.output_dir, arguments.seed), parser.parse_args())

@@ -24,7 +24,7 @@ from modeling_diffusionvmr.cli.options import (
     check_device,
     clip_seconds_of,
     load_model,
-    run,
+    run_safely,
 )
 from modeling_diffusionvmr.data.features import open_text_features, open_video_features
 from modeling_diffusionvmr.data.files import atomic_write, save_jsonl
@@ -118,4 +118,4 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    run_safely(main, parse_arguments())

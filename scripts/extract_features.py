@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from modeling_diffusionvmr import load_annotations
 from modeling_diffusionvmr.backbones import ClipBackbone, load_backbone
-from modeling_diffusionvmr.cli.options import check_device, run
+from modeling_diffusionvmr.cli.options import check_device, run_safely
 from modeling_diffusionvmr.data.extraction import extract_sentences, extract_videos, find_videos
 
 MOST_NAMES = 10  # on one line
@@ -118,4 +118,4 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    run_safely(main, parse_arguments())

@@ -32,7 +32,7 @@ from modeling_diffusionvmr import (
     open_features,
 )
 from modeling_diffusionvmr.backbones import Backbones, ClipBackbone
-from modeling_diffusionvmr.cli.options import run
+from modeling_diffusionvmr.cli.options import run_safely
 from modeling_diffusionvmr.data.extraction import extract_sentence, extract_video
 from modeling_diffusionvmr.data.files import save_json, save_jsonl
 from modeling_diffusionvmr.modeling_diffusionvmr import TASK
@@ -337,4 +337,4 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    run_safely(main, parse_arguments())

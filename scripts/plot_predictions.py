@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from modeling_diffusionvmr.cli.options import run
+from modeling_diffusionvmr.cli.options import run_safely
 from modeling_diffusionvmr.data.annotations import load_annotations
 from modeling_diffusionvmr.data.files import load_jsonl
 from modeling_diffusionvmr.plotting import TOP_K, plot_predictions, prediction_panels, save_figure
@@ -56,4 +56,4 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    run_safely(main, parse_arguments())

@@ -6,7 +6,7 @@ import sys
 
 from transformers import pipeline
 
-from modeling_diffusionvmr.cli.options import add_model_arguments, check_model, run
+from modeling_diffusionvmr.cli.options import add_model_arguments, resolve_model, run_safely
 from modeling_diffusionvmr.video import open_video
 
 NUM_FRAMES = 12
@@ -28,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    check_model(arguments.model)
+    resolve_model(arguments.model)
     retrieve = pipeline(
         "video-moment-retrieval", model=arguments.model, trust_remote_code=arguments.trust_remote_code or None
     )
@@ -52,4 +52,4 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    run_safely(main, parse_arguments())

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from modeling_diffusionvmr import load_annotations
-from modeling_diffusionvmr.cli.options import run
+from modeling_diffusionvmr.cli.options import run_safely
 from modeling_diffusionvmr.data.features import METADATA_FILE, TEXT_KEY, VIDEO_KEY, write_features
 from modeling_diffusionvmr.data.files import atomic_write
 from modeling_diffusionvmr.synthetic.simulated_features import BACKBONE, CLIP_SIZE, NOISE_LEVELS, SimulatedFeatures
@@ -135,4 +135,4 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    run_safely(main, parse_arguments())

@@ -23,7 +23,7 @@ from modeling_diffusionvmr import (
     MomentRetrievalDataset,
     load_annotations,
 )
-from modeling_diffusionvmr.cli.options import add_data_arguments, check_model, clip_seconds_of, run
+from modeling_diffusionvmr.cli.options import add_data_arguments, clip_seconds_of, resolve_model, run_safely
 from modeling_diffusionvmr.data.annotations import hold_out
 from modeling_diffusionvmr.data.features import feature_size, name_of, open_text_features, open_video_features
 from modeling_diffusionvmr.training.checkpoints import last_whole_checkpoint
@@ -96,7 +96,7 @@ def make_model(arguments: argparse.Namespace, preset: dict, flags: dict, sizes: 
         config = DiffusionVMRConfig(**preset["config"])
         fit_to_features(config, *sizes)
         return DiffusionVMRForMomentRetrieval(config)
-    check_model(arguments.model)
+    resolve_model(arguments.model)
     config = DiffusionVMRConfig.from_pretrained(arguments.model, **flags["config"])
     fit_to_features(config, *sizes)
     model, info = DiffusionVMRForMomentRetrieval.from_pretrained(
@@ -157,4 +157,4 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    run_safely(main, parse_arguments())

@@ -1,1 +1,54 @@
-"""The `diffusionvmr` command."""
+"""
+The `diffusionvmr` command.
+
+Each subcommand is a module here with two functions: `parse(argv)` returns its arguments, `run(arguments)` does its job.
+Modules import the library, and with it torch, only inside `run`, so that `--help` answers at once.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+
+from .options import CommandParser, run_safely
+
+COMMANDS = {
+    "retrieve": "find the moments of a video that sentences describe",
+    "extract": "compute features of videos and sentences",
+    "convert": "convert an official release to a folder that datasets.load_dataset opens",
+    "train": "train a model, or fine-tune one",
+    "evaluate": "score a model with the official metrics",
+    "simulate": "make features from annotations alone",
+    "plot": "plot predictions beside the truth",
+}
+
+
+def main(argv: Sequence[str] | None = None, load_library: Callable[[], None] | None = None) -> None:
+    """
+    Run a subcommand. Bad input ends with one line on stderr and a non-zero exit status.
+
+    Args:
+        argv: the arguments; by default those of this process.
+        load_library: called between parsing and running, by an entry point that has not executed the package yet.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] not in COMMANDS:
+        _main_parser().parse_args(argv or ["--help"])
+    command = importlib.import_module(f".{argv[0]}", __name__)
+    arguments = command.parse(argv[1:])
+    if load_library is not None:
+        load_library()
+    run_safely(command.run, arguments)
+
+
+def _main_parser() -> CommandParser:
+    """The parser of everything but subcommands: it ends the process with help, the version, or an error."""
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:{width}}  {purpose}" for name, purpose in COMMANDS.items())
+    parser = CommandParser(
+        description="Video moment retrieval with DiffusionVMR.",
+        epilog=f"commands:\n{lines}\n\n`diffusionvmr COMMAND --help` lists the arguments of a command.",
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
+    parser.add_argument("--version", action="version", version=version("modeling_diffusionvmr"))
+    return parser

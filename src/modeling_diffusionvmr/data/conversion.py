@@ -24,7 +24,7 @@ from datasets import Features as Columns
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
-from ..cli.options import run
+from ..cli.options import run_safely
 from ..processing_diffusionvmr import common_length
 from .annotations import ANNOTATIONS_CONFIG, TEXT_COLUMN, load_annotations
 from .features import (
@@ -356,7 +356,7 @@ def main(builder: type[MomentRetrievalBuilder]) -> None:
     parser.add_argument("--skip_invalid", action="store_true", help="leave out what cannot be used, and say what")
     parser.add_argument("--push_to_hub", metavar="REPO_ID", help="send the folder to the Hub")
     parser.add_argument("--private", action="store_true", help="to a private repository")
-    run(partial(_run, builder), parser.parse_args())
+    run_safely(partial(_run, builder), parser.parse_args())
 
 
 def _run(builder: type[MomentRetrievalBuilder], arguments: argparse.Namespace) -> None:

@@ -1,0 +1,32 @@
+"""Checks of single values that several modules need. They raise `ValueError` and name the value."""
+
+import sys
+from numbers import Real
+from typing import Any
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number that fits a float: not NaN, not infinite, not a bool. NumPy scalars count."""
+    # The exact types first: checking against the abstract class takes much longer, and annotations hold many numbers
+    is_real = type(value) in (int, float) or (isinstance(value, Real) and not isinstance(value, bool))
+    return is_real and -sys.float_info.max <= value <= sys.float_info.max
+
+
+def check_positive(value: Any, name: str) -> None:
+    """Raise `ValueError` unless a value is a finite number above 0. The message begins with `name`."""
+    if not is_number(value) or value <= 0:
+        raise ValueError(f"{name} must be a number above 0, got {value!r}")
+
+
+def check_sentence(value: Any, name: str = "a query") -> None:
+    """
+    Raise `ValueError` unless a value is text that can be encoded: not blank, and without lone surrogates, which no file
+    and no tokenizer can hold. The message begins with `name`.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name} must be a string that is not blank, got {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        character = value[error.start]
+        raise ValueError(f"{name} cannot be encoded as UTF-8, because of {character!r} in {value[:60]!r}") from None
