@@ -1,5 +1,4 @@
-# Each target sets up all that it needs. The set-up is done once, and again when pyproject.toml or constraints.txt
-# changes; it needs Python 3.11 or newer, as the pinned versions do.
+# Each target sets up its own environment in .venv, once, and again when pyproject.toml or constraints.txt change.
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -9,20 +8,20 @@ INSTALLED := $(VENV)/.installed
 
 setup: $(INSTALLED)
 
-# PyTorch comes first and alone, so that a CPU build is taken wherever pip is shown one. The stamp is written last: a
-# set-up that was interrupted starts again.
+# PyTorch is installed first and alone, so that pip takes a CPU build wherever it finds one. The stamp is written last,
+# so an interrupted set-up starts again.
 $(INSTALLED): pyproject.toml constraints.txt
-	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed here, for the pinned versions")'
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	test -x $(PYTHON) || python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet -c constraints.txt torch
-	$(PYTHON) -m pip install --quiet -c constraints.txt -e ".[video,train,dev]"
+	$(PYTHON) -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
 demo: setup
 	HF_HUB_OFFLINE=1 $(PYTHON) scripts/demo.py
 
-# The tests that `transformers` holds its own models to are fetched once, and run from the cache. One thread a process,
-# or two processes would fight for two cores with four threads.
+# The tests that `transformers` runs on its own models are downloaded once and kept in .cache. One thread per process:
+# two processes with two threads each would compete for two cores.
 test: setup
 	$(PYTHON) tests/fetch_transformers_tests.py
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 tests
@@ -30,3 +29,4 @@ test: setup
 lint: setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
