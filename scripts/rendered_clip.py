@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, get_cosine_schedule_with_warmup
 
 from modeling_diffusionvmr.synthetic.rendered_world import (
-    COLOURS,
+    COLORS,
     PAIRS,
     SEEN_PAIRS,
     SHAPES,
@@ -63,8 +63,8 @@ def build_tokenizer() -> CLIPTokenizer:
     words = {word: (*word[:-1], word[-1] + "</w>") for word in vocabulary}
     merges = []
     while any(len(pieces) > 1 for pieces in words.values()):
-        neighbours = [couple for pieces in words.values() for couple in zip(pieces, pieces[1:])]
-        most_frequent = max(sorted(set(neighbours)), key=neighbours.count)
+        neighbors = [couple for pieces in words.values() for couple in zip(pieces, pieces[1:])]
+        most_frequent = max(sorted(set(neighbors)), key=neighbors.count)
         merges.append(most_frequent)
         words = {word: _merged(pieces, most_frequent) for word, pieces in words.items()}
     letters = sorted(ByteLevel.alphabet())
@@ -75,7 +75,7 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def _merged(pieces: tuple[str, ...], couple: tuple[str, str]) -> tuple[str, ...]:
-    """The pieces of a word with every such couple of neighbours made one."""
+    """The pieces of a word with every such couple of neighbors made one."""
     merged = []
     for piece in pieces:
         if merged and (merged[-1], piece) == couple:
@@ -133,7 +133,7 @@ def build_clip(tokenizer: CLIPTokenizer, size: int = 192, layers: int = 4, text_
 def _start_embeddings(embeddings: nn.Module) -> None:
     """
     Starts positions as waves instead of noise, and patches as their own lowest frequencies, a third of the numbers for
-    each channel. Shapes span several patches, so which patch is whose neighbour matters from the first step on.
+    each channel. Shapes span several patches, so which patch is whose neighbor matters from the first step on.
     """
     size = embeddings.patch_embedding.out_channels
     sides = torch.arange(PATCHES_PER_SIDE), torch.arange(PATCHES_PER_SIDE)
@@ -155,18 +155,18 @@ def _start_embeddings(embeddings: nn.Module) -> None:
 
 @dataclass
 class Frames:
-    """N frames and what they show. Where colours are nameless, `pair` and `neighbour` are right about shapes only."""
+    """N frames and what they show. Where colors are nameless, `pair` and `neighbor` are right about shapes only."""
 
     pixels: Tensor  # uint8 (N, 3, IMAGE_SIZE, IMAGE_SIZE)
     pair: Tensor  # long (N, MOST_OBJECTS): indexes `PAIRS`, -1 where there is no object
-    neighbour: Tensor  # long (N, MOST_OBJECTS): the pair of the object next to it, -1 where there is none
-    place: Tensor  # float (N, MOST_OBJECTS, 2): the objects' centres (x, y) in frame widths
+    neighbor: Tensor  # long (N, MOST_OBJECTS): the pair of the object next to it, -1 where there is none
+    place: Tensor  # float (N, MOST_OBJECTS, 2): the objects' centers (x, y) in frame widths
 
     def __len__(self) -> int:
         return len(self.pair)
 
     def __getitem__(self, index: Any) -> "Frames":
-        return Frames(self.pixels[index], self.pair[index], self.neighbour[index], self.place[index])
+        return Frames(self.pixels[index], self.pair[index], self.neighbor[index], self.place[index])
 
     @staticmethod
     def concatenated(*several: "Frames") -> "Frames":
@@ -176,10 +176,10 @@ class Frames:
     def relations(self) -> Tensor:
         """
         Which two pairs are next to each other: long (N, MOST_OBJECTS), the lower index * len(PAIRS) + the higher, -1
-        for no neighbour.
+        for no neighbor.
         """
-        code = torch.minimum(self.pair, self.neighbour) * len(PAIRS) + torch.maximum(self.pair, self.neighbour)
-        return torch.where(self.neighbour < 0, -1, code)
+        code = torch.minimum(self.pair, self.neighbor) * len(PAIRS) + torch.maximum(self.pair, self.neighbor)
+        return torch.where(self.neighbor < 0, -1, code)
 
     def counts(self) -> Tensor:
         """How often each pair is shown: long (N, len(PAIRS))."""
@@ -191,29 +191,29 @@ _SEEN = torch.tensor([_PAIR_INDEX[pair] for pair in SEEN_PAIRS])  # rising
 
 
 def render_frames(seed: int, count: int, nameless: bool = False) -> Frames:
-    """`count` frames of seen pairs, or of shapes in nameless colours, degraded as a video codec would."""
+    """`count` frames of seen pairs, or of shapes in nameless colors, degraded as a video codec would."""
     rng = np.random.default_rng(seed)
     pixels = np.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    pair, neighbour = (np.full((count, MOST_OBJECTS), -1) for _ in range(2))
+    pair, neighbor = (np.full((count, MOST_OBJECTS), -1) for _ in range(2))
     place = np.zeros((count, MOST_OBJECTS, 2), np.float32)
     for i, still in enumerate(plan_stills(seed, count, nameless=nameless, family=FAMILY)):
         pixels[i] = _degraded(render_frame(still, 0.0), int(rng.integers(60, 96)))
         for j, track in enumerate(still.tracks):
-            pair[i, j], place[i, j] = _pair_index(track), track.centre(0.0)
+            pair[i, j], place[i, j] = _pair_index(track), track.center(0.0)
             for other in still.tracks:
                 if other is not track and next_to(track, other):
-                    neighbour[i, j] = _pair_index(other)
+                    neighbor[i, j] = _pair_index(other)
     channels_first = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    return Frames(channels_first, *map(torch.from_numpy, (pair, neighbour, place)))
+    return Frames(channels_first, *map(torch.from_numpy, (pair, neighbor, place)))
 
 
 def _pair_index(track: Track) -> int:
-    # Of a nameless colour, the pair of the same shape and of the first colour
+    # Of a nameless color, the pair of the same shape and of the first color
     return _PAIR_INDEX.get(track.pair, SHAPES.index(track.pair[1]))
 
 
 def _degraded(picture: np.ndarray, quality: int) -> np.ndarray:
-    # JPEG loses what H.264 loses: fine detail, and colour at half the resolution
+    # JPEG loses what H.264 loses: fine detail, and color at half the resolution
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "JPEG", quality=quality)
     return np.asarray(Image.open(file).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
@@ -311,8 +311,8 @@ def train_rendered_clip(
     Args:
         seed: of everything.
         steps: of the optimizer.
-        batch_size: frames of a batch; a quarter more come in nameless colours.
-        pool_size: frames to draw batches from; half as many come in nameless colours.
+        batch_size: frames of a batch; a quarter more come in nameless colors.
+        pool_size: frames to draw batches from; half as many come in nameless colors.
         learning_rate: at its peak.
         progress: called as `progress(step, steps, losses)` after each step, with one float a term.
 
@@ -356,25 +356,25 @@ class _Helpers(nn.Module):
 
     def __init__(self, size: int, shared_size: int):
         super().__init__()
-        # The object's colour and shape, and its neighbour's, where 0 is none
+        # The object's color and shape, and its neighbor's, where 0 is none
         self.describe = nn.ModuleDict(
             {
-                "colour": nn.Linear(size, len(COLOURS)),
+                "color": nn.Linear(size, len(COLORS)),
                 "shape": nn.Linear(size, len(SHAPES)),
-                "neighbour_colour": nn.Linear(size, len(COLOURS) + 1),
-                "neighbour_shape": nn.Linear(size, len(SHAPES) + 1),
+                "neighbor_color": nn.Linear(size, len(COLORS) + 1),
+                "neighbor_shape": nn.Linear(size, len(SHAPES) + 1),
             }
         )
-        self.colours = nn.Parameter(torch.randn(len(COLOURS), shared_size))
+        self.colors = nn.Parameter(torch.randn(len(COLORS), shared_size))
         self.shapes = nn.Parameter(torch.randn(len(SHAPES), shared_size))
         self.bias = nn.Parameter(torch.tensor(-6.0))
 
     def products(self) -> Tensor:
         """
-        Colour times shape, as unit vectors (len(SEEN_PAIRS), shared_size): what a product says of ninety pairs it says
+        Color times shape, as unit vectors (len(SEEN_PAIRS), shared_size): what a product says of ninety pairs it says
         of the other ten as well.
         """
-        return F.normalize(self.colours[_SEEN // len(SHAPES)] * self.shapes[_SEEN % len(SHAPES)], dim=-1)
+        return F.normalize(self.colors[_SEEN // len(SHAPES)] * self.shapes[_SEEN % len(SHAPES)], dim=-1)
 
 
 def _losses(
@@ -386,8 +386,8 @@ def _losses(
     rng: np.random.Generator,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """The terms of the loss, whose plain sum is minimised."""
-    # The nameless follow the named ones: whatever is said of colours and of sentences stops before them
+    """The terms of the loss, whose plain sum is minimized."""
+    # The nameless follow the named ones: whatever is said of colors and of sentences stops before them
     both = Frames.concatenated(frames, nameless)
     pixels, place = _augmented(both, generator)
     statements, truth, numbers = _draw_statements(frames, rng)
@@ -410,16 +410,16 @@ def _losses(
     losses = {kind: loss.sum() / true.sum().clamp(min=1) for kind, loss, true in by_kind}
 
     shown = both.pair >= 0
-    pair, neighbour, named = both.pair[shown], both.neighbour[shown], int((frames.pair >= 0).sum())
-    alone = neighbour < 0
+    pair, neighbor, named = both.pair[shown], both.neighbor[shown], int((frames.pair >= 0).sum())
+    alone = neighbor < 0
     labels = {
-        "colour": pair // len(SHAPES),
+        "color": pair // len(SHAPES),
         "shape": pair % len(SHAPES),
-        "neighbour_colour": (neighbour // len(SHAPES) + 1).masked_fill(alone, 0),
-        "neighbour_shape": (neighbour % len(SHAPES) + 1).masked_fill(alone, 0),
+        "neighbor_color": (neighbor // len(SHAPES) + 1).masked_fill(alone, 0),
+        "neighbor_shape": (neighbor % len(SHAPES) + 1).masked_fill(alone, 0),
     }
     for name, label in labels.items():
-        end = named if "colour" in name else len(label)
+        end = named if "color" in name else len(label)
         losses[name] = F.cross_entropy(described[name][:end].float(), label[:end])
 
     products, names = helpers.products(), texts[: len(SEEN_PAIRS)]
@@ -430,7 +430,7 @@ def _losses(
 
 def _at_objects(patches: Tensor, there: Tensor, place: Tensor) -> Tensor:
     """
-    The patch at each object's centre.
+    The patch at each object's center.
 
     Args:
         patches: (B, PATCHES_PER_SIDE ** 2, size).
@@ -462,7 +462,7 @@ def measure_clip(
 ) -> dict[str, dict[str, float]]:
     """
     Measures, and prints, how well cosine similarity finds the true clips of each sentence within its video, from one
-    frame at each clip's centre. A sentence that is true of every clip, or of none, is left out.
+    frame at each clip's center. A sentence that is true of every clip, or of none, is left out.
 
     Args:
         clip: the model to measure.

@@ -21,7 +21,7 @@ from modeling_diffusionvmr.synthetic.simulated_features import (
 )
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "simulate_features.py"
-VERBS, COLOURS = ["walks", "cooks", "sings", "swims", "paints"], ["red", "green", "blue", "white"]
+VERBS, COLORS = ["walks", "cooks", "sings", "swims", "paints"], ["red", "green", "blue", "white"]
 THINGS = ["dog", "kitchen", "guitar", "mountain", "bicycle", "lamp"]
 
 
@@ -29,7 +29,7 @@ def make_rows(count=60, seed=0):
     """A video a row of 60 s, with one moment of 20 s."""
     draw, rows = np.random.default_rng(seed), []
     for i in range(count):
-        query = f"A {draw.choice(COLOURS)} {draw.choice(THINGS)} {draw.choice(VERBS)} with the {draw.choice(THINGS)}"
+        query = f"A {draw.choice(COLORS)} {draw.choice(THINGS)} {draw.choice(VERBS)} with the {draw.choice(THINGS)}"
         start = 2 * float(draw.integers(0, 20))
         windows = [[start, start + 20.0]]
         rows.append({"qid": i, "query": query, "vid": f"v{i}", "duration": 60, "relevant_windows": windows})
@@ -49,12 +49,12 @@ def unit(array):
     return array / np.linalg.norm(array, axis=-1, keepdims=True)
 
 
-def mean_auc(simulation, rows=ROWS, centred=False):
+def mean_auc(simulation, rows=ROWS, centerd=False):
     """How well the cosine of a sentence's end and a clip ranks clips inside a moment before those outside."""
     found = []
     for row in rows:
         clips = unit(simulation.video(row["vid"]))
-        cosine = (clips - clips.mean(0) * centred) @ unit(simulation.text(row["qid"])[-1])
+        cosine = (clips - clips.mean(0) * centerd) @ unit(simulation.text(row["qid"])[-1])
         relevant = inside(row, len(clips))
         found.append(np.mean(cosine[relevant, None] > cosine[~relevant]))
     return np.mean(found)

@@ -1,14 +1,14 @@
 """
-A small rendered world: mp4 videos of coloured shapes, sentences about them, and the exact windows in which each
+A small rendered world: mp4 videos of colored shapes, sentences about them, and the exact windows in which each
 sentence is true.
 
 Everything is a function of a seed. Times are seconds; positions, radii and gaps are fractions of the frame's width. An
-object is a `Track`: one coloured shape that is visible during [start, end). A sentence says that an object is there ("a
+object is a `Track`: one colored shape that is visible during [start, end). A sentence says that an object is there ("a
 red circle"), that two of a kind are ("two red circles"), or that one is next to another ("a red circle next to a blue
 star"). While two red circles are visible, so is one: "a red circle" is true then too.
 
 Every video holds objects that share a word with each of its sentences, often with the words swapped (a red star with a
-blue circle, for "a red circle" and for "a red circle next to a blue star"). Ten of the hundred colour-shape pairs,
+blue circle, for "a red circle" and for "a red circle next to a blue star"). Ten of the hundred color-shape pairs,
 `UNSEEN_PAIRS`, are shown only where they are asked for, so that what was trained on the other ninety can be tested on
 combinations that it never saw.
 """
@@ -28,7 +28,7 @@ from ..data.files import atomic_write
 FRAME_SIZE = 96  # pixels, square
 FRAME_RATE = 5  # frames per second
 
-COLOURS = {
+COLORS = {
     "red": (214, 28, 34),
     "orange": (252, 132, 8),
     "yellow": (250, 226, 36),
@@ -41,9 +41,9 @@ COLOURS = {
     "black": (12, 12, 12),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "ring", "diamond", "moon", "arrow")
-PAIRS = tuple(itertools.product(COLOURS, SHAPES))
-# A permutation: every colour and every shape is missing from exactly one pair of the seen ninety
-UNSEEN_PAIRS = frozenset((colour, SHAPES[(3 * i + 5) % len(SHAPES)]) for i, colour in enumerate(COLOURS))
+PAIRS = tuple(itertools.product(COLORS, SHAPES))
+# A permutation: every color and every shape is missing from exactly one pair of the seen ninety
+UNSEEN_PAIRS = frozenset((color, SHAPES[(3 * i + 5) % len(SHAPES)]) for i, color in enumerate(COLORS))
 SEEN_PAIRS = tuple(pair for pair in PAIRS if pair not in UNSEEN_PAIRS)
 
 TEMPLATES = {
@@ -61,7 +61,7 @@ SHORTEST_WINDOW = 4.0
 SHORTEST_PAUSE = 2.0  # between two windows of one sentence
 MOST_WINDOWS = 5
 
-Pair = tuple[str | tuple[float, float, float], str]  # (colour, shape); a nameless colour is (r, g, b) in [0, 255]
+Pair = tuple[str | tuple[float, float, float], str]  # (color, shape); a nameless color is (r, g, b) in [0, 255]
 Window = tuple[float, float]  # (start, end) in seconds
 Point = tuple[float, float]  # (x, y), in frame widths or in radii
 
@@ -73,13 +73,13 @@ class Track:
     pair: Pair
     start: float
     end: float
-    place: Point  # the centre, in frame widths
+    place: Point  # the center, in frame widths
     radius: float  # in frame widths
     angle: float = 0.0  # radians
     phase: float = 0.0  # of the drift, radians
 
-    def centre(self, time: float) -> Point:
-        """Where the centre is at `time` seconds, in frame widths: on a slow circle around the place."""
+    def center(self, time: float) -> Point:
+        """Where the center is at `time` seconds, in frame widths: on a slow circle around the place."""
         turn = self.phase + 0.4 * time
         return self.place[0] + DRIFT * math.cos(turn), self.place[1] + DRIFT * math.sin(turn)
 
@@ -189,8 +189,8 @@ def plan_stills(
         seed: of all of them together.
         count: how many.
         unseen_pairs: whether they show pairs of `UNSEEN_PAIRS`.
-        nameless: whether objects take colours between the named ones, for learning shapes whatever their colour. In
-            such a pair the colour is (r, g, b) in [0, 255].
+        nameless: whether objects take colors between the named ones, for learning shapes whatever their color. In
+            such a pair the color is (r, g, b) in [0, 255].
         family: so many in a row share their cast and background, and hence are hard to tell apart.
     """
     rng = np.random.default_rng([seed, 2 + int(unseen_pairs) + 2 * int(nameless)])
@@ -257,7 +257,7 @@ def _pick(rng: np.random.Generator, options: Sequence) -> Any:
 
 def _draw_cast(rng: np.random.Generator, unseen_pairs: bool) -> list[Pair]:
     """
-    The pairs that a video shows: two of unlike colour and shape, the same two with their words swapped, and up to two
+    The pairs that a video shows: two of unlike color and shape, the same two with their words swapped, and up to two
     others.
     """
     allowed = PAIRS if unseen_pairs else SEEN_PAIRS
@@ -266,32 +266,32 @@ def _draw_cast(rng: np.random.Generator, unseen_pairs: bool) -> list[Pair]:
         second = _pick(rng, allowed)
         swaps = [(first[0], second[1]), (second[0], first[1])]
         any_pair = _pick(rng, allowed)
-        same_colour = _pick(rng, (first[0], second[0])), _pick(rng, SHAPES)
-        others = [any_pair, same_colour][: rng.integers(0, 3)]
+        same_color = _pick(rng, (first[0], second[0])), _pick(rng, SHAPES)
+        others = [any_pair, same_color][: rng.integers(0, 3)]
         cast = [first, second, *swaps, *others]
         if len(set(cast)) == len(cast) and set(cast) <= set(allowed):
             return cast
 
 
 def _draw_nameless(rng: np.random.Generator, cast: Sequence[Pair]) -> list[Pair]:
-    """The cast with each of its colours replaced by a nameless one."""
+    """The cast with each of its colors replaced by a nameless one."""
     shapes = {shape for _, shape in cast}
-    paint = {colour: _draw_nameless_colour(rng, shapes) for colour in sorted({colour for colour, _ in cast})}
-    return [(paint[colour], shape) for colour, shape in cast]
+    paint = {color: _draw_nameless_color(rng, shapes) for color in sorted({color for color, _ in cast})}
+    return [(paint[color], shape) for color, shape in cast]
 
 
-def _draw_nameless_colour(rng: np.random.Generator, shapes: Iterable[str]) -> tuple[float, float, float]:
+def _draw_nameless_color(rng: np.random.Generator, shapes: Iterable[str]) -> tuple[float, float, float]:
     """
-    (r, g, b) in [0, 255], far from every named colour: a strong one, since the backgrounds are dull, and one that makes
+    (r, g, b) in [0, 255], far from every named color: a strong one, since the backgrounds are dull, and one that makes
     none of `shapes` look like an unseen pair.
     """
     while True:
-        colour = rng.uniform(0, 255, 3)
-        nearest = min(COLOURS, key=lambda name: math.dist(colour, COLOURS[name]))
-        strong = np.ptp(colour) > 100
-        between = math.dist(colour, COLOURS[nearest]) > 60
+        color = rng.uniform(0, 255, 3)
+        nearest = min(COLORS, key=lambda name: math.dist(color, COLORS[name]))
+        strong = np.ptp(color) > 100
+        between = math.dist(color, COLORS[nearest]) > 60
         if strong and between and UNSEEN_PAIRS.isdisjoint((nearest, shape) for shape in shapes):
-            return tuple(colour.tolist())
+            return tuple(color.tolist())
 
 
 def _draw_tracks(rng: np.random.Generator, duration: float, cast: Sequence[Pair]) -> tuple[Track, ...]:
@@ -313,10 +313,10 @@ def _draw_appearance(rng: np.random.Generator, cast: Sequence[Pair]) -> tuple[li
     a, b = (cast[i] for i in rng.permutation(len(cast))[:2])
     alone = [a], False
     twins = [a, a], False
-    neighbours = [a, b], True
+    neighbors = [a, b], True
     # Swaps are frequent, because they are what a bag of words confuses
     swaps = ([first, second], True), ([first_swap, second_swap], True), ([first_swap, second_swap], False)
-    return _pick(rng, (alone, alone, twins, twins, neighbours, neighbours, *swaps))
+    return _pick(rng, (alone, alone, twins, twins, neighbors, neighbors, *swaps))
 
 
 def _place_tracks(
@@ -347,7 +347,7 @@ def _draw_places(
 ) -> list[Track]:
     """One attempt at placing the pairs."""
     new = []
-    # Neighbours drift together, so their gap stays what it is
+    # Neighbors drift together, so their gap stays what it is
     shared_phase = rng.uniform(0, 2 * math.pi)
     for pair in pairs:
         radius = float(rng.uniform(*RADII))
@@ -377,14 +377,14 @@ def _draw_queries(
 ) -> tuple[Query, ...]:
     """Up to six sentences in which the kinds take turns; fewer than three where too little happens."""
     shown = sorted({track.pair for track in tracks})
-    neighbours = {
+    neighbors = {
         tuple(sorted((a.pair, b.pair)))
         for a, b in itertools.combinations(tracks, 2)
         if a.pair != b.pair and a.start < b.end and b.start < a.end and next_to(a, b)
     }
     candidates = {
         "relation": [
-            Statement("relation", pairs if rng.random() < 0.5 else pairs[::-1]) for pairs in sorted(neighbours)
+            Statement("relation", pairs if rng.random() < 0.5 else pairs[::-1]) for pairs in sorted(neighbors)
         ],
         "count": [Statement("count", (pair,)) for pair in shown],
         "single": [Statement("single", (pair,)) for pair in shown],
@@ -420,7 +420,7 @@ def _draw_query(
 
 
 def _has_lookalike(statement: Statement, tracks: Sequence[Track]) -> bool:
-    """Whether another object shares its colour or its shape with one that the sentence names."""
+    """Whether another object shares its color or its shape with one that the sentence names."""
     words = {word for pair in statement.pairs for word in pair}
     return any(track.pair not in statement.pairs and not words.isdisjoint(track.pair) for track in tracks)
 
@@ -430,13 +430,13 @@ def _has_swap(statement: Statement, tracks: Sequence[Track]) -> bool:
     if statement.kind == "count":
         return False
     if statement.kind == "relation":
-        (colour_a, shape_a), (colour_b, shape_b) = statement.pairs
-        swap = Statement("relation", ((colour_a, shape_b), (colour_b, shape_a)))
-        return colour_a != colour_b and shape_a != shape_b and bool(true_windows(swap, tracks))
-    colour, shape = statement.pairs[0]
+        (color_a, shape_a), (color_b, shape_b) = statement.pairs
+        swap = Statement("relation", ((color_a, shape_b), (color_b, shape_a)))
+        return color_a != color_b and shape_a != shape_b and bool(true_windows(swap, tracks))
+    color, shape = statement.pairs[0]
     for time in {track.start for track in tracks}:
         visible = {track.pair for track in tracks if track.start <= time < track.end}
-        bound_otherwise = any(c == colour for c, _ in visible) and any(s == shape for _, s in visible)
+        bound_otherwise = any(c == color for c, _ in visible) and any(s == shape for _, s in visible)
         if statement.pairs[0] not in visible and bound_otherwise:
             return True
     return False
@@ -454,14 +454,14 @@ def _plural(pair: Pair) -> str:
 
 _TABLE_SIZE = 160  # cells a side
 _TABLE_REACH = 1.35  # a table spans [-reach, reach] radii
-_COLOUR_VALUES = {name: np.array(value, np.float32) for name, value in COLOURS.items()}
+_COLOR_VALUES = {name: np.array(value, np.float32) for name, value in COLORS.items()}
 
 
 def _draw_picture(tracks: Sequence[Track], time: float, backdrop: np.ndarray, noise: np.ndarray) -> np.ndarray:
     """The objects before the backdrop: uint8 (FRAME_SIZE, FRAME_SIZE, 3), from float32 of that shape."""
     picture = backdrop.copy()
     for track in tracks:
-        x, y = (FRAME_SIZE * value for value in track.centre(time))
+        x, y = (FRAME_SIZE * value for value in track.center(time))
         radius = FRAME_SIZE * track.radius
         reach = radius * _TABLE_REACH
         left, top = (max(0, int(value - reach)) for value in (x, y))
@@ -470,11 +470,11 @@ def _draw_picture(tracks: Sequence[Track], time: float, backdrop: np.ndarray, no
         down = (np.arange(top, bottom, dtype=np.float32)[:, None] + 0.5 - y) / radius
         cos, sin = math.cos(track.angle), math.sin(track.angle)
         column, row = _table_index(cos * across + sin * down), _table_index(cos * down - sin * across)
-        colour, shape = track.pair
+        color, shape = track.pair
         # One pixel of blend along the outline is all the anti-aliasing that it takes
         cover = np.clip(0.5 - radius * _distance_table(shape)[row, column], 0, 1)[..., None]
         region = picture[top:bottom, left:right]
-        region += cover * (_COLOUR_VALUES.get(colour, colour) - region)
+        region += cover * (_COLOR_VALUES.get(color, color) - region)
     picture += noise
     return np.clip(picture, 0, 255).astype(np.uint8)
 
@@ -483,7 +483,7 @@ def _draw_picture(tracks: Sequence[Track], time: float, backdrop: np.ndarray, no
 def _backdrop(seed: int) -> tuple[np.ndarray, np.float32]:
     """
     A background float32 (FRAME_SIZE, FRAME_SIZE, 3), and the strength of its noise: dull middle tones, from which every
-    colour stands out.
+    color stands out.
     """
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0 : 1 : FRAME_SIZE * 1j, 0 : 1 : FRAME_SIZE * 1j].astype(np.float32)
@@ -539,9 +539,9 @@ def _turned(radii: Sequence[float], first: float = -math.pi / 2) -> list[Point]:
     return [(radius * math.cos(turn), radius * math.sin(turn)) for radius, turn in zip(radii, turns)]
 
 
-def _arc(centre: float, radius: float, first: float, last: float) -> list[Point]:
-    """Points of a circle around (centre, 0), between two angles."""
-    return [(centre + radius * math.cos(turn), radius * math.sin(turn)) for turn in np.linspace(first, last, 24)]
+def _arc(center: float, radius: float, first: float, last: float) -> list[Point]:
+    """Points of a circle around (center, 0), between two angles."""
+    return [(center + radius * math.cos(turn), radius * math.sin(turn)) for turn in np.linspace(first, last, 24)]
 
 
 def _quarter_turns(corners: list[Point], turns: int) -> list[Point]:
