@@ -34,7 +34,7 @@ from modeling_diffusionvmr.training.metrics import evaluate_predictions
 from modeling_diffusionvmr.training.prediction import MODEL_INPUTS, predict_moments
 
 BATCH_SIZE = 100
-SECONDS_COLUMNS = {1: "seconds (batch 1)", 100: "seconds (batch 100)"}
+SECONDS_COLUMNS = {1: "seconds (batch 1)", 100: "seconds (batch 100)"}  # by batch size
 METRICS = {
     "R1@0.1": ("extra", "MR-R1@0.1"),
     "R1@0.3": ("extra", "MR-R1@0.3"),

@@ -213,7 +213,7 @@ def test_arguments_are_checked():
         SimulatedFeatures(ROWS, 0, "none")
     with pytest.raises(ValueError, match="`qid` 3 is used twice"):
         SimulatedFeatures([*ROWS, {**ROWS[4], "qid": 3}], 0)
-    with pytest.raises(ValueError, match="`clip_seconds` must be a positive number"):
+    with pytest.raises(ValueError, match="`clip_seconds` must be a number above 0"):
         SimulatedFeatures(ROWS, 0, clip_seconds=0)
     with pytest.raises(ValueError, match="`size` must be at least 1"):
         SimulatedFeatures(ROWS, 0, size=0)
@@ -276,7 +276,7 @@ def test_script_refuses_bad_input(tmp_path, simulate):
         ([rows, rows], "`qid` 0 is used twice"),
         ([rows, "--workers", 0], "--workers must be at least 1"),
         ([rows, "--motion_size", 0], "--motion_size must be at least 1"),
-        ([rows, "--clip_seconds", "nan"], "`clip_seconds` must be a positive number"),
+        ([rows, "--clip_seconds", "nan"], "`clip_seconds` must be a number above 0"),
     ):
         with pytest.raises(ValueError, match=message):
             simulate("--output_dir", output, "--annotations", *arguments)
