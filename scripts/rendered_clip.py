@@ -94,7 +94,7 @@ def build_image_processor() -> CLIPImageProcessorPil:
 
 
 def build_clip(tokenizer: CLIPTokenizer, size: int = 192, layers: int = 4, text_layers: int = 2) -> CLIPModel:
-    """Build an untrained CLIP (2.1 million weights). Images, sentences and tokens share one space of `size` dimensions."""
+    """Build an untrained CLIP (2.1 million weights) with one space of `size` dimensions for images and sentences."""
     both = {
         "hidden_size": size,
         "intermediate_size": 2 * size,
@@ -131,8 +131,8 @@ def build_clip(tokenizer: CLIPTokenizer, size: int = 192, layers: int = 4, text_
 def _start_embeddings(embeddings: nn.Module) -> None:
     """
     Initialize position embeddings as waves instead of noise, since shapes span several patches and adjacency matters
-    from the first step on. Initialize patch embeddings as the lowest frequencies of the patch, a third of the dimensions
-    per channel.
+    from the first step on. Initialize patch embeddings as the lowest frequencies of the patch, with a third of the
+    dimensions per channel.
     """
     size = embeddings.patch_embedding.out_channels
     sides = torch.arange(PATCHES_PER_SIDE), torch.arange(PATCHES_PER_SIDE)

@@ -11,14 +11,14 @@ EVERY = [(plan, query) for plan in SEEN + UNSEEN for query in plan.queries]
 
 
 def named_pairs(text: str) -> list[tuple[str, str]]:
-    """The (color, shape) pairs that a sentence names, read from its words."""
+    """Read the (color, shape) pairs that a sentence names from its words."""
     singular = {form: shape for shape in world.SHAPES for form in (shape, f"{shape}s", f"{shape}es")}
     words = text.split()
     return [(color, singular[shape]) for color, shape in zip(words, words[1:]) if color in world.COLORS]
 
 
 def are_neighbors(tracks: list[world.Track], pairs: set[tuple[str, str]]) -> bool:
-    """Whether two objects of these pairs are close together."""
+    """Return whether two objects of these pairs are close together."""
     return any({a.pair, b.pair} == pairs and world.gap(a, b) < 0.05 for a, b in itertools.combinations(tracks, 2))
 
 
@@ -47,7 +47,7 @@ def test_the_world_is_varied():
 
 
 def test_windows_are_exactly_when_the_sentence_is_true():
-    # An account of truth of its own: it reads the words of the sentence, and looks twice a second
+    # Truth is computed independently here: from the words of the sentence, twice per second
     for plan, query in EVERY:
         named, words = named_pairs(query.text), query.text.split()
         for time in np.arange(0, plan.duration, 0.5) + 0.123:

@@ -26,11 +26,11 @@ THINGS = ["dog", "kitchen", "guitar", "mountain", "bicycle", "lamp"]
 
 
 def make_rows(count=60, seed=0):
-    """A video a row of 60 s, with one moment of 20 s."""
-    draw, rows = np.random.default_rng(seed), []
+    """Draw rows, each with a video of 60 s and one moment of 20 s."""
+    rng, rows = np.random.default_rng(seed), []
     for i in range(count):
-        query = f"A {draw.choice(COLORS)} {draw.choice(THINGS)} {draw.choice(VERBS)} with the {draw.choice(THINGS)}"
-        start = 2 * float(draw.integers(0, 20))
+        query = f"A {rng.choice(COLORS)} {rng.choice(THINGS)} {rng.choice(VERBS)} with the {rng.choice(THINGS)}"
+        start = 2 * float(rng.integers(0, 20))
         windows = [[start, start + 20.0]]
         rows.append({"qid": i, "query": query, "vid": f"v{i}", "duration": 60, "relevant_windows": windows})
     return rows
@@ -49,12 +49,12 @@ def unit(array):
     return array / np.linalg.norm(array, axis=-1, keepdims=True)
 
 
-def mean_auc(simulation, rows=ROWS, centerd=False):
-    """How well the cosine of a sentence's end and a clip ranks clips inside a moment before those outside."""
+def mean_auc(simulation, rows=ROWS):
+    """Return how often the cosine of a sentence and a clip is higher inside a moment than outside."""
     found = []
     for row in rows:
         clips = unit(simulation.video(row["vid"]))
-        cosine = (clips - clips.mean(0) * centerd) @ unit(simulation.text(row["qid"])[-1])
+        cosine = clips @ unit(simulation.text(row["qid"])[-1])
         relevant = inside(row, len(clips))
         found.append(np.mean(cosine[relevant, None] > cosine[~relevant]))
     return np.mean(found)
@@ -63,7 +63,7 @@ def mean_auc(simulation, rows=ROWS, centerd=False):
 def test_words():
     assert words_of("It's a Dog, sitting (still)!") == ["it's", "a", "dog", "sitting", "still"]
     assert content_words("It's a Dog, sitting (still)!") == ["dog", "sitting", "still"]
-    assert content_words("there it is") == ["there", "it", "is"]  # nothing else to show
+    assert content_words("there it is") == ["there", "it", "is"]  # there are no other words
     assert words_of(" ?! ") == ["?!"] and words_of("犬が走る") == ["犬が走る"]
     assert all(word == word.lower() for word in FUNCTION_WORDS)
 
@@ -86,7 +86,7 @@ def test_what_features_depend_on():
     one, other = SimulatedFeatures(rows, 7), SimulatedFeatures(rows[::-1], 7)
     np.testing.assert_array_equal(one.video("v1"), other.video("v1"))
     np.testing.assert_array_equal(one.text(1), other.text("1"))
-    # Of other rows, the sentence depends on nothing, and the video on distractors only
+    # Other rows do not affect a sentence, and a video only through its distractors
     alone = SimulatedFeatures(rows[1:2], 7)
     np.testing.assert_array_equal(alone.text(1), one.text(1))
     assert not alone.distractors("v1") and not np.array_equal(alone.video("v1"), one.video("v1"))
@@ -94,7 +94,7 @@ def test_what_features_depend_on():
         another = SimulatedFeatures(rows, seed)
         assert not np.array_equal(another.text(1), one.text(1))
         assert not np.array_equal(another.video("v1"), one.video("v1"))
-    # The same sentence again is phrased a little differently
+    # Equal sentences of two rows have similar but different features
     first, second = unit(one.text(0)), unit(one.text(1))
     assert not np.array_equal(first, second) and np.min(np.sum(first * second, axis=1)) > 0.8
 
@@ -110,7 +110,7 @@ def test_words_of_a_stem_are_alike(seed):
 @pytest.mark.parametrize("noise", NOISE_LEVELS)
 def test_a_moment_is_closer_to_its_sentence(noise):
     simulation = SimulatedFeatures(ROWS, 0, noise)
-    assert 0.6 < mean_auc(simulation) < 0.95  # says something, and leaves something to learn
+    assert 0.6 < mean_auc(simulation) < 0.95  # a cue, but one that leaves much to learn
     strangers = [{**row, "qid": other["qid"]} for row, other in zip(ROWS, ROWS[7:] + ROWS[:7])]
     assert mean_auc(simulation, strangers) < mean_auc(simulation) - 0.05
 
@@ -132,7 +132,7 @@ def test_real_is_noisier_than_easy():
 
 
 def test_how_hard_real_is(shared):
-    """Highlights by cosine alone, on the real annotations."""
+    """Cosine similarity alone finds highlights of the real annotations as well as `NOISE_LEVELS` says."""
     rows = load_annotations(shared / "annotations" / "qvhighlights" / "highlight_val_release.jsonl")
     simulation, predictions = SimulatedFeatures(rows, 0, "real"), []
     for row in rows[::3]:
@@ -168,7 +168,7 @@ def test_distractors_are_shown():
         for distractor in found:
             assert distractor["vid"] != row["vid"] and not words <= set(content_words(distractor["query"]))
             shared += bool(words & set(content_words(distractor["query"])))
-        # Some clip outside the moment is closer to a distractor's sentence than clips are to a stranger's
+        # A distractor's sentence finds a closer clip outside the moment than an unrelated sentence
         clips = unit(simulation.video(row["vid"]))
         outside = (clips - clips.mean(0))[~inside(row, len(clips))]
         stranger = ROWS[(ROWS.index(row) + 31) % len(ROWS)]
@@ -195,11 +195,11 @@ def test_strength_follows_saliency():
     shuffled = {**scored, "relevant_clip_ids": clips[::-1], "saliency_scores": scores[::-1]}
     np.testing.assert_array_equal(strength_of(shuffled, times, level, np.random.default_rng(0)), strength)
     fading = strength_of(row, np.arange(0, 150, 0.1), level, np.random.default_rng(0))
-    assert np.sum((fading > 0) & (fading < 0.7)) > 4 * 5  # of four edges
+    assert np.sum((fading > 0) & (fading < 0.7)) > 4 * 5  # there are four edges
 
 
 def test_rows_without_windows():
-    """They have a sentence; their video shows its background and distractors only."""
+    """Such rows have sentence features. Their video shows its background and distractors only."""
     row = {"qid": "test", "query": "a dog walks", "vid": "hidden", "duration": 60}
     simulation = SimulatedFeatures([*ROWS, row, {**row, "qid": "b", "vid": "w", "relevant_windows": []}], 0)
     assert simulation.text("test").shape == (5, CLIP_SIZE) and simulation.video("hidden").shape == (30, CLIP_SIZE)

@@ -280,7 +280,7 @@ class SimulatedFeatures:
         return shown
 
     def _picture(self, row: Mapping[str, Any], rng: np.random.Generator) -> np.ndarray:
-        """Draw what a row's moments show, (size,) with norm 1: one or more of its words, or something without a word."""
+        """Draw what a row's moments show, (size,) with norm 1: some of its words, or something without a word."""
         words = content_words(row["query"])
         seen = rng.random(len(words)) >= self.noise.hidden
         seen[rng.integers(len(words))] = True
