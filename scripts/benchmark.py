@@ -122,7 +122,7 @@ def official_evaluation(checkout: str) -> Callable:
     """Return `eval_submission` of a checkout of github.com/jayleicn/moment_detr, without its printed output."""
     if not (Path(checkout) / "standalone_eval" / "eval.py").is_file():
         raise ValueError(f"{checkout}: not a checkout of moment_detr (it has no standalone_eval/eval.py)")
-    sys.path.insert(0, os.fspath(checkout))
+    sys.path.insert(0, str(Path(checkout).resolve()))
     evaluate = importlib.import_module("standalone_eval.eval").eval_submission
 
     def silently(predictions, references) -> dict:
