@@ -78,7 +78,7 @@ def alternate(jobs: dict[str, Callable], repeats: int) -> dict[str, tuple]:
 
 
 def simulate_truth(seed: int, num_queries: int = QUERIES) -> list[dict]:
-    """Draw rows like those of QVHighlights: up to four windows on a grid of clips, with three saliency scores each."""
+    """Draw rows like those of QVHighlights: up to four windows on a grid of clips, and three scores per clip in them."""
     rng, num_clips = np.random.default_rng(seed), DURATION // SALIENCY_CLIP_SECONDS
     rows = []
     for qid in range(num_queries):
@@ -260,7 +260,7 @@ def measure_data(arguments: argparse.Namespace) -> dict:
 
 
 class Clock:
-    """Seconds by name. It synchronizes with the device before and after each measurement, unlike real training."""
+    """Measures seconds by name. Unlike training itself, it waits for the device before and after each measurement."""
 
     def __init__(self, device: torch.device):
         self.device = device

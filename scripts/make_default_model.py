@@ -104,7 +104,7 @@ def render(plan: VideoPlan, folder: Path) -> Path:
 
 
 def stage(folder: Path, make: Callable, *arguments: Any) -> Path:
-    """Run `make(*arguments, folder)` unless the folder exists, and print the time. Incomplete folders do not remain."""
+    """Run `make(*arguments, folder)` and print the time, unless the folder exists. It appears only when complete."""
     if not folder.exists():
         began = time.perf_counter()
         temporary = folder.with_name(f"{folder.name}.partial")
