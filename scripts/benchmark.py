@@ -78,7 +78,7 @@ def alternate(jobs: dict[str, Callable], repeats: int) -> dict[str, tuple]:
 
 
 def simulate_truth(seed: int, num_queries: int = QUERIES) -> list[dict]:
-    """Draw rows like those of QVHighlights: up to four windows on a grid of clips, and three scores per clip in them."""
+    """Draw rows like those of QVHighlights: up to four windows on a grid of clips, three scores per clip in them."""
     rng, num_clips = np.random.default_rng(seed), DURATION // SALIENCY_CLIP_SECONDS
     rows = []
     for qid in range(num_queries):
