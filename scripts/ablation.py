@@ -1,4 +1,18 @@
-"""The paper's tables and figures: what it prints, what is measured of a trained model, and both side by side."""
+"""
+Numbers for the paper's tables and figures: the printed ones, those measured on a trained model, and both side by side.
+
+`paper_tables.csv` holds Tables 1 to 6 of the paper (arXiv 2308.15109v1), one line per printed row, in the printed order
+and with the printed digits:
+
+- `table`: the number of the table.
+- `data`: the dataset and the split it was measured on.
+- `rows are`: what distinguishes the rows of this table.
+- `row`: the row's label, without citation and with the table's features column, if any, in parentheses.
+- one column per metric, in the order of the tables. A dash is a dash in the paper; an empty cell is a column that this
+  table does not have. Seconds (Table 4) are on one NVIDIA RTX 3090.
+
+Figures 3 and 4 are pictures in the paper and print no numbers.
+"""
 
 import csv
 import os
@@ -20,7 +34,7 @@ from modeling_diffusionvmr.training.metrics import evaluate_predictions
 from modeling_diffusionvmr.training.prediction import MODEL_INPUTS, predict_moments
 
 BATCH_SIZE = 100
-SECONDS_COLUMNS = {1: "seconds (batch 1)", 100: "seconds (batch 100)"}
+SECONDS_COLUMNS = {1: "seconds (batch 1)", 100: "seconds (batch 100)"}  # by batch size
 METRICS = {
     "R1@0.1": ("extra", "MR-R1@0.1"),
     "R1@0.3": ("extra", "MR-R1@0.3"),
@@ -30,13 +44,21 @@ METRICS = {
     "mAP@0.75": ("brief", "MR-full-mAP@0.75"),
     "mAP@Avg": ("brief", "MR-full-mAP"),
 }
-"""The paper's names, and where `evaluate_predictions` has them."""
+"""The paper's name of each metric, and the (part, key) under which `evaluate_predictions` returns it."""
 SELECTION = ("best IoU", "chosen IoU", "chosen / true width")
-"""What `selection` gives: whether a moment is not among the proposals, or among them and not chosen."""
+"""The keys of `selection`. They tell a moment that no proposal covers from one that is covered but not chosen."""
 
 
 class PaperTable(NamedTuple):
-    """A table as printed: what its rows are, on which data, the columns, and the rows by label; `None` for a dash."""
+    """
+    A table as printed.
+
+    Args:
+        rows_are: what distinguishes the rows, such as "method".
+        data: dataset and split.
+        columns: names of the metrics.
+        rows: one value per column, by the row's label; `None` for a dash.
+    """
 
     rows_are: str
     data: str
@@ -44,113 +66,34 @@ class PaperTable(NamedTuple):
     rows: dict[str, tuple[float | None, ...]]
 
 
-ABLATION_COLUMNS = ("R1@0.5", "R1@0.7", "mAP@Avg")
-PAPER = {
-    1: PaperTable(
-        "method",
-        "QVHighlights test",
-        ("R1@0.5", "R1@0.7", "mAP@0.5", "mAP@0.75", "mAP@Avg"),
-        {
-            "MCN": (11.41, 2.72, 24.94, 8.22, 10.67),
-            "CAL": (25.49, 11.54, 23.40, 7.65, 9.89),
-            "CLIP": (16.88, 5.19, 18.11, 7.00, 7.67),
-            "XML": (41.83, 30.35, 44.63, 31.73, 32.14),
-            "XML+": (46.69, 33.46, 47.89, 34.67, 34.90),
-            "Moment-DETR": (52.89, 33.02, 54.82, 29.40, 30.73),
-            "UMT (with audio)": (56.23, 41.18, 53.83, 37.01, 36.12),
-            "DiffusionVMR": (61.61, 44.49, 61.55, 40.17, 39.92),
-        },
-    ),
-    2: PaperTable(
-        "method",
-        "Charades-STA test",
-        ("R1@0.5", "R1@0.7"),
-        {
-            "SAP (VGG)": (27.42, 13.36),
-            "SM-RL (VGG)": (24.36, 11.17),
-            "TripNet (VGG)": (36.61, 14.50),
-            "MAN (VGG)": (41.24, 20.54),
-            "2D-TAN (VGG)": (40.94, 22.85),
-            "FVMR (VGG)": (42.36, 24.14),
-            "UMT (VGG, optical flow)": (49.35, 26.16),
-            "DiffusionVMR (VGG)": (54.65, 32.26),
-            "CAL (SlowFast, CLIP)": (47.31, 30.19),
-            "2D-TAN (SlowFast, CLIP)": (39.70, 23.31),
-            "VSLNet (SlowFast, CLIP)": (47.31, 30.19),
-            "IVG-DCL (SlowFast, CLIP)": (50.24, 32.88),
-            "Moment-DETR (SlowFast, CLIP)": (53.63, 31.37),
-            "DiffusionVMR (SlowFast, CLIP)": (55.11, 33.74),
-        },
-    ),
-    3: PaperTable(
-        "method",
-        "TACoS test",
-        ("R1@0.1", "R1@0.3", "R1@0.5"),
-        {
-            "MCN": (14.42, None, 5.58),
-            "CTRL": (24.32, 18.32, 13.30),
-            "MCF": (25.84, 18.64, 12.53),
-            "TGN": (41.87, 21.77, 18.90),
-            "ACRN": (24.22, 19.52, 14.62),
-            "ROLE": (20.37, 15.38, 9.94),
-            "VAL": (25.74, 19.76, 14.74),
-            "ACL-K": (31.64, 24.17, 20.01),
-            "CMIN": (36.68, 27.33, 19.57),
-            "SM-RL": (26.51, 20.25, 15.95),
-            "SLTA": (23.13, 17.07, 11.92),
-            "SAP": (31.15, None, 18.24),
-            "TripNet": (None, 23.95, 19.17),
-            "2D-TAN": (47.59, 37.29, 25.32),
-            "CSMGAN": (42.74, 33.90, 27.09),
-            "FIAN": (39.55, 33.87, 28.58),
-            "LGN": (52.46, 41.71, 30.57),
-            "SMRN": (50.44, 42.49, 32.07),
-            "VLG-Net": (57.21, 45.46, 34.19),
-            "DiffusionVMR": (58.09, 45.41, 32.44),
-        },
-    ),
-    4: PaperTable(
-        "sampling steps",
-        "QVHighlights val",
-        (*ABLATION_COLUMNS, *SECONDS_COLUMNS.values()),  # seconds on one RTX 3090
-        {
-            "1": (61.56, 47.51, 41.43, 0.061, 1.825),
-            "2": (61.87, 47.55, 41.48, 0.116, 3.367),
-            "4": (61.15, 47.07, 41.35, 0.194, 6.818),
-            "6": (60.81, 47.11, 41.17, 0.273, 10.651),
-            "8": (60.96, 47.27, 41.32, 0.354, 15.063),
-        },
-    ),
-    5: PaperTable(
-        "loss",
-        "QVHighlights val",
-        ABLATION_COLUMNS,
-        {
-            "without l1": (60.32, 44.97, 39.68),
-            "without iou": (61.45, 46.13, 38.99),
-            "without hinge": (61.74, 46.45, 40.32),
-            "without contrastive": (58.90, 43.16, 38.62),
-            "without class": (43.03, 27.68, 30.84),
-            "all terms": (62.58, 48.45, 41.51),
-        },
-    ),
-    6: PaperTable(
-        "proposals in training",
-        "QVHighlights val",
-        ABLATION_COLUMNS,
-        {"stable": (58.39, 42.19, 37.23), "progress": (59.81, 45.29, 39.82)},
-    ),
-}
-"""Tables 1 to 6 of arXiv 2308.15109v1. Figures 3 and 4 are pictures there, and print no numbers."""
+def read_paper_tables(path: str | os.PathLike) -> dict[int, PaperTable]:
+    """Read Tables 1 to 6, by number, from a CSV file in the layout described at the top of this module."""
+    tables = {}
+    with open(path, encoding="utf-8", newline="") as file:
+        for line in csv.DictReader(file):
+            number, data, rows_are, label = (line.pop(name) for name in ("table", "data", "rows are", "row"))
+            cells = {column: cell for column, cell in line.items() if cell}
+            table = tables.setdefault(int(number), PaperTable(rows_are, data, tuple(cells), {}))
+            table.rows[label] = tuple(None if cell == "-" else float(cell) for cell in cells.values())
+    return tables
 
 
-# What is measured
+PAPER = read_paper_tables(Path(__file__).with_name("paper_tables.csv"))
+ABLATION_COLUMNS = PAPER[5].columns
+
+
+# Measurements
 
 
 def evaluate_model(
     model, dataset: MomentRetrievalDataset, num_proposals: int | None = None, num_sampling_steps: int | None = None
 ) -> dict[str, Any]:
-    """The official metrics, and as `"settings"` what they depend on."""
+    """
+    Evaluate a model on a dataset with N proposals and S sampling steps, by default those of its configuration.
+
+    Returns:
+        The official metrics, `selection` under `"selection"`, and under `"settings"` everything they depend on.
+    """
     num_proposals = num_proposals or model.config.num_proposals
     num_sampling_steps = num_sampling_steps or model.config.num_sampling_steps
     predictions = predict_moments(model, dataset, BATCH_SIZE, num_proposals, num_sampling_steps)
@@ -163,15 +106,20 @@ def evaluate_model(
 
 def selection(predictions: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """
-    How good the best of all proposals is, and how good the one that has the highest score.
+    Compare the best proposal of each query with the chosen one, which has the highest score.
+
+    Args:
+        predictions: with `pred_relevant_windows` by falling score.
+        rows: annotations, in the order of `predictions`.
 
     Returns:
-        `"best IoU"` and `"chosen IoU"`: IoU with that true window which it overlaps most, the mean over queries;
-        `"chosen / true width"`: the median of their widths' ratio over queries whose chosen window touches a true one.
+        `"best IoU"` and `"chosen IoU"`: the highest IoU with any true window, averaged over queries.
+        `"chosen / true width"`: the ratio of the chosen window's width to that of the true window it overlaps most, the
+        median over queries whose chosen window overlaps any; `None` if there are none.
     """
     best, chosen, ratios = [], [], []
     for prediction, row in zip(predictions, rows):
-        windows = torch.tensor(prediction["pred_relevant_windows"], dtype=torch.float64)[:, :2]  # by falling score
+        windows = torch.tensor(prediction["pred_relevant_windows"], dtype=torch.float64)[:, :2]
         truth = window_to_span(torch.tensor(row["relevant_windows"], dtype=torch.float64))
         ious = iou_and_generalized_iou(window_to_span(windows)[:, None], truth)[0]
         best.append(ious.max().item())
@@ -193,14 +141,14 @@ def _on_device(batch: Mapping[str, Any], model) -> dict[str, Tensor]:
 @torch.inference_mode()
 def layer_ious(model, dataset: MomentRetrievalDataset) -> dict[str, Any]:
     """
-    IoU with the truth by decoder layer (the paper's Figure 4), with one sampling step, before any rounding or NMS.
+    Measure the IoU with the truth per decoder layer (the paper's Figure 4): one sampling step, no rounding, no NMS.
 
-    Of each query one proposal is compared with that true window which it overlaps most; the mean is over queries.
+    One proposal per query counts, with its highest IoU with any true window; the mean is over queries.
 
     Returns:
-        `"best of the layer"`: a number a layer, of the proposal to which that layer gives the highest score: what is
-        retrieved when the layers after it are left out. `"best of the last layer"`: a number for the noise and for each
-        layer, of the proposal to which the last layer gives the highest score, followed from the noise on.
+        `"best of the layer"`: K values. In each layer the proposal with the highest score in that layer counts, which
+        would be retrieved if the layers after it were removed. `"best of the last layer"`: K + 1 values, for the noise
+        and for each layer. In all of them the proposal with the highest score in the last layer counts.
     """
     model.eval()
     own, followed = [], []
@@ -225,8 +173,13 @@ def sampling_seconds(
     model, dataset: MomentRetrievalDataset, batch_size: int, steps: Iterable[int], repeats: int
 ) -> dict[str, float]:
     """
-    Seconds of the model alone, one encoding and S calls of the decoder, by S: the median of `repeats`, which take turns
-    so that what else the machine does is shared fairly, after one that does not count.
+    Measure the seconds of one forward pass: one call of the encoder and S calls of the decoder.
+
+    The numbers of steps take turns, so that other load on the machine affects all of them alike. A first round is not
+    counted.
+
+    Returns:
+        The median of `repeats` measurements, by S.
     """
     model.eval()
     samples = dataset.__getitems__([index % len(dataset) for index in range(batch_size)])
@@ -247,24 +200,30 @@ def sampling_seconds(
     return {num_steps: statistics.median(measured[1:]) for num_steps, measured in seconds.items()}
 
 
-# Side by side
+# Our numbers beside the paper's
 
 
 class Measured(NamedTuple):
-    """A row's numbers by column, a dict a run (seeds), and what stands beside them."""
+    """
+    The numbers of one row.
+
+    Args:
+        runs: one dict per run (seed), from column to value.
+        beside: further cells of the row, such as its settings.
+    """
 
     runs: Sequence[Mapping[str, float | None]]
     beside: Mapping[str, Any] = {}
 
 
 def metric_columns(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    """Metrics as `evaluate_predictions` gives them, by the paper's names."""
+    """Return what `evaluate_model` measured under the paper's names; `None` for missing metrics."""
     figures = {column: metrics.get(part, {}).get(key) for column, (part, key) in METRICS.items()}
     return figures | metrics.get("selection", {})
 
 
 def settings_beside(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """N, S and NMS of an evaluation's settings."""
+    """Return the cells N, S and NMS for the settings of an evaluation."""
     nms = settings.get("nms_threshold")
     return {
         "N": settings.get("num_proposals"),
@@ -277,8 +236,12 @@ def table_rows(
     rows_are: str, columns: Sequence[str], entries: Iterable[tuple[str, str, Measured]]
 ) -> list[dict[str, Any]]:
     """
-    Rows of a CSV file: for each entry (label, by whom, numbers) the mean over its runs, and of several runs the least
-    and the most.
+    Return the rows of a CSV file, with the mean over each entry's runs and, if there are several, minimum and maximum.
+
+    Args:
+        rows_are: name of the first column, which holds the labels.
+        columns: the columns with numbers.
+        entries: (label, "ours" or "paper" or another source, numbers) of each row.
     """
     rows = []
     for label, by, measured in entries:
@@ -296,12 +259,13 @@ def table_rows(
 
 def paper_table(number: int, ours: Mapping[str, Measured], beside: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
-    One of Tables 1 to 6: each row of the paper's, and after it ours of the same label; ours of other labels at the end.
+    Return the rows of one of Tables 1 to 6. Each of the paper's rows is followed by our row with the same label; our
+    rows with other labels come last. Seconds also appear relative to one sampling step.
 
     Args:
-        number: of the table.
-        ours: by label; columns that are seconds also get their ratio to one sampling step, as do the paper's.
-        beside: what stands beside every one of our rows.
+        number: the table's number.
+        ours: our numbers, by label.
+        beside: further cells of each of our rows.
     """
     paper = PAPER[number]
     seconds = [column for column in paper.columns if column in SECONDS_COLUMNS.values()]
@@ -325,7 +289,7 @@ def paper_table(number: int, ours: Mapping[str, Measured], beside: Mapping[str, 
 
 
 def save_csv(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
-    """Writes rows, whole or not at all; what a row does not have is left empty."""
+    """Write rows atomically. A field that a row lacks is left empty."""
     fields = dict.fromkeys(field for row in rows for field in row)
     with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fields, lineterminator="\n")
@@ -335,10 +299,10 @@ def save_csv(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None
 
 def read_curve(path: str | os.PathLike) -> dict[int, float]:
     """
-    mAP@Avg by number of proposals from a CSV file with the columns `N` and `mAP@Avg`.
+    Read mAP@Avg by number of proposals from a CSV file with the columns `N` and `mAP@Avg`.
 
     Raises:
-        ValueError: for another file; it names the line.
+        ValueError: if a line lacks these numbers; names the file and the line.
     """
     with open(path, encoding="utf-8", newline="") as file:
         return dict(_curve_points(csv.DictReader(file), Path(path)))

@@ -1,11 +1,10 @@
-"""Time and memory of the library's parts: `python scripts/benchmark.py --part metrics`."""
+"""Measure time and memory of parts of the library."""
 
 import argparse
 import contextlib
 import importlib
 import io
 import itertools
-import json
 import os
 import platform
 import resource
@@ -36,13 +35,14 @@ from modeling_diffusionvmr import (
     __version__,
     loss_diffusionvmr,
 )
-from modeling_diffusionvmr.cli.options import run_safely
+from modeling_diffusionvmr.checks import check_positive
+from modeling_diffusionvmr.cli.options import CommandParser, check_device, run_safely
 from modeling_diffusionvmr.data.annotations import SALIENCY_CLIP_SECONDS, load_annotations
-from modeling_diffusionvmr.data.files import atomic_write, load_jsonl
+from modeling_diffusionvmr.data.files import load_jsonl, save_json
 from modeling_diffusionvmr.training.metrics import evaluate_predictions
 from modeling_diffusionvmr.training.presets import load_preset, override
 
-# Simulated data have QVHighlights' shape
+# The size of simulated data is that of QVHighlights
 QUERIES, DURATION, MOST_WINDOWS, PROPOSALS = 1550, 150, 4, 10
 BACKBONE_SIZES, TEXT_SIZE, NUM_TOKENS = {"slowfast": 2304, "clip": 512}, 512, 20
 BATCH_SIZE = 32
@@ -50,20 +50,22 @@ WARM_UP_STEPS = 3
 
 
 def peak_mib() -> float:
-    """The most memory that this process has had so far (not its children's)."""
+    """Return the peak memory of this process so far, without its children."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
 def resident_mib() -> float:
-    """The memory that this process has now."""
+    """Return the memory that this process uses now."""
     return psutil.Process().memory_info().rss / 2**20
 
 
 def alternate(jobs: dict[str, Callable], repeats: int) -> dict[str, tuple]:
     """
-    Runs the jobs one after the other, again and again, so that what else the machine does is shared fairly. Gives for
-    each the median of its seconds, the peak memory of the process after its first run, and its result.
+    Run each job `repeats` times. The jobs take turns, so that other load on the machine affects all of them alike.
+
+    Returns:
+        For each job its median seconds, the peak MiB of the process after its first run, and its result.
     """
     seconds, peaks, results = {name: [] for name in jobs}, {}, {}
     for _ in range(repeats):
@@ -76,11 +78,11 @@ def alternate(jobs: dict[str, Callable], repeats: int) -> dict[str, tuple]:
 
 
 def simulate_truth(seed: int, num_queries: int = QUERIES) -> list[dict]:
-    """Rows of QVHighlights' shape: up to four windows on a grid of clips, and what three people thought of these."""
-    random, num_clips = np.random.default_rng(seed), DURATION // SALIENCY_CLIP_SECONDS
+    """Draw rows like those of QVHighlights: up to four windows on a grid of clips, three scores per clip in them."""
+    rng, num_clips = np.random.default_rng(seed), DURATION // SALIENCY_CLIP_SECONDS
     rows = []
     for qid in range(num_queries):
-        edges = np.sort(random.choice(num_clips + 1, 2 * random.integers(1, MOST_WINDOWS + 1), replace=False))
+        edges = np.sort(rng.choice(num_clips + 1, 2 * rng.integers(1, MOST_WINDOWS + 1), replace=False))
         windows = edges.reshape(-1, 2)
         clips = np.concatenate([np.arange(start, end) for start, end in windows])
         rows.append(
@@ -91,52 +93,52 @@ def simulate_truth(seed: int, num_queries: int = QUERIES) -> list[dict]:
                 "duration": DURATION,
                 "relevant_windows": (windows * SALIENCY_CLIP_SECONDS).tolist(),
                 "relevant_clip_ids": clips.tolist(),
-                "saliency_scores": random.integers(0, 5, (len(clips), 3)).tolist(),
+                "saliency_scores": rng.integers(0, 5, (len(clips), 3)).tolist(),
             }
         )
     return rows
 
 
 def simulate_predictions(rows: list[dict], seed: int) -> list[dict]:
-    """For each row ten windows, by falling score, half of them near a true one, and a saliency score a clip."""
-    random, predictions = np.random.default_rng([seed, 1]), []
+    """Draw ten windows per row, half of them near a true one, by falling score, and one saliency score per clip."""
+    rng, predictions = np.random.default_rng([seed, 1]), []
     for row in rows:
-        windows = random.uniform(0, row["duration"], (PROPOSALS, 2))
-        true = random.choice(np.asarray(row["relevant_windows"], dtype=float), PROPOSALS // 2)
-        windows[: len(true)] = true + random.normal(scale=3.0, size=true.shape)
+        windows = rng.uniform(0, row["duration"], (PROPOSALS, 2))
+        true = rng.choice(np.asarray(row["relevant_windows"], dtype=float), PROPOSALS // 2)
+        windows[: len(true)] = true + rng.normal(scale=3.0, size=true.shape)
         windows = np.sort(windows.clip(0, row["duration"]), axis=1)
-        scores = np.sort(random.random(PROPOSALS))[::-1]
+        scores = np.sort(rng.random(PROPOSALS))[::-1]
         predictions.append(
             {
                 **{name: row[name] for name in ("qid", "query", "vid")},
-                "pred_relevant_windows": np.column_stack([random.permutation(windows), scores]).round(4).tolist(),
-                "pred_saliency_scores": random.normal(size=int(row["duration"] / SALIENCY_CLIP_SECONDS)).tolist(),
+                "pred_relevant_windows": np.column_stack([rng.permutation(windows), scores]).round(4).tolist(),
+                "pred_saliency_scores": rng.normal(size=int(row["duration"] / SALIENCY_CLIP_SECONDS)).tolist(),
             }
         )
     return predictions
 
 
 def official_evaluation(checkout: str) -> Callable:
-    """`eval_submission` of a checkout of github.com/jayleicn/moment_detr, with its own processes, but silent."""
+    """Return `eval_submission` of a checkout of github.com/jayleicn/moment_detr, without its printed output."""
     if not (Path(checkout) / "standalone_eval" / "eval.py").is_file():
-        raise ValueError(f"{checkout}: no checkout of moment_detr, there is no standalone_eval/eval.py")
-    sys.path.insert(0, os.fspath(checkout))
+        raise ValueError(f"{checkout}: not a checkout of moment_detr (it has no standalone_eval/eval.py)")
+    sys.path.insert(0, str(Path(checkout).resolve()))
     evaluate = importlib.import_module("standalone_eval.eval").eval_submission
 
     def silently(predictions, references) -> dict:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 return evaluate(predictions, references, verbose=False)
-        except Exception as error:  # it checks little, and anything may come of it
-            raise ValueError(f"the official script fails on this ({type(error).__name__}: {error})") from error
+        except Exception as error:  # it does not check its input, so errors can be of any type
+            raise ValueError(f"the official script fails on these files ({type(error).__name__}: {error})") from error
 
     return silently
 
 
 def measure_metrics(arguments: argparse.Namespace) -> dict:
-    """`evaluate_predictions`, and beside it the official script where there is a checkout."""
+    """Measure `evaluate_predictions` and, with `--official`, the official script."""
     if arguments.predictions and not arguments.annotations:
-        raise ValueError("--predictions: --annotations is needed, too")
+        raise ValueError("--predictions also needs --annotations")
     rows = load_annotations(arguments.annotations) if arguments.annotations else simulate_truth(arguments.seed)
     without = [row["qid"] for row in rows if not row.get("relevant_windows")]
     if without:
@@ -166,7 +168,7 @@ def measure_metrics(arguments: argparse.Namespace) -> dict:
 
 
 class SimulatedFeatures(Mapping):
-    """Arrays cut from one block of random numbers: as large as real features on disk, and quick to make."""
+    """Arrays cut from one block of random numbers: as large on disk as real features, and quick to make."""
 
     def __init__(self, identifiers: Sequence, length: int, size: int, seed: int):
         block_length = 4096
@@ -185,11 +187,11 @@ class SimulatedFeatures(Mapping):
 
 
 def make_folder(folder: Path, num_videos: int, seed: int) -> None:
-    """A converted folder with a query a video and features of QVHighlights' sizes."""
+    """Write a converted folder with one query per video and features of the sizes of QVHighlights."""
     from modeling_diffusionvmr.data.conversion import MomentRetrievalBuilder, Source, convert
 
     class Simulated(MomentRetrievalBuilder):
-        TITLE, ABOUT, LICENSE = "Simulated", "Random numbers of QVHighlights' shape.", "other"
+        TITLE, ABOUT, LICENSE = "Simulated", "Random numbers of the size of QVHighlights.", "other"
         HOMEPAGE = CITATION = ""
 
     rows = simulate_truth(seed, num_videos)
@@ -201,8 +203,8 @@ def make_folder(folder: Path, num_videos: int, seed: int) -> None:
 
 
 def open_folder(folder: Path, samples: int, repeats: int, seed: int) -> dict[str, float]:
-    """Seconds and MiB until all is open, and how many training samples a second this process then makes."""
-    import datasets  # noqa: F401  what is imported is not what is measured
+    """Measure the seconds and MiB to open a converted folder, and the training samples per second read from it."""
+    import datasets  # noqa: F401  imported first, so that the import is not measured
     import pyarrow.parquet  # noqa: F401
 
     from modeling_diffusionvmr.data.features import open_text_features, open_video_features
@@ -224,10 +226,12 @@ def open_folder(folder: Path, samples: int, repeats: int, seed: int) -> dict[str
 
 
 def measure_data(arguments: argparse.Namespace) -> dict:
-    """A converted folder of QVHighlights' size: opened for the first time, and again, each in a process of its own."""
+    """Measure the first and the second opening of a converted folder, each in a process of its own."""
+    if arguments.work_dir is not None and not Path(arguments.work_dir).is_dir():
+        raise ValueError(f"--work_dir: {arguments.work_dir} is not a folder")
     with tempfile.TemporaryDirectory(dir=arguments.work_dir) as work:
         folder = Path(work) / "simulated"
-        # `datasets` keeps its Arrow files here, so that the first opening is one
+        # An empty cache makes the first opening really the first
         os.environ["HF_DATASETS_CACHE"] = f"{work}/cache"
         started = time.perf_counter()
         make_folder(folder, arguments.videos, arguments.seed)
@@ -235,7 +239,7 @@ def measure_data(arguments: argparse.Namespace) -> dict:
         size = sum(path.stat().st_size for path in folder.rglob("*.parquet"))
         table = []
         for name in ("first opening", "second opening"):
-            with ProcessPoolExecutor(1, get_context("spawn")) as process:  # of which this is the only job
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
                 opened = process.submit(open_folder, folder, arguments.samples, arguments.repeats, arguments.seed)
                 figures = opened.result()
             table.append(
@@ -243,7 +247,7 @@ def measure_data(arguments: argparse.Namespace) -> dict:
                     "what": name,
                     "seconds": round(figures["seconds"], 2),
                     "MiB beyond imports": round(figures["MiB"]),
-                    "samples a second": round(figures["rate"]),
+                    "samples per second": round(figures["rate"]),
                 }
             )
     return {
@@ -256,7 +260,7 @@ def measure_data(arguments: argparse.Namespace) -> dict:
 
 
 class Clock:
-    """Seconds by name. It waits for the device at every edge, which training itself does not do."""
+    """Measures seconds by name. Unlike training itself, it waits for the device before and after each measurement."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -276,7 +280,7 @@ class Clock:
 
     @contextlib.contextmanager
     def inside(self, module, function_name: str, name: str):
-        """Measures every call of a module's function."""
+        """Measure every call of a module's function inside the block."""
         function = getattr(module, function_name)
 
         def measured(*args, **kwargs):
@@ -291,7 +295,7 @@ class Clock:
 
 
 def make_training(arguments: argparse.Namespace, settings: dict):
-    """A preset's model, and a data set of simulated features of its sizes."""
+    """Return the model of a preset, and a dataset of simulated features of the sizes it needs."""
     config = DiffusionVMRConfig(**settings["config"])
     sizes = [entry["feature_size"] for entry in config.backbones or [] if "feature_size" in entry]
     sizes = sizes if sum(sizes) == config.video_feature_size else [config.video_feature_size]
@@ -311,7 +315,8 @@ def make_training(arguments: argparse.Namespace, settings: dict):
 
 
 def measure_training(arguments: argparse.Namespace) -> dict:
-    """What a training step's time goes into."""
+    """Measure the time that each part of a training step takes."""
+    check_device(arguments.device)
     settings, device = override(load_preset(arguments.preset), arguments.flags), torch.device(arguments.device)
     model, dataset = make_training(arguments, settings)
     model.to(device).train()
@@ -344,10 +349,10 @@ def measure_training(arguments: argparse.Namespace) -> dict:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "batch size": arguments.batch_size,
-        "samples a second": round(arguments.steps * arguments.batch_size / total, 1),
+        "samples per second": round(arguments.steps * arguments.batch_size / total, 1),
         "peak MiB": round(torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak_mib()),
         "table": [
-            {"what": name, "ms a step": round(1000 * value / arguments.steps, 2), "share": f"{value / total:.1%}"}
+            {"what": name, "ms per step": round(1000 * value / arguments.steps, 2), "share": f"{value / total:.1%}"}
             for name, value in seconds.items()
         ],
     }
@@ -357,10 +362,12 @@ PARTS = {
     "data": measure_data,
     "metrics": measure_metrics,
     "training": measure_training,
-}  # each gives what it measured on, and a "table" of rows with the same columns
+}
+"""Each returns a "table", as rows with the same columns, and further values that describe the measurement."""
 
 
 def print_table(rows: list[dict]) -> None:
+    """Print rows with the same columns as a Markdown table."""
     cells = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for index, row in enumerate(cells):
@@ -370,27 +377,31 @@ def print_table(rows: list[dict]) -> None:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", required=True, choices=PARTS, help="what to measure")
-    parser.add_argument("--output", metavar="FILE.json", help="save what was measured")
-    parser.add_argument(
-        "--repeats", type=int, default=5, help="runs of each job, of which the median counts (default: 5)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of what is simulated")
+    parser = CommandParser(prog="python scripts/benchmark.py", description=__doc__)
+    parser.add_argument("--part", required=True, choices=PARTS, help="part of the library to measure")
+    parser.add_argument("--output", metavar="FILE.json", help="save the results to this file")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each job; the median counts (default: 5)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of simulated data (default: 0)")
     data = parser.add_argument_group("--part data")
-    data.add_argument("--videos", type=int, default=8700, help="in the simulated folder (default: 8700)")
-    data.add_argument("--samples", type=int, default=6000, help="that are read (default: 6000)")
-    data.add_argument("--work_dir", metavar="DIR", help="for some 9 GB (default: where temporary files go)")
+    data.add_argument("--videos", type=int, default=8700, help="videos in the simulated folder (default: 8700)")
+    data.add_argument("--samples", type=int, default=6000, help="training samples to read (default: 6000)")
+    data.add_argument("--work_dir", metavar="DIR", help="folder for about 9 GB (default: the temporary folder)")
     training = parser.add_argument_group("--part training", "any field of the configuration is a flag, too")
-    training.add_argument("--preset", default="qvhighlights", help="(default: qvhighlights)")
-    training.add_argument("--batch_size", type=int, default=32, help="(default: 32)")
-    training.add_argument("--steps", type=int, default=20, help="that are measured (default: 20)")
-    training.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    training.add_argument("--preset", default="qvhighlights", help="preset or YAML file (default: qvhighlights)")
+    training.add_argument("--batch_size", type=int, default=32, help="samples per step (default: 32)")
+    training.add_argument("--steps", type=int, default=20, help="steps to measure, after a warm-up (default: 20)")
+    training.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: a GPU if there is one)"
+    )
     metrics = parser.add_argument_group("--part metrics")
-    metrics.add_argument("--predictions", metavar="P.jsonl", help="in the official format (default: simulated)")
-    metrics.add_argument("--annotations", help="with the truth (default: simulated, of QVHighlights' shape)")
     metrics.add_argument(
-        "--official", metavar="CHECKOUT", help="of moment_detr, whose script is measured, too; it needs scikit-learn"
+        "--predictions", metavar="P.jsonl", help="predictions in the official format (default: simulated)"
+    )
+    metrics.add_argument("--annotations", help="annotations with true windows (default: simulated)")
+    metrics.add_argument(
+        "--official",
+        metavar="CHECKOUT",
+        help="folder of a moment_detr checkout, to measure its script as well (needs scikit-learn)",
     )
     known, flags = parser.parse_known_args(arguments)
     if flags and known.part != "training":
@@ -400,16 +411,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    if arguments.repeats < 1:
-        raise ValueError(f"--repeats must be above 0, got {arguments.repeats}")
+    """Measure one part, print the results and save them to `--output`."""
+    for name in ("repeats", "videos", "samples", "batch_size", "steps"):
+        check_positive(getattr(arguments, name), f"--{name}")
+    if arguments.seed < 0:
+        raise ValueError(f"--seed must be at least 0, got {arguments.seed}")
     result = PARTS[arguments.part](arguments)
     machine = {"cores": os.cpu_count(), "python": platform.python_version(), "numpy": version("numpy")}
     result = {"part": arguments.part, "version": __version__, **machine, "repeats": arguments.repeats, **result}
     print(", ".join(f"{name}: {value}" for name, value in result.items() if name != "table"))
     print_table(result["table"])
     if arguments.output:
-        with atomic_write(arguments.output) as temporary:
-            temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        save_json(result, arguments.output)
         print(f"saved {arguments.output}")
 
 

@@ -1,24 +1,28 @@
-"""`make demo`: renders a video that no model has seen, asks three sentences, and shows moments beside the truth."""
+"""
+Render a new video, retrieve the moments of three sentences in it with the embedded model, and save plots of the moments
+beside the true ones. Run it with `make demo`.
+"""
 
 import argparse
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
 from transformers import pipeline
 
 from modeling_diffusionvmr import DEFAULT_MODEL
-from modeling_diffusionvmr.cli.options import run_safely
+from modeling_diffusionvmr.cli.options import CommandParser, run_safely
 from modeling_diffusionvmr.plotting import plot_refinement, plot_timeline, save_figure
-from modeling_diffusionvmr.synthetic.rendered_world import plan_video, write_video
+from modeling_diffusionvmr.synthetic.rendered_world import Query, VideoPlan, plan_video, write_video
 from modeling_diffusionvmr.video import open_video
 
-FIRST_SEED = 77_000_000  # far from the seeds of training and evaluation
+FIRST_SEED = 77_000_000  # far from the seeds used for training and evaluation
 NUM_QUERIES = 3
-NUM_FRAMES = 12
+NUM_FRAMES = 12  # on the timeline
 
 
-def choose_plan(first_seed: int):
-    """The first plan from this seed on with enough sentences, one of which has several moments."""
+def choose_plan(first_seed: int) -> tuple[VideoPlan, list[Query]]:
+    """Return a plan and three of its sentences, from the first seed for which a sentence has several moments."""
     for seed in count(first_seed):
         plan = plan_video(seed)
         queries = sorted(plan.queries, key=lambda query: -len(query.windows))[:NUM_QUERIES]
@@ -26,9 +30,13 @@ def choose_plan(first_seed: int):
             return plan, queries
 
 
-def main(folder: Path, seed: int) -> None:
+def main(arguments: argparse.Namespace) -> None:
+    """Run the demo and write video and plots to `--output_dir`."""
+    if arguments.seed < 0:
+        raise ValueError(f"--seed must be at least 0, got {arguments.seed}")
+    folder = arguments.output_dir
     folder.mkdir(parents=True, exist_ok=True)
-    plan, queries = choose_plan(seed)
+    plan, queries = choose_plan(arguments.seed)
     path = folder / "video.mp4"
     write_video(plan, path)
     print(f"rendered {path}, {plan.duration:.1f} s")
@@ -47,21 +55,25 @@ def main(folder: Path, seed: int) -> None:
     save_figure(plot_timeline(sentences, results, plan.duration, frames, truth), folder / "timeline.png")
 
     inputs = retrieve.preprocess({"video": str(path), "query": sentences[0]})
-    features = retrieve.forward(inputs, num_sampling_steps=1)  # of several steps the last does not start from noise
+    features = retrieve.forward(inputs, num_sampling_steps=1)  # the last of several steps does not start from noise
     outputs, video = features["outputs"], features["video"]
     figure = plot_refinement(
         outputs.intermediate_spans[0],
         outputs.logits[0].softmax(-1)[:, 0],
         video.num_clips * video.clip_seconds,
         truth[0],
-        f"“{sentences[0]}”: spans refined from noise (green: the truth)",
+        f"“{sentences[0]}”: spans refined from noise (green: truth)",
     )
     save_figure(figure, folder / "refinement.png")
     print(f"\nsaved {folder / 'timeline.png'} and {folder / 'refinement.png'}")
 
 
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = CommandParser(prog="python scripts/demo.py", description=__doc__)
+    parser.add_argument("--output_dir", type=Path, default=Path("demo"), help="folder to write (default: demo)")
+    parser.add_argument("--seed", type=int, default=FIRST_SEED, help=f"seed of the video (default: {FIRST_SEED})")
+    return parser.parse_args(arguments)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output_dir", type=Path, default=Path("demo"), help="default: demo/")
-    parser.add_argument("--seed", type=int, default=FIRST_SEED, help="of the world")
-    run_safely(lambda arguments: main(arguments.output_dir, arguments.seed), parser.parse_args())
+    run_safely(main, parse_arguments())

@@ -1,6 +1,6 @@
 """
-Makes the embedded checkpoint from one seed: renders a small world, trains a tiny CLIP on its frames, extracts that
-CLIP's features from rendered mp4 files, and trains a tiny DiffusionVMR on them. Prints the held-out figures.
+Make the embedded checkpoint from one seed: train a tiny CLIP on rendered frames, extract its features from rendered mp4
+files, and train a tiny DiffusionVMR on them. Then print its results on held-out videos.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from modeling_diffusionvmr import (
     open_features,
 )
 from modeling_diffusionvmr.backbones import Backbones, ClipBackbone
-from modeling_diffusionvmr.cli.options import run_safely
+from modeling_diffusionvmr.cli.options import CommandParser, run_safely
 from modeling_diffusionvmr.data.extraction import extract_sentence, extract_video
 from modeling_diffusionvmr.data.files import save_json, save_jsonl
 from modeling_diffusionvmr.modeling_diffusionvmr import TASK
@@ -41,16 +41,15 @@ from modeling_diffusionvmr.synthetic.rendered_world import VideoPlan, annotation
 CLIP_SECONDS = 2.0
 TRAINING_VIDEOS = 1200
 TRAINING_STEPS = 4000
-HELD_OUT_VIDEOS = 100  # of seen pairs, and as many of pairs that training never shows
-HELD_OUT_SEED, UNSEEN_SEED = 10_000_000, 20_000_000  # training counts up from `--seed`
+HELD_OUT_VIDEOS = 100  # with seen pairs, and as many with pairs that training never shows
+HELD_OUT_SEED, UNSEEN_SEED = 10_000_000, 20_000_000  # of the first video; training videos count up from `--seed`
 
 
-# Stages
-# Each writes a folder in the work directory, whole, and is skipped where that is there already.
+# Stages. Each writes one folder in the work directory, and is skipped if that folder exists
 
 
 def make_backbones(seed: int, folder: Path) -> None:
-    """The tiny CLIP, as the only backbone."""
+    """Train the tiny CLIP and save it as the only backbone."""
     with tqdm(desc="training the CLIP", unit="step", mininterval=5) as bar:
 
         def progress(step: int, steps: int, losses: dict[str, float]):
@@ -63,7 +62,7 @@ def make_backbones(seed: int, folder: Path) -> None:
 
 
 def open_backbones(folder: Path) -> Backbones:
-    """What `make_backbones` wrote."""
+    """Load what `make_backbones` saved."""
     clip = ClipBackbone.from_pretrained(folder)
     description = {
         "name": "clip",
@@ -76,7 +75,7 @@ def open_backbones(folder: Path) -> Backbones:
 
 
 def make_features(seed: int, backbones: Backbones, folder: Path) -> None:
-    """Renders the training videos, and extracts annotations and features in the official formats."""
+    """Render the training videos, and save their annotations and features in the official formats."""
     seeds = range(seed, seed + TRAINING_VIDEOS)
     (folder / "rendered").mkdir()
     rows = in_two_processes(render_and_encode, seeds, "rendering and encoding", folder, backbones)
@@ -85,7 +84,7 @@ def make_features(seed: int, backbones: Backbones, folder: Path) -> None:
 
 
 def render_and_encode(seed: int, folder: Path, backbones: Backbones) -> list[dict]:
-    """One training video through an mp4 file, as a user's would go."""
+    """Save the features of one training video, by way of an mp4 file. Returns its annotations."""
     plan = plan_video(seed)
     rows = annotation_rows(plan)
     path = render(plan, folder / "rendered")
@@ -98,13 +97,14 @@ def render_and_encode(seed: int, folder: Path, backbones: Backbones) -> list[dic
 
 
 def render(plan: VideoPlan, folder: Path) -> Path:
+    """Write a video to `folder/<vid>.mp4` and return the path."""
     path = folder / f"{plan.vid}.mp4"
     write_video(plan, path)
     return path
 
 
 def stage(folder: Path, make: Callable, *arguments: Any) -> Path:
-    """Runs `make(*arguments, folder)` unless its folder is there, and says how long it took."""
+    """Run `make(*arguments, folder)` and print the time, unless the folder exists. It appears only when complete."""
     if not folder.exists():
         began = time.perf_counter()
         temporary = folder.with_name(f"{folder.name}.partial")
@@ -117,7 +117,7 @@ def stage(folder: Path, make: Callable, *arguments: Any) -> Path:
 
 
 def in_two_processes(function: Callable, items: Sequence, description: str, *state: Any) -> Iterator:
-    """Maps `function(item, *state)` over items with a progress bar; each process takes one core."""
+    """Yield `function(item, *state)` for each item, computed by two processes with one thread each."""
     with multiprocessing.get_context("spawn").Pool(2, _start_process, (function, state)) as pool:
         yield from tqdm(pool.imap(_call, items, chunksize=4), total=len(items), desc=description, mininterval=5)
 
@@ -136,7 +136,7 @@ def _call(item: Any) -> Any:
 
 
 def make_model(seed: int, backbones: Backbones, features: Path, folder: Path) -> None:
-    """The tiny DiffusionVMR on features of rendered videos."""
+    """Train the tiny DiffusionVMR on the features of rendered videos."""
     set_seed(seed)
     description = backbones.descriptions[0]
     config = DiffusionVMRConfig(
@@ -151,7 +151,7 @@ def make_model(seed: int, backbones: Backbones, features: Path, folder: Path) ->
         roi_bins=8,
         dynamic_size=8,
         max_training_proposals=10,
-        num_sampling_steps=2,  # better than 1 on other videos than those of the figures; more add nothing to R1@0.5
+        num_sampling_steps=2,  # chosen on separate videos: better than 1, and more do not improve R1@0.5
         video_feature_size=description["feature_size"],
         text_feature_size=description["text_feature_size"],
         backbones=backbones.descriptions,
@@ -162,7 +162,7 @@ def make_model(seed: int, backbones: Backbones, features: Path, folder: Path) ->
     model = DiffusionVMRForMomentRetrieval(config)
     dataset = MomentRetrievalDataset(
         load_annotations(features / "annotations.jsonl"),
-        dict(open_features(features / "video")),  # small enough to be held in memory
+        dict(open_features(features / "video")),  # small enough for memory
         dict(open_features(features / "text")),
         processor,
         config=config,
@@ -192,7 +192,7 @@ def make_model(seed: int, backbones: Backbones, features: Path, folder: Path) ->
 
 
 def save(model: DiffusionVMRForMomentRetrieval, processor: DiffusionVMRProcessor, backbones: Backbones, folder: Path):
-    """Writes the checkpoint. Weights are stored as float16 and load as float32, as the configurations say."""
+    """Save the checkpoint. Weights are stored as float16 and load as float32, the dtype in the configurations."""
     retrieve = VideoMomentRetrievalPipeline(model=model, processor=processor, backbones=backbones, task=TASK)
     retrieve.save_pretrained(folder)
     for path in folder.rglob("*.safetensors"):
@@ -201,13 +201,12 @@ def save(model: DiffusionVMRForMomentRetrieval, processor: DiffusionVMRProcessor
 
 def publish(made: Path, folder: Path) -> None:
     """
-    Move the checkpoint to its place. Inside the package it needs no copy of the code.
+    Copy the checkpoint to its destination, replacing a checkpoint there. Inside the package it needs no remote code.
 
     Raises:
-        ValueError: when the place holds something else.
+        ValueError: if the destination is something else than a checkpoint.
     """
-    if folder.exists() and not (folder / "config.json").exists():
-        raise ValueError(f"{folder} is there and is no checkpoint; name another folder, or remove it")
+    check_destination(folder)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(made, partial)
@@ -217,8 +216,19 @@ def publish(made: Path, folder: Path) -> None:
     partial.rename(folder)
 
 
+def check_destination(folder: Path) -> None:
+    """Raise `ValueError` unless `publish` may write a checkpoint to this folder."""
+    if folder.exists() and not is_checkpoint(folder):
+        raise ValueError(f"--model: {folder} exists and is not a checkpoint; choose another folder or remove it")
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder holds a model."""
+    return (folder / "config.json").is_file()
+
+
 def drop_code(checkpoint: Path) -> None:
-    """Remove the remote code of a checkpoint, and the fields that point to it."""
+    """Remove the remote code from a checkpoint, and the fields that refer to it."""
     for path in checkpoint.glob("*.py"):
         path.unlink()
     for name in ("config.json", "processor_config.json"):
@@ -228,7 +238,7 @@ def drop_code(checkpoint: Path) -> None:
 
 
 def halve(path: Path) -> None:
-    """Stores the float32 tensors of a safetensors file as float16."""
+    """Convert the float32 tensors of a safetensors file to float16."""
     from safetensors.torch import load_file, save_file
 
     tensors = {name: t.half() if t.dtype == torch.float32 else t for name, t in load_file(path).items()}
@@ -239,14 +249,14 @@ def halve(path: Path) -> None:
 
 
 def evaluate(model: Path, folder: Path) -> None:
-    """Prints the held-out figures of a checkpoint, through the pipeline, on mp4 files."""
+    """Print the results of a checkpoint on held-out videos, which are rendered to mp4 files in `folder`."""
+    retrieve = pipeline(TASK, model=str(model))
     plans = [plan_video(HELD_OUT_SEED + i) for i in range(HELD_OUT_VIDEOS)]
     plans += [plan_video(UNSEEN_SEED + i, unseen_pairs=True) for i in range(HELD_OUT_VIDEOS)]
     paths = list(in_two_processes(render, plans, "rendering held-out videos", folder))
-    retrieve = pipeline(TASK, model=str(model))
 
     clip = retrieve.backbones.models[0]
-    print("\nthe backbone alone: cosine similarity of sentence and frame, against whether the sentence is true there")
+    print("\nbackbone alone: how well the cosine similarity of sentence and frame tells where the sentence is true")
     measure_clip(clip.model, clip.tokenizer, clip.image_processor, plans, folder)
 
     rows, predictions = [], []
@@ -266,21 +276,22 @@ def evaluate(model: Path, folder: Path) -> None:
         "swapped distractor": figures_of(predictions, rows, lambda row: row["swapped"]),
         "seen pairs": figures_of(predictions, rows, lambda row: not row["unseen"]),
         "unseen pairs": figures_of(predictions, rows, lambda row: row["unseen"]),
-        "all, guessing the whole video": figures_of(guesses(rows, lambda random: (0.0, 1.0)), rows),
-        "all, guessing a random span": figures_of(guesses(rows, lambda random: np.sort(random.random(2))), rows),
+        "all, guessing the whole video": figures_of(guesses(rows, lambda rng: (0.0, 1.0)), rows),
+        "all, guessing a random span": figures_of(guesses(rows, lambda rng: np.sort(rng.random(2))), rows),
     }
-    print(f"\nheld-out sentences over {len(plans)} videos")
+    print(f"\nheld-out sentences of {len(plans)} videos")
     print(table(figures, "sentences"))
 
 
 def guesses(rows: Sequence[dict], draw: Callable) -> list[dict]:
-    """Predictions of one window a row, drawn as a share of the video."""
-    random = np.random.default_rng(0)
-    windows = [[*(share * row["duration"] for share in draw(random)), 1.0] for row in rows]
+    """Return predictions with one window per row. `draw(rng)` gives its start and end as shares of the video."""
+    rng = np.random.default_rng(0)
+    windows = [[*(share * row["duration"] for share in draw(rng)), 1.0] for row in rows]
     return [{**row, "pred_relevant_windows": [window]} for row, window in zip(rows, windows)]
 
 
 def figures_of(predictions: Sequence[dict], rows: Sequence[dict], where: Callable = lambda row: True) -> dict[str, Any]:
+    """Return the number of rows for which `where(row)` is true, and metrics on them."""
     chosen = [(prediction, row) for prediction, row in zip(predictions, rows) if where(row)]
     brief = evaluate_predictions(*zip(*chosen))["brief"]
     return {
@@ -292,7 +303,7 @@ def figures_of(predictions: Sequence[dict], rows: Sequence[dict], where: Callabl
 
 
 def table(figures: dict[str, dict[str, Any]], title: str) -> str:
-    """A Markdown table, a row an entry."""
+    """Format a Markdown table with one row per entry."""
     columns = list(next(iter(figures.values())))
     lines = [[title, *columns], ["---"] + ["---:"] * len(columns)]
     lines += [[name, *(_text(row[column]) for column in columns)] for name, row in figures.items()]
@@ -304,13 +315,21 @@ def _text(value: Any) -> str:
 
 
 def sizes(folder: Path) -> Iterable[str]:
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            yield f"{path.relative_to(folder)}: {path.stat().st_size / 2**20:.2f} MiB"
-    yield f"together {sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 2**20:.2f} MiB"
+    """Yield one line per file with its size, and one with the total."""
+    files = {path: path.stat().st_size / 2**20 for path in sorted(folder.rglob("*")) if path.is_file()}
+    for path, mib in files.items():
+        yield f"{path.relative_to(folder)}: {mib:.2f} MiB"
+    yield f"total: {sum(files.values()):.2f} MiB"
 
 
 def main(arguments: argparse.Namespace) -> None:
+    """Make the checkpoint unless `--evaluate_only`, then evaluate it."""
+    if arguments.seed < 0:
+        raise ValueError(f"--seed must be at least 0, got {arguments.seed}")
+    if not arguments.evaluate_only:
+        check_destination(arguments.model)
+    elif not is_checkpoint(arguments.model):
+        raise ValueError(f"--model: {arguments.model} is not a checkpoint folder (it has no config.json)")
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         if not arguments.evaluate_only:
@@ -320,19 +339,19 @@ def main(arguments: argparse.Namespace) -> None:
             features = stage(work / "features", make_features, arguments.seed, backbones)
             made = stage(work / "model", make_model, arguments.seed, backbones, features)
             publish(made, arguments.model)
-            print(f"{arguments.model} is made: {(time.perf_counter() - began) / 60:.1f} min", flush=True)
+            print(f"wrote {arguments.model}: {(time.perf_counter() - began) / 60:.1f} min in all", flush=True)
         evaluate(arguments.model, Path(temporary))
         print("\n".join(sizes(arguments.model)))
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--evaluate_only", action="store_true", help="print the held-out figures of --model")
+    parser = CommandParser(prog="python scripts/make_default_model.py", description=__doc__)
+    parser.add_argument("--evaluate_only", action="store_true", help="only evaluate --model")
     parser.add_argument(
-        "--model", type=Path, default=Path(DEFAULT_MODEL), help="folder to write, or to evaluate (default: embedded)"
+        "--model", type=Path, default=Path(DEFAULT_MODEL), help="folder to write or to evaluate (default: embedded)"
     )
-    parser.add_argument("--work_dir", type=Path, help="keeps finished stages here, so that a run can be continued")
-    parser.add_argument("--seed", type=int, default=0, help="of the world's videos and of all training (default: 0)")
+    parser.add_argument("--work_dir", type=Path, help="folder for finished stages; rerun with it to resume")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the videos and of all training (default: 0)")
     return parser.parse_args(arguments)
 
 

@@ -1,11 +1,9 @@
 """
-A tiny CLIP that knows the rendered world: the frozen backbone of the embedded model, trained here from nothing on
-single frames.
+A tiny CLIP for the rendered world: the frozen backbone of the embedded model, trained from scratch on single frames.
 
 A frame matches many sentences, so the loss is pairwise: every frame against every sentence of the batch, with the exact
-truth. Hard negatives come for free: frames of one family show the same words in other bindings, and each batch asks for
-all singles, for counts, and for relations that are true, that are true with their words swapped, or whose two objects
-are there but apart.
+truth. Two things provide hard negatives: frames of one family show the same words in other combinations, and each batch
+asks for relations that are true, that are true with their words swapped, and whose objects are visible but apart.
 """
 
 import io
@@ -23,7 +21,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, get_cosine_schedule_with_warmup
 
 from modeling_diffusionvmr.synthetic.rendered_world import (
-    COLOURS,
+    COLORS,
     PAIRS,
     SEEN_PAIRS,
     SHAPES,
@@ -42,14 +40,14 @@ IMAGE_SIZE = 72  # pixels, square
 PATCH_SIZE = 12
 PATCHES_PER_SIDE = IMAGE_SIZE // PATCH_SIZE
 PIXEL_MEAN, PIXEL_STD = 0.45, 0.25
-MOST_OBJECTS = 6  # in a frame
-FAMILY = 4  # frames in a row that share their cast
+MOST_OBJECTS = 6  # per frame
+FAMILY = 4  # number of consecutive frames with the same cast
 
 
 def build_tokenizer() -> CLIPTokenizer:
     """
-    CLIP's byte-level BPE with one token for each word of the rendered world; any other word falls apart into pieces,
-    down to bytes.
+    Build CLIP's byte-level BPE with one token per word of the rendered world. Any other word becomes several tokens,
+    bytes at worst.
     """
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -63,8 +61,8 @@ def build_tokenizer() -> CLIPTokenizer:
     words = {word: (*word[:-1], word[-1] + "</w>") for word in vocabulary}
     merges = []
     while any(len(pieces) > 1 for pieces in words.values()):
-        neighbours = [couple for pieces in words.values() for couple in zip(pieces, pieces[1:])]
-        most_frequent = max(sorted(set(neighbours)), key=neighbours.count)
+        adjacent = [couple for pieces in words.values() for couple in zip(pieces, pieces[1:])]
+        most_frequent = max(sorted(set(adjacent)), key=adjacent.count)
         merges.append(most_frequent)
         words = {word: _merged(pieces, most_frequent) for word, pieces in words.items()}
     letters = sorted(ByteLevel.alphabet())
@@ -75,7 +73,7 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def _merged(pieces: tuple[str, ...], couple: tuple[str, str]) -> tuple[str, ...]:
-    """The pieces of a word with every such couple of neighbours made one."""
+    """Merge every occurrence of two adjacent pieces in a word."""
     merged = []
     for piece in pieces:
         if merged and (merged[-1], piece) == couple:
@@ -86,7 +84,7 @@ def _merged(pieces: tuple[str, ...], couple: tuple[str, str]) -> tuple[str, ...]
 
 
 def build_image_processor() -> CLIPImageProcessorPil:
-    """Frames of any size -> pixel values (B, 3, IMAGE_SIZE, IMAGE_SIZE)."""
+    """Build the processor of frames of any size to pixel values (B, 3, IMAGE_SIZE, IMAGE_SIZE)."""
     return CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE},
         crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
@@ -96,7 +94,7 @@ def build_image_processor() -> CLIPImageProcessorPil:
 
 
 def build_clip(tokenizer: CLIPTokenizer, size: int = 192, layers: int = 4, text_layers: int = 2) -> CLIPModel:
-    """An untrained CLIP of 2.1 million weights. Images, sentences and tokens share one space of `size` numbers."""
+    """Build an untrained CLIP (2.1 million weights) with one space of `size` dimensions for images and sentences."""
     both = {
         "hidden_size": size,
         "intermediate_size": 2 * size,
@@ -114,14 +112,14 @@ def build_clip(tokenizer: CLIPTokenizer, size: int = 192, layers: int = 4, text_
     }
     vision = {**both, "num_hidden_layers": layers, "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE}
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=size)
-    # On a CPU in bfloat16, eager attention over so few tokens takes half the time of the fused kernel
+    # On a CPU in bfloat16, eager attention over so few tokens is twice as fast as the fused kernel
     clip = CLIPModel._from_config(config, attn_implementation="eager")
-    # The token states themselves live in the space of the image features, for the model that reads them instead of the
-    # projection
+    # An identity projection puts the token states into the space of the image features. The model uses token states,
+    # not projected sentences
     clip.text_projection.weight.data.copy_(torch.eye(size))
     clip.text_projection.requires_grad_(False)
     _start_embeddings(clip.vision_model.embeddings)
-    # The last layer hands what the patches know to the pooled token: it starts as a plain average of them
+    # The last layer passes information from the patches to the pooled token. It starts as a plain average of them
     last = clip.vision_model.encoder.layers[-1].self_attn
     for linear in (last.v_proj, last.out_proj):
         linear.weight.data.copy_(torch.eye(size))
@@ -132,8 +130,9 @@ def build_clip(tokenizer: CLIPTokenizer, size: int = 192, layers: int = 4, text_
 @torch.no_grad()
 def _start_embeddings(embeddings: nn.Module) -> None:
     """
-    Starts positions as waves instead of noise, and patches as their own lowest frequencies, a third of the numbers for
-    each channel. Shapes span several patches, so which patch is whose neighbour matters from the first step on.
+    Initialize position embeddings as waves instead of noise, since shapes span several patches and adjacency matters
+    from the first step on. Initialize patch embeddings as the lowest frequencies of the patch, with a third of the
+    dimensions per channel.
     """
     size = embeddings.patch_embedding.out_channels
     sides = torch.arange(PATCHES_PER_SIDE), torch.arange(PATCHES_PER_SIDE)
@@ -142,7 +141,7 @@ def _start_embeddings(embeddings: nn.Module) -> None:
     waves = torch.cat([wave(axis[:, None] * speeds) for axis in (x, y) for wave in (torch.sin, torch.cos)], 1)
     embeddings.position_embedding.weight.copy_(torch.cat([torch.zeros(1, size), 0.7 * waves]))
 
-    # The cosines of JPEG, by rising frequency
+    # JPEG's cosine basis, by rising frequency
     places = (torch.arange(PATCH_SIZE) + 0.5) / PATCH_SIZE
     basis = torch.cos(math.pi * torch.arange(PATCH_SIZE)[:, None] * places) * math.sqrt(2 / PATCH_SIZE)
     frequencies = [(i, j) for i in range(PATCH_SIZE) for j in range(PATCH_SIZE)]
@@ -155,34 +154,34 @@ def _start_embeddings(embeddings: nn.Module) -> None:
 
 @dataclass
 class Frames:
-    """N frames and what they show. Where colours are nameless, `pair` and `neighbour` are right about shapes only."""
+    """N frames and their content. For nameless colors, `pair` and `neighbor` have the right shape and a wrong color."""
 
     pixels: Tensor  # uint8 (N, 3, IMAGE_SIZE, IMAGE_SIZE)
-    pair: Tensor  # long (N, MOST_OBJECTS): indexes `PAIRS`, -1 where there is no object
-    neighbour: Tensor  # long (N, MOST_OBJECTS): the pair of the object next to it, -1 where there is none
-    place: Tensor  # float (N, MOST_OBJECTS, 2): the objects' centres (x, y) in frame widths
+    pair: Tensor  # long (N, MOST_OBJECTS): index into `PAIRS`; -1 for no object
+    neighbor: Tensor  # long (N, MOST_OBJECTS): pair of the object next to it; -1 for none
+    place: Tensor  # float (N, MOST_OBJECTS, 2): center (x, y) in frame widths
 
     def __len__(self) -> int:
         return len(self.pair)
 
     def __getitem__(self, index: Any) -> "Frames":
-        return Frames(self.pixels[index], self.pair[index], self.neighbour[index], self.place[index])
+        return Frames(self.pixels[index], self.pair[index], self.neighbor[index], self.place[index])
 
     @staticmethod
     def concatenated(*several: "Frames") -> "Frames":
-        """All of them, in this order."""
+        """Concatenate frames in this order."""
         return Frames(*(torch.cat([getattr(frames, each.name) for frames in several]) for each in fields(Frames)))
 
     def relations(self) -> Tensor:
         """
-        Which two pairs are next to each other: long (N, MOST_OBJECTS), the lower index * len(PAIRS) + the higher, -1
-        for no neighbour.
+        Return the two pairs that are next to each other as one code: lower index * len(PAIRS) + higher index, or -1 for
+        an object without a neighbor. Long (N, MOST_OBJECTS).
         """
-        code = torch.minimum(self.pair, self.neighbour) * len(PAIRS) + torch.maximum(self.pair, self.neighbour)
-        return torch.where(self.neighbour < 0, -1, code)
+        code = torch.minimum(self.pair, self.neighbor) * len(PAIRS) + torch.maximum(self.pair, self.neighbor)
+        return torch.where(self.neighbor < 0, -1, code)
 
     def counts(self) -> Tensor:
-        """How often each pair is shown: long (N, len(PAIRS))."""
+        """Return how often each pair is visible: long (N, len(PAIRS))."""
         return F.one_hot(self.pair + 1, len(PAIRS) + 1).sum(1)[:, 1:]
 
 
@@ -191,46 +190,46 @@ _SEEN = torch.tensor([_PAIR_INDEX[pair] for pair in SEEN_PAIRS])  # rising
 
 
 def render_frames(seed: int, count: int, nameless: bool = False) -> Frames:
-    """`count` frames of seen pairs, or of shapes in nameless colours, degraded as a video codec would."""
+    """Render `count` frames of seen pairs, or of shapes in nameless colors, with compression artifacts."""
     rng = np.random.default_rng(seed)
     pixels = np.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    pair, neighbour = (np.full((count, MOST_OBJECTS), -1) for _ in range(2))
+    pair, neighbor = (np.full((count, MOST_OBJECTS), -1) for _ in range(2))
     place = np.zeros((count, MOST_OBJECTS, 2), np.float32)
     for i, still in enumerate(plan_stills(seed, count, nameless=nameless, family=FAMILY)):
         pixels[i] = _degraded(render_frame(still, 0.0), int(rng.integers(60, 96)))
         for j, track in enumerate(still.tracks):
-            pair[i, j], place[i, j] = _pair_index(track), track.centre(0.0)
+            pair[i, j], place[i, j] = _pair_index(track), track.center(0.0)
             for other in still.tracks:
                 if other is not track and next_to(track, other):
-                    neighbour[i, j] = _pair_index(other)
+                    neighbor[i, j] = _pair_index(other)
     channels_first = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    return Frames(channels_first, *map(torch.from_numpy, (pair, neighbour, place)))
+    return Frames(channels_first, *map(torch.from_numpy, (pair, neighbor, place)))
 
 
 def _pair_index(track: Track) -> int:
-    # Of a nameless colour, the pair of the same shape and of the first colour
+    # A nameless color counts as the first color
     return _PAIR_INDEX.get(track.pair, SHAPES.index(track.pair[1]))
 
 
 def _degraded(picture: np.ndarray, quality: int) -> np.ndarray:
-    # JPEG loses what H.264 loses: fine detail, and colour at half the resolution
+    # JPEG loses what H.264 loses: fine detail and color resolution
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "JPEG", quality=quality)
     return np.asarray(Image.open(file).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
 
 
 def _draw_families(pool: Frames, count: int, rng: np.random.Generator) -> Frames:
-    """`count` frames, drawn with the whole of their families."""
+    """Draw whole families of frames, `count` frames in all."""
     chosen = torch.from_numpy(rng.choice(len(pool) // FAMILY, count // FAMILY, replace=False))
     return pool[(chosen[:, None] * FAMILY + torch.arange(FAMILY)).flatten()]
 
 
 def _augmented(frames: Frames, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """
-    Flips, shifts and light. No shape's name depends on left or right.
+    Normalize frames, with random flips, shifts and lighting. No shape's name depends on left or right.
 
     Returns:
-        Pixel values, float (B, 3, IMAGE_SIZE, IMAGE_SIZE), and the places of the objects, moved along.
+        Pixel values, float (B, 3, IMAGE_SIZE, IMAGE_SIZE), and the new places of the objects, (B, MOST_OBJECTS, 2).
     """
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -250,8 +249,8 @@ def _augmented(frames: Frames, generator: torch.Generator) -> tuple[Tensor, Tens
 
 def _draw_relations(frames: Frames, rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
     """
-    About `count` relations to ask in one batch: those that hold in its frames, the same words swapped, and objects that
-    are apart. Each is two indices of seen pairs in `PAIRS`, rising.
+    Draw about `count` relations to ask for in one batch: some that hold in a frame, some with their words swapped, and
+    some of two objects that are apart. Each is two rising indices into `PAIRS`, of seen pairs.
     """
     true = {(int(code) // len(PAIRS), int(code) % len(PAIRS)) for code in frames.relations().unique() if code >= 0}
     shapes = len(SHAPES)
@@ -269,21 +268,21 @@ def _draw_statements(
     frames: Frames, rng: np.random.Generator, each: int = 60
 ) -> tuple[list[Statement], Tensor, list[int]]:
     """
-    What to ask of a batch: statements that hold somewhere in it, and others.
+    Draw S statements to ask for in one batch. Some hold in one of its frames, others do not.
 
     Args:
-        frames: B of them.
-        rng: for the choice.
-        each: at most so many counts, and about so many relations; all singles are asked.
+        frames: B frames.
+        rng: for the draws.
+        each: maximum number of counts, and approximate number of relations. Singles are always asked for in full.
 
     Returns:
-        S statements, whether each holds in each frame as float (B, S), and the numbers of singles, counts and
-        relations, which lie in this order.
+        The statements, in the order singles, counts, relations; whether each holds in each frame, float (B, S); and the
+        number of statements of each kind.
     """
     counts = frames.counts()
     statements, truth, numbers = [], [], []
     for kind, holds, number in (("single", counts >= 1, len(SEEN_PAIRS)), ("count", counts >= 2, each)):
-        # Those that hold somewhere come first; which others do is random
+        # Statements that hold in a frame come first, then others at random
         priority = rng.random(len(SEEN_PAIRS)) - 2 * holds.any(0)[_SEEN].numpy()
         chosen = np.sort(np.argsort(priority)[:number])
         statements += [Statement(kind, (SEEN_PAIRS[i],)) for i in chosen]
@@ -306,18 +305,18 @@ def train_rendered_clip(
     progress: Callable[[int, int, dict[str, float]], Any] | None = None,
 ) -> tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessorPil]:
     """
-    Trains a CLIP on frames of seen pairs.
+    Train a CLIP on frames of seen pairs.
 
     Args:
-        seed: of everything.
-        steps: of the optimizer.
-        batch_size: frames of a batch; a quarter more come in nameless colours.
-        pool_size: frames to draw batches from; half as many come in nameless colours.
-        learning_rate: at its peak.
-        progress: called as `progress(step, steps, losses)` after each step, with one float a term.
+        seed: of all random draws.
+        steps: number of optimizer steps.
+        batch_size: number of frames per batch. A quarter of that number in nameless colors is added.
+        pool_size: number of frames to draw batches from. Half that number in nameless colors is added.
+        learning_rate: peak value.
+        progress: called as `progress(step, steps, losses)` after each step, with one float per loss term.
 
     Returns:
-        The model, in evaluation mode, its tokenizer and its image processor.
+        The model in evaluation mode, its tokenizer and its image processor.
     """
     torch.manual_seed(seed)
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
@@ -347,7 +346,7 @@ def train_rendered_clip(
 
 class _Helpers(nn.Module):
     """
-    What only training needs: it describes the object of a patch in words, and says what a pair's vector should be.
+    Modules that only training needs: heads that classify the object in a patch, and a target vector for each pair.
 
     Args:
         size: of a patch's vector.
@@ -356,25 +355,25 @@ class _Helpers(nn.Module):
 
     def __init__(self, size: int, shared_size: int):
         super().__init__()
-        # The object's colour and shape, and its neighbour's, where 0 is none
+        # Class 0 of the last two is "no neighbor"
         self.describe = nn.ModuleDict(
             {
-                "colour": nn.Linear(size, len(COLOURS)),
+                "color": nn.Linear(size, len(COLORS)),
                 "shape": nn.Linear(size, len(SHAPES)),
-                "neighbour_colour": nn.Linear(size, len(COLOURS) + 1),
-                "neighbour_shape": nn.Linear(size, len(SHAPES) + 1),
+                "neighbor_color": nn.Linear(size, len(COLORS) + 1),
+                "neighbor_shape": nn.Linear(size, len(SHAPES) + 1),
             }
         )
-        self.colours = nn.Parameter(torch.randn(len(COLOURS), shared_size))
+        self.colors = nn.Parameter(torch.randn(len(COLORS), shared_size))
         self.shapes = nn.Parameter(torch.randn(len(SHAPES), shared_size))
         self.bias = nn.Parameter(torch.tensor(-6.0))
 
     def products(self) -> Tensor:
         """
-        Colour times shape, as unit vectors (len(SEEN_PAIRS), shared_size): what a product says of ninety pairs it says
-        of the other ten as well.
+        Return color vector times shape vector of each seen pair, as unit vectors (len(SEEN_PAIRS), shared_size).
+        Products generalize to the ten unseen pairs.
         """
-        return F.normalize(self.colours[_SEEN // len(SHAPES)] * self.shapes[_SEEN % len(SHAPES)], dim=-1)
+        return F.normalize(self.colors[_SEEN // len(SHAPES)] * self.shapes[_SEEN % len(SHAPES)], dim=-1)
 
 
 def _losses(
@@ -386,8 +385,8 @@ def _losses(
     rng: np.random.Generator,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """The terms of the loss, whose plain sum is minimised."""
-    # The nameless follow the named ones: whatever is said of colours and of sentences stops before them
+    """Compute the loss terms. Training minimizes their plain sum."""
+    # Frames in nameless colors come last, so that slices can leave them out of terms about colors and sentences
     both = Frames.concatenated(frames, nameless)
     pixels, place = _augmented(both, generator)
     statements, truth, numbers = _draw_statements(frames, rng)
@@ -397,8 +396,7 @@ def _losses(
         vision = clip.vision_model(pixel_values=pixels, output_hidden_states=True)
         images = clip.visual_projection(vision.pooler_output[: len(frames)])
         texts = clip.text_projection(clip.text_model(**tokens).pooler_output)
-        # The patches that the last layer pools already know what they show, one object each: binding is settled before
-        # objects are mixed
+        # These terms apply before the last layer pools the patches: colors and shapes must be bound before objects mix
         patches = _at_objects(vision.hidden_states[-2][:, 1:], both.pair >= 0, place)
         described = {name: head(patches) for name, head in helpers.describe.items()}
         objects = clip.visual_projection(clip.vision_model.post_layernorm(patches))
@@ -410,16 +408,16 @@ def _losses(
     losses = {kind: loss.sum() / true.sum().clamp(min=1) for kind, loss, true in by_kind}
 
     shown = both.pair >= 0
-    pair, neighbour, named = both.pair[shown], both.neighbour[shown], int((frames.pair >= 0).sum())
-    alone = neighbour < 0
+    pair, neighbor, named = both.pair[shown], both.neighbor[shown], int((frames.pair >= 0).sum())
+    alone = neighbor < 0
     labels = {
-        "colour": pair // len(SHAPES),
+        "color": pair // len(SHAPES),
         "shape": pair % len(SHAPES),
-        "neighbour_colour": (neighbour // len(SHAPES) + 1).masked_fill(alone, 0),
-        "neighbour_shape": (neighbour % len(SHAPES) + 1).masked_fill(alone, 0),
+        "neighbor_color": (neighbor // len(SHAPES) + 1).masked_fill(alone, 0),
+        "neighbor_shape": (neighbor % len(SHAPES) + 1).masked_fill(alone, 0),
     }
     for name, label in labels.items():
-        end = named if "colour" in name else len(label)
+        end = named if "color" in name else len(label)
         losses[name] = F.cross_entropy(described[name][:end].float(), label[:end])
 
     products, names = helpers.products(), texts[: len(SEEN_PAIRS)]
@@ -430,11 +428,11 @@ def _losses(
 
 def _at_objects(patches: Tensor, there: Tensor, place: Tensor) -> Tensor:
     """
-    The patch at each object's centre.
+    Select the patch at each object's center.
 
     Args:
         patches: (B, PATCHES_PER_SIDE ** 2, size).
-        there: bool (B, MOST_OBJECTS), where there is an object.
+        there: bool (B, MOST_OBJECTS), true for each object.
         place: (B, MOST_OBJECTS, 2) in frame widths.
 
     Returns:
@@ -447,7 +445,7 @@ def _at_objects(patches: Tensor, there: Tensor, place: Tensor) -> Tensor:
 
 
 def _product_loss(vectors: Tensor, products: Tensor, which: Tensor) -> Tensor:
-    """Each unit vector (n, size) should be nearest to its own product, `which` (n,), and there."""
+    """Pull unit vectors (n, size) to their own products, of index `which` (n,), and away from the others."""
     return F.cross_entropy(20 * vectors @ products.T, which) + 2 * (1 - (vectors * products[which]).sum(-1)).mean()
 
 
@@ -461,21 +459,21 @@ def measure_clip(
     clip_seconds: float = 2.0,
 ) -> dict[str, dict[str, float]]:
     """
-    Measures, and prints, how well cosine similarity finds the true clips of each sentence within its video, from one
-    frame at each clip's centre. A sentence that is true of every clip, or of none, is left out.
+    Measure and print how well cosine similarity finds the clips of a video in which a sentence is true, with one frame
+    at each clip's center. Sentences that are true in all clips or in none are skipped.
 
     Args:
         clip: the model to measure.
-        tokenizer: the model's.
-        processor: the model's, of images.
+        tokenizer: of that model.
+        processor: image processor of that model.
         plans: the videos.
-        folder: frames are decoded from `folder/<vid>.mp4`; without it they are rendered.
-        clip_seconds: how long a clip is.
+        folder: where to decode frames from `<vid>.mp4`. By default frames are rendered.
+        clip_seconds: length of a clip.
 
     Returns:
-        A row a kind of sentence: how many `sentences`, the means of `auc`, average precision `ap` and `best_f1` over
-        all thresholds, the share `solved` with a best F1 of 0.9 or more, and `one_threshold_f1` at one threshold for
-        all.
+        One row per kind of sentence: the number of `sentences`; the means of `auc`, average precision `ap` and
+        `best_f1` over all thresholds; the share `solved` of sentences with a best F1 of at least 0.9; and the mean F1
+        at one threshold for all sentences, `one_threshold_f1`.
     """
     scores = []
     for plan in plans:
@@ -511,7 +509,7 @@ def _scores(
     folder: str | os.PathLike | None,
     clip_seconds: float,
 ) -> list[tuple[Query, np.ndarray, np.ndarray]]:
-    """Each sentence of a video with its similarity to each clip, float (clips,), and its truth there, bool (clips,)."""
+    """Return each sentence of a video with its similarity to the clips and its truth there, float and bool (clips,)."""
     times = np.arange(clip_seconds / 2, plan.duration, clip_seconds)
     if folder is None:
         frames = [render_frame(plan, time) for time in times]
@@ -531,7 +529,7 @@ def _scores(
 
 
 def _groups() -> dict[str, Callable[[Query], bool]]:
-    """The kinds of sentences that are measured apart, and which belong to them."""
+    """Return the groups of sentences that `measure_clip` reports, as predicates by name."""
     groups = {
         "all": lambda query: True,
         "seen": lambda query: not query.unseen,
@@ -545,7 +543,7 @@ def _groups() -> dict[str, Callable[[Query], bool]]:
 
 
 def _ranking(score: np.ndarray, truth: np.ndarray) -> tuple[float, float, float]:
-    """(AUC, average precision, best F1 over all thresholds) of one sentence, from its clips' (clips,) arrays."""
+    """Return AUC, average precision and the best F1 over all thresholds, for similarity and truth of shape (clips,)."""
     order = np.argsort(-score, kind="stable")
     hits = truth[order].cumsum()
     ranks = np.arange(1, len(score) + 1)
@@ -555,4 +553,5 @@ def _ranking(score: np.ndarray, truth: np.ndarray) -> tuple[float, float, float]
 
 
 def _f1(guess: np.ndarray, truth: np.ndarray) -> float:
+    """Return the F1 score of bool arrays, 0 if neither has a true element."""
     return 2 * (guess & truth).sum() / max(1, guess.sum() + truth.sum())

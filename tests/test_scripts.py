@@ -64,30 +64,3 @@ def test_retrieve_with_weights_that_are_cut_off(video, tmp_path):
     result = run("retrieve.py", video, "a red circle", "--model", tmp_path / "model", folder=tmp_path)
     last = result.stderr.splitlines()[-1]
     assert result.returncode != 0 and last.startswith("error: ") and str(tmp_path / "model") in last
-
-
-def test_demo(tmp_path):
-    result = run("demo.py", "--output_dir", "pictures", folder=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("true: ") == 3 == result.stdout.count("retrieved: ")
-    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"video.mp4", "timeline.png", "refinement.png"}
-
-
-def test_make_default_model_in_small(tmp_path, monkeypatch, capsys):
-    # The stages after the CLIP, whose training tests/test_rendered_backbone.py covers, on two videos and for two steps
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import make_default_model as script
-
-    monkeypatch.setattr(script, "TRAINING_VIDEOS", 2)
-    monkeypatch.setattr(script, "TRAINING_STEPS", 2)
-    monkeypatch.setattr(script, "HELD_OUT_VIDEOS", 2)
-    monkeypatch.setattr(script, "make_backbones", None)  # the stage is there already, and is skipped
-    script.open_backbones(Path(DEFAULT_MODEL) / "clip").models[0].save_pretrained(tmp_path / "work" / "seed-0" / "clip")
-    arguments = script.parse_arguments(["--work_dir", str(tmp_path / "work"), "--model", str(tmp_path / "model")])
-    script.main(arguments)
-    printed = capsys.readouterr().out
-    assert "| unseen pairs |" in printed and "together" in printed
-    assert (tmp_path / "model" / "model.safetensors").exists() and (tmp_path / "model" / "clip").is_dir()
-    (tmp_path / "other").mkdir()
-    with pytest.raises(ValueError, match="other is there and is no checkpoint"):
-        script.publish(tmp_path / "model", tmp_path / "other")

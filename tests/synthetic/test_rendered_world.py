@@ -11,14 +11,14 @@ EVERY = [(plan, query) for plan in SEEN + UNSEEN for query in plan.queries]
 
 
 def named_pairs(text: str) -> list[tuple[str, str]]:
-    """The (colour, shape) pairs that a sentence names, read from its words."""
+    """Read the (color, shape) pairs that a sentence names from its words."""
     singular = {form: shape for shape in world.SHAPES for form in (shape, f"{shape}s", f"{shape}es")}
     words = text.split()
-    return [(colour, singular[shape]) for colour, shape in zip(words, words[1:]) if colour in world.COLOURS]
+    return [(color, singular[shape]) for color, shape in zip(words, words[1:]) if color in world.COLORS]
 
 
-def are_neighbours(tracks: list[world.Track], pairs: set[tuple[str, str]]) -> bool:
-    """Whether two objects of these pairs are close together."""
+def are_neighbors(tracks: list[world.Track], pairs: set[tuple[str, str]]) -> bool:
+    """Return whether two objects of these pairs are close together."""
     return any({a.pair, b.pair} == pairs and world.gap(a, b) < 0.05 for a, b in itertools.combinations(tracks, 2))
 
 
@@ -47,13 +47,13 @@ def test_the_world_is_varied():
 
 
 def test_windows_are_exactly_when_the_sentence_is_true():
-    # An account of truth of its own: it reads the words of the sentence, and looks twice a second
+    # Truth is computed independently here: from the words of the sentence, twice per second
     for plan, query in EVERY:
         named, words = named_pairs(query.text), query.text.split()
         for time in np.arange(0, plan.duration, 0.5) + 0.123:
             visible = plan.visible(time)
             if "next" in words or "beside" in words:
-                true = are_neighbours(visible, set(named))
+                true = are_neighbors(visible, set(named))
             else:
                 true = sum(track.pair == named[0] for track in visible) >= (2 if "two" in words else 1)
             assert true == any(start <= time < end for start, end in query.windows)
@@ -64,7 +64,7 @@ def test_what_is_next_to_each_other_and_what_is_not_is_plain_to_see():
         for time in np.arange(0, plan.duration, 2.0):
             visible = plan.visible(time)
             for a, b in itertools.combinations(visible, 2):
-                apart = np.hypot(*np.subtract(a.centre(time), b.centre(time))) - a.radius - b.radius
+                apart = np.hypot(*np.subtract(a.center(time), b.center(time))) - a.radius - b.radius
                 assert apart <= world.NEXT_TO_GAP + 1e-6 or apart >= world.APART_GAP - 1e-6
             for pair in world.PAIRS:
                 assert sum(track.pair == pair for track in visible) <= 2
@@ -85,10 +85,10 @@ def test_swapped_sentences_see_their_words_bound_the_other_way():
         if query.kind == "single":
             shown = [{track.pair for track in scene} for scene in scenes]
             elsewhere = [list(zip(*seen)) for seen in shown if pairs[0] not in seen]
-            assert any(pairs[0][0] in colours and pairs[0][1] in shapes for colours, shapes in elsewhere)
+            assert any(pairs[0][0] in colors and pairs[0][1] in shapes for colors, shapes in elsewhere)
         else:
             swap = {(pairs[0][0], pairs[1][1]), (pairs[1][0], pairs[0][1])}
-            assert any(are_neighbours(scene, swap) for scene in scenes)
+            assert any(are_neighbors(scene, swap) for scene in scenes)
 
 
 def test_unseen_pairs_appear_only_where_asked_for():
@@ -130,9 +130,9 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_stills_in_nameless_colours_show_no_unseen_pair():
-    def nearest_name(colour):
-        return min(world.COLOURS, key=lambda name: np.hypot.reduce(np.subtract(colour, world.COLOURS[name])))
+def test_stills_in_nameless_colors_show_no_unseen_pair():
+    def nearest_name(color):
+        return min(world.COLORS, key=lambda name: np.hypot.reduce(np.subtract(color, world.COLORS[name])))
 
     stills = world.plan_stills(1, 200, nameless=True)
     nearest = {(nearest_name(track.pair[0]), track.pair[1]) for still in stills for track in still.tracks}

@@ -12,7 +12,8 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, command: str | None = None, **options):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(prog=f"diffusionvmr {command}" if command else "diffusionvmr", allow_abbrev=False, **options)
+        options.setdefault("prog", f"diffusionvmr {command}" if command else "diffusionvmr")
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str):
         """Print one line and exit with status 2."""

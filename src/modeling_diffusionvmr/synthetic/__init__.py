@@ -1,1 +1,1 @@
-"""Data made by the library itself: rendered videos with known moments, and features simulated from annotations."""
+"""Synthetic data: rendered videos with known moments, and features simulated from annotations."""

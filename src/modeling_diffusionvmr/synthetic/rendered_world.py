@@ -1,16 +1,15 @@
 """
-A small rendered world: mp4 videos of coloured shapes, sentences about them, and the exact windows in which each
-sentence is true.
+A small rendered world: mp4 videos of colored shapes, sentences about them, and the exact windows in which each sentence
+is true.
 
-Everything is a function of a seed. Times are seconds; positions, radii and gaps are fractions of the frame's width. An
-object is a `Track`: one coloured shape that is visible during [start, end). A sentence says that an object is there ("a
-red circle"), that two of a kind are ("two red circles"), or that one is next to another ("a red circle next to a blue
-star"). While two red circles are visible, so is one: "a red circle" is true then too.
+Everything is a function of a seed. Times are in seconds; positions, radii and gaps are fractions of the frame's width.
+An object is a `Track`: one colored shape that is visible during [start, end). A sentence says that an object is visible
+("a red circle"), that two of a kind are ("two red circles"), or that two objects are next to each other ("a red circle
+next to a blue star"). "A red circle" is also true while two red circles are visible.
 
-Every video holds objects that share a word with each of its sentences, often with the words swapped (a red star with a
-blue circle, for "a red circle" and for "a red circle next to a blue star"). Ten of the hundred colour-shape pairs,
-`UNSEEN_PAIRS`, are shown only where they are asked for, so that what was trained on the other ninety can be tested on
-combinations that it never saw.
+Each sentence has distractors in its video: objects that share a word with it, often with the words swapped (a red star
+and a blue circle for "a red circle" or "a red circle next to a blue star"). Ten of the hundred color-shape pairs,
+`UNSEEN_PAIRS`, appear only on request. A model trained on the other ninety can be tested on these combinations.
 """
 
 import itertools
@@ -28,7 +27,7 @@ from ..data.files import atomic_write
 FRAME_SIZE = 96  # pixels, square
 FRAME_RATE = 5  # frames per second
 
-COLOURS = {
+COLORS = {
     "red": (214, 28, 34),
     "orange": (252, 132, 8),
     "yellow": (250, 226, 36),
@@ -41,9 +40,9 @@ COLOURS = {
     "black": (12, 12, 12),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "ring", "diamond", "moon", "arrow")
-PAIRS = tuple(itertools.product(COLOURS, SHAPES))
-# A permutation: every colour and every shape is missing from exactly one pair of the seen ninety
-UNSEEN_PAIRS = frozenset((colour, SHAPES[(3 * i + 5) % len(SHAPES)]) for i, colour in enumerate(COLOURS))
+PAIRS = tuple(itertools.product(COLORS, SHAPES))
+# Every color and every shape is in exactly one of these pairs
+UNSEEN_PAIRS = frozenset((color, SHAPES[(3 * i + 5) % len(SHAPES)]) for i, color in enumerate(COLORS))
 SEEN_PAIRS = tuple(pair for pair in PAIRS if pair not in UNSEEN_PAIRS)
 
 TEMPLATES = {
@@ -52,53 +51,53 @@ TEMPLATES = {
     "relation": ("{0} next to {1}", "{0} beside {1}"),
 }
 
-RADII = (0.11, 0.145)  # from and to
-NEXT_TO_GAP = 0.03  # at most this between two objects that are next to each other
-APART_GAP = 0.09  # at least this between any others, so that a person never has to guess
-DRIFT = 0.015  # an object strays at most this far from its place
+RADII = (0.11, 0.145)  # smallest and largest
+NEXT_TO_GAP = 0.03  # largest gap between two objects that are next to each other
+APART_GAP = 0.09  # smallest gap between any other two, so that the difference is plain to see
+DRIFT = 0.015  # how far an object moves from its place
 
 SHORTEST_WINDOW = 4.0
 SHORTEST_PAUSE = 2.0  # between two windows of one sentence
-MOST_WINDOWS = 5
+MOST_WINDOWS = 5  # per sentence
 
-Pair = tuple[str | tuple[float, float, float], str]  # (colour, shape); a nameless colour is (r, g, b) in [0, 255]
+Pair = tuple[str | tuple[float, float, float], str]  # (color, shape); a color without a name is (r, g, b) in [0, 255]
 Window = tuple[float, float]  # (start, end) in seconds
-Point = tuple[float, float]  # (x, y), in frame widths or in radii
+Point = tuple[float, float]  # (x, y) in frame widths or in radii
 
 
 @dataclass(frozen=True)
 class Track:
-    """One object: visible during [start, end) seconds around its place, from which it drifts slowly."""
+    """An object that is visible during [start, end) seconds and drifts slowly around its place."""
 
     pair: Pair
     start: float
     end: float
-    place: Point  # the centre, in frame widths
+    place: Point  # of its center, in frame widths
     radius: float  # in frame widths
     angle: float = 0.0  # radians
     phase: float = 0.0  # of the drift, radians
 
-    def centre(self, time: float) -> Point:
-        """Where the centre is at `time` seconds, in frame widths: on a slow circle around the place."""
+    def center(self, time: float) -> Point:
+        """Return the center at `time` seconds, in frame widths. It moves on a small circle around the place."""
         turn = self.phase + 0.4 * time
         return self.place[0] + DRIFT * math.cos(turn), self.place[1] + DRIFT * math.sin(turn)
 
 
 @dataclass(frozen=True)
 class Statement:
-    """What a sentence claims of one pair or, where it is a relation, of two pairs in either order."""
+    """What a sentence claims about one pair or, for a relation, about two pairs in either order."""
 
     kind: str  # "single", "count" or "relation"
     pairs: tuple[Pair, ...]
 
     def text(self, template: int = 0) -> str:
-        """The sentence, in one of the wordings of its kind; any number names one."""
+        """Return the sentence in one of the wordings of its kind: `template` modulo their number."""
         templates = TEMPLATES[self.kind]
         name = _plural if self.kind == "count" else _singular
         return templates[template % len(templates)].format(*map(name, self.pairs))
 
     def holds(self, tracks: Sequence[Track]) -> bool:
-        """Whether it is true of a scene: `tracks` are those visible at one time."""
+        """Return whether the statement is true of the objects visible at one time."""
         if self.kind == "relation":
             either_order = self.pairs, self.pairs[::-1]
             return any((a.pair, b.pair) in either_order and next_to(a, b) for a, b in itertools.combinations(tracks, 2))
@@ -113,18 +112,18 @@ class Query:
     text: str
     statement: Statement
     windows: tuple[Window, ...]  # by rising start
-    unseen: bool  # it names a pair of UNSEEN_PAIRS
-    swapped: bool  # the video also shows its words bound the other way, while it is false
+    unseen: bool  # whether it names a pair of UNSEEN_PAIRS
+    swapped: bool  # whether the video also shows its words in other combinations while it is false
 
     @property
     def kind(self) -> str:
-        """That of the statement."""
+        """The kind of its statement."""
         return self.statement.kind
 
 
 @dataclass(frozen=True)
 class VideoPlan:
-    """All that a video shows, and what is asked about it."""
+    """The content of a video, and the sentences about it."""
 
     vid: str
     duration: float  # seconds
@@ -133,22 +132,23 @@ class VideoPlan:
     queries: tuple[Query, ...] = ()
 
     def visible(self, time: float) -> list[Track]:
-        """The objects that are visible at `time` seconds."""
+        """Return the objects visible at `time` seconds."""
         return [track for track in self.tracks if track.start <= time < track.end]
 
 
 def gap(a: Track, b: Track) -> float:
-    """Distance between the outlines of two objects at their places, in frame widths."""
+    """Return the distance between the outlines of two objects at their places, in frame widths."""
     return math.dist(a.place, b.place) - a.radius - b.radius
 
 
 def next_to(a: Track, b: Track) -> bool:
-    """Whether two objects are next to each other: the border lies halfway between the two gaps that occur."""
+    """Return whether two objects are next to each other. The limit lies between `NEXT_TO_GAP` and `APART_GAP`."""
     return gap(a, b) < (NEXT_TO_GAP + APART_GAP) / 2
 
 
 def true_windows(statement: Statement, tracks: Sequence[Track]) -> tuple[Window, ...]:
-    """The maximal windows in which the statement is true: between two comings or goings nothing changes."""
+    """Return the maximal windows in which the statement is true."""
+    # Nothing changes between two times at which an object appears or disappears
     borders = sorted({time for track in tracks for time in (track.start, track.end)})
     windows = []
     for start, end in zip(borders, borders[1:]):
@@ -161,11 +161,11 @@ def true_windows(statement: Statement, tracks: Sequence[Track]) -> tuple[Window,
 
 def plan_video(seed: int, unseen_pairs: bool = False) -> VideoPlan:
     """
-    Draws what happens in one video of 30 to 150 s, with 3 to 6 sentences.
+    Draw the content of one video of 30 to 150 s, with 3 to 6 sentences.
 
     Args:
-        seed: names the video; the same seed gives the same plan.
-        unseen_pairs: whether it shows, and asks for, pairs of `UNSEEN_PAIRS`.
+        seed: identifies the video. The same seed gives the same plan.
+        unseen_pairs: whether the video shows pairs of `UNSEEN_PAIRS` and its sentences ask for them.
     """
     rng = np.random.default_rng([seed, int(unseen_pairs)])
     vid = f"rendered_{'unseen_' if unseen_pairs else ''}{seed:06d}"
@@ -183,15 +183,15 @@ def plan_stills(
     seed: int, count: int, unseen_pairs: bool = False, nameless: bool = False, family: int = 4
 ) -> list[VideoPlan]:
     """
-    Draws scenes of a single frame, at time 0, without sentences.
+    Draw scenes of a single frame, at time 0, without sentences.
 
     Args:
-        seed: of all of them together.
-        count: how many.
+        seed: of the random draws, for all scenes together.
+        count: number of scenes.
         unseen_pairs: whether they show pairs of `UNSEEN_PAIRS`.
-        nameless: whether objects take colours between the named ones, for learning shapes whatever their colour. In
-            such a pair the colour is (r, g, b) in [0, 255].
-        family: so many in a row share their cast and background, and hence are hard to tell apart.
+        nameless: whether objects have colors between the named ones, to learn shapes independently of color. The color
+            of such a pair is (r, g, b) in [0, 255].
+        family: number of consecutive scenes that share their cast and background, which makes them hard to tell apart.
     """
     rng = np.random.default_rng([seed, 2 + int(unseen_pairs) + 2 * int(nameless)])
     stills = []
@@ -208,7 +208,7 @@ def plan_stills(
 
 
 def annotation_rows(plan: VideoPlan) -> list[dict[str, Any]]:
-    """One row a sentence, in the QVHighlights shape, with the tags `kind`, `unseen` and `swapped`."""
+    """Return one row per sentence in the QVHighlights format, plus the fields `kind`, `unseen` and `swapped`."""
     return [
         {
             "qid": f"{plan.vid}_{i}",
@@ -225,7 +225,7 @@ def annotation_rows(plan: VideoPlan) -> list[dict[str, Any]]:
 
 
 def render_frame(plan: VideoPlan, time: float) -> np.ndarray:
-    """The picture at `time` seconds: uint8 (FRAME_SIZE, FRAME_SIZE, 3)."""
+    """Render the frame at `time` seconds: uint8 (FRAME_SIZE, FRAME_SIZE, 3)."""
     background = [seed for start, seed in plan.scenery if start <= time][-1]
     backdrop, strength = _backdrop(background)
     noise = _noise()[(background + int(time * FRAME_RATE)) % len(_noise())]
@@ -233,32 +233,32 @@ def render_frame(plan: VideoPlan, time: float) -> np.ndarray:
 
 
 def write_video(plan: VideoPlan, path: str | os.PathLike) -> None:
-    """Renders the plan to an H.264 mp4. The file appears whole, or not at all."""
-    import av  # optional: only those who write or read video need it
+    """Render the plan to an H.264 mp4 file, atomically."""
+    import av  # an optional dependency
 
     with atomic_write(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FRAME_RATE, options={"preset": "ultrafast", "crf": "20"})
         stream.width = stream.height = FRAME_SIZE
         stream.pix_fmt = "yuv420p"
-        stream.thread_count = 1  # frames this small gain nothing from threads
+        stream.thread_count = 1  # such small frames gain nothing from threads
         for i in range(round(plan.duration * FRAME_RATE)):
             frame = av.VideoFrame.from_ndarray(render_frame(plan, i / FRAME_RATE), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 
-# What happens in a video. The order of the random draws is part of what a seed means
+# Drawing the content of a video. The order of the random draws determines what a seed gives: do not change it
 
 
 def _pick(rng: np.random.Generator, options: Sequence) -> Any:
-    # Not `rng.choice`, which would make an array of them
+    # `rng.choice` would convert the options to an array
     return options[rng.integers(len(options))]
 
 
 def _draw_cast(rng: np.random.Generator, unseen_pairs: bool) -> list[Pair]:
     """
-    The pairs that a video shows: two of unlike colour and shape, the same two with their words swapped, and up to two
-    others.
+    Draw the pairs that a video shows: two that differ in color and shape, the same two with their shapes swapped, and
+    up to two others.
     """
     allowed = PAIRS if unseen_pairs else SEEN_PAIRS
     while True:
@@ -266,36 +266,36 @@ def _draw_cast(rng: np.random.Generator, unseen_pairs: bool) -> list[Pair]:
         second = _pick(rng, allowed)
         swaps = [(first[0], second[1]), (second[0], first[1])]
         any_pair = _pick(rng, allowed)
-        same_colour = _pick(rng, (first[0], second[0])), _pick(rng, SHAPES)
-        others = [any_pair, same_colour][: rng.integers(0, 3)]
+        same_color = _pick(rng, (first[0], second[0])), _pick(rng, SHAPES)
+        others = [any_pair, same_color][: rng.integers(0, 3)]
         cast = [first, second, *swaps, *others]
         if len(set(cast)) == len(cast) and set(cast) <= set(allowed):
             return cast
 
 
 def _draw_nameless(rng: np.random.Generator, cast: Sequence[Pair]) -> list[Pair]:
-    """The cast with each of its colours replaced by a nameless one."""
+    """Replace each color of a cast by a color without a name."""
     shapes = {shape for _, shape in cast}
-    paint = {colour: _draw_nameless_colour(rng, shapes) for colour in sorted({colour for colour, _ in cast})}
-    return [(paint[colour], shape) for colour, shape in cast]
+    paint = {color: _draw_nameless_color(rng, shapes) for color in sorted({color for color, _ in cast})}
+    return [(paint[color], shape) for color, shape in cast]
 
 
-def _draw_nameless_colour(rng: np.random.Generator, shapes: Iterable[str]) -> tuple[float, float, float]:
+def _draw_nameless_color(rng: np.random.Generator, shapes: Iterable[str]) -> tuple[float, float, float]:
     """
-    (r, g, b) in [0, 255], far from every named colour: a strong one, since the backgrounds are dull, and one that makes
-    none of `shapes` look like an unseen pair.
+    Draw (r, g, b) in [0, 255] far from every named color. The color is strong, because the backgrounds are dull, and
+    does not make any of `shapes` look like an unseen pair.
     """
     while True:
-        colour = rng.uniform(0, 255, 3)
-        nearest = min(COLOURS, key=lambda name: math.dist(colour, COLOURS[name]))
-        strong = np.ptp(colour) > 100
-        between = math.dist(colour, COLOURS[nearest]) > 60
+        color = rng.uniform(0, 255, 3)
+        nearest = min(COLORS, key=lambda name: math.dist(color, COLORS[name]))
+        strong = np.ptp(color) > 100
+        between = math.dist(color, COLORS[nearest]) > 60
         if strong and between and UNSEEN_PAIRS.isdisjoint((nearest, shape) for shape in shapes):
-            return tuple(colour.tolist())
+            return tuple(color.tolist())
 
 
 def _draw_tracks(rng: np.random.Generator, duration: float, cast: Sequence[Pair]) -> tuple[Track, ...]:
-    """Two sequences of appearances beside each other, each at times of its own; by rising start."""
+    """Draw two independent sequences of appearances. Returns all tracks by rising start."""
     tracks = []
     for _ in range(2):
         time = rng.uniform(0, 8)
@@ -308,15 +308,15 @@ def _draw_tracks(rng: np.random.Generator, duration: float, cast: Sequence[Pair]
 
 
 def _draw_appearance(rng: np.random.Generator, cast: Sequence[Pair]) -> tuple[list[Pair], bool]:
-    """Pairs that come together, and whether next to each other."""
+    """Draw pairs that appear together, and whether they are next to each other."""
     first, second, first_swap, second_swap = cast[:4]
     a, b = (cast[i] for i in rng.permutation(len(cast))[:2])
     alone = [a], False
     twins = [a, a], False
-    neighbours = [a, b], True
-    # Swaps are frequent, because they are what a bag of words confuses
+    neighbors = [a, b], True
+    # Swaps are frequent because a bag of words cannot tell them apart
     swaps = ([first, second], True), ([first_swap, second_swap], True), ([first_swap, second_swap], False)
-    return _pick(rng, (alone, alone, twins, twins, neighbours, neighbours, *swaps))
+    return _pick(rng, (alone, alone, twins, twins, neighbors, neighbors, *swaps))
 
 
 def _place_tracks(
@@ -329,8 +329,8 @@ def _place_tracks(
     attempts: int = 80,
 ) -> list[Track]:
     """
-    New tracks for `pairs`, next to each other where they come `together`, and clear of `tracks` that are visible
-    meanwhile. None where there is no room, or where three of a kind would be visible.
+    Return new tracks for `pairs`, next to each other if `together`, and apart from all `tracks` visible at the same
+    time. The list is empty if there is no room, or if three objects of one pair would be visible.
     """
     company = [track for track in tracks if track.start < end and start < track.end]
     if any(sum(track.pair == pair for track in company) + pairs.count(pair) > 2 for pair in pairs):
@@ -345,9 +345,9 @@ def _place_tracks(
 def _draw_places(
     rng: np.random.Generator, pairs: Sequence[Pair], together: bool, start: float, end: float
 ) -> list[Track]:
-    """One attempt at placing the pairs."""
+    """Draw a place for each of the pairs, without checking that there is room."""
     new = []
-    # Neighbours drift together, so their gap stays what it is
+    # Neighbors drift in phase, so their gap does not change
     shared_phase = rng.uniform(0, 2 * math.pi)
     for pair in pairs:
         radius = float(rng.uniform(*RADII))
@@ -365,7 +365,7 @@ def _draw_places(
 
 
 def _has_room(new: Sequence[Track], together: bool, company: Sequence[Track]) -> bool:
-    """Whether new objects lie inside the frame and clear of all that they are not next to."""
+    """Return whether new objects lie inside the frame and apart from all objects that they are not next to."""
     clearance = APART_GAP + 2 * DRIFT
     inside = all(track.radius + DRIFT <= edge <= 1 - track.radius - DRIFT for track in new for edge in track.place)
     clear = all(gap(a, b) >= clearance for a in new for b in company)
@@ -375,16 +375,16 @@ def _has_room(new: Sequence[Track], together: bool, company: Sequence[Track]) ->
 def _draw_queries(
     rng: np.random.Generator, tracks: Sequence[Track], duration: float, unseen_pairs: bool
 ) -> tuple[Query, ...]:
-    """Up to six sentences in which the kinds take turns; fewer than three where too little happens."""
+    """Draw up to six sentences of alternating kinds; fewer than three if too little happens in the video."""
     shown = sorted({track.pair for track in tracks})
-    neighbours = {
+    neighbors = {
         tuple(sorted((a.pair, b.pair)))
         for a, b in itertools.combinations(tracks, 2)
         if a.pair != b.pair and a.start < b.end and b.start < a.end and next_to(a, b)
     }
     candidates = {
         "relation": [
-            Statement("relation", pairs if rng.random() < 0.5 else pairs[::-1]) for pairs in sorted(neighbours)
+            Statement("relation", pairs if rng.random() < 0.5 else pairs[::-1]) for pairs in sorted(neighbors)
         ],
         "count": [Statement("count", (pair,)) for pair in shown],
         "single": [Statement("single", (pair,)) for pair in shown],
@@ -396,7 +396,7 @@ def _draw_queries(
         if unseen_pairs:
             queries.sort(key=lambda query: not query.unseen)
         for rank, query in enumerate(queries):
-            # The rank among its own kind, so that the kinds take turns
+            # Ranking within each kind makes the kinds alternate
             ranked.append((unseen_pairs and not query.unseen, rank + (0.3 if kind == "count" else 0), query))
     ranked.sort(key=lambda entry: entry[:2])
     return tuple(query for *_, query in ranked[: rng.integers(3, 7)])
@@ -406,8 +406,8 @@ def _draw_query(
     rng: np.random.Generator, statement: Statement, tracks: Sequence[Track], duration: float
 ) -> Query | None:
     """
-    The statement in words. None where its windows would be too short, too close, too many or nearly the whole video, or
-    where nothing in the video resembles it.
+    Put a statement into words. Returns `None` if its windows are too short, too close to each other, too many or nearly
+    the whole video, or if no other object in the video shares a word with it.
     """
     windows = true_windows(statement, tracks)
     durations = [end - start for start, end in windows]
@@ -420,24 +420,24 @@ def _draw_query(
 
 
 def _has_lookalike(statement: Statement, tracks: Sequence[Track]) -> bool:
-    """Whether another object shares its colour or its shape with one that the sentence names."""
+    """Return whether an object of another pair shares its color or shape with one that the sentence names."""
     words = {word for pair in statement.pairs for word in pair}
     return any(track.pair not in statement.pairs and not words.isdisjoint(track.pair) for track in tracks)
 
 
 def _has_swap(statement: Statement, tracks: Sequence[Track]) -> bool:
-    """Whether all its words are visible at one time in other bindings while the sentence is false."""
+    """Return whether all words of the sentence are visible at one time in other combinations, while it is false."""
     if statement.kind == "count":
         return False
     if statement.kind == "relation":
-        (colour_a, shape_a), (colour_b, shape_b) = statement.pairs
-        swap = Statement("relation", ((colour_a, shape_b), (colour_b, shape_a)))
-        return colour_a != colour_b and shape_a != shape_b and bool(true_windows(swap, tracks))
-    colour, shape = statement.pairs[0]
+        (color_a, shape_a), (color_b, shape_b) = statement.pairs
+        swap = Statement("relation", ((color_a, shape_b), (color_b, shape_a)))
+        return color_a != color_b and shape_a != shape_b and bool(true_windows(swap, tracks))
+    color, shape = statement.pairs[0]
     for time in {track.start for track in tracks}:
         visible = {track.pair for track in tracks if track.start <= time < track.end}
-        bound_otherwise = any(c == colour for c, _ in visible) and any(s == shape for _, s in visible)
-        if statement.pairs[0] not in visible and bound_otherwise:
+        recombined = any(c == color for c, _ in visible) and any(s == shape for _, s in visible)
+        if statement.pairs[0] not in visible and recombined:
             return True
     return False
 
@@ -450,18 +450,18 @@ def _plural(pair: Pair) -> str:
     return f"{pair[0]} {pair[1]}{'es' if pair[1].endswith('s') else 's'}"
 
 
-# What it looks like. Shapes are drawn by looking up distances in tables, since a data set has many frames
+# Drawing frames. Distances to a shape's outline are looked up in a table, which is much faster than computing them
 
-_TABLE_SIZE = 160  # cells a side
+_TABLE_SIZE = 160  # cells per side
 _TABLE_REACH = 1.35  # a table spans [-reach, reach] radii
-_COLOUR_VALUES = {name: np.array(value, np.float32) for name, value in COLOURS.items()}
+_COLOR_VALUES = {name: np.array(value, np.float32) for name, value in COLORS.items()}
 
 
 def _draw_picture(tracks: Sequence[Track], time: float, backdrop: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """The objects before the backdrop: uint8 (FRAME_SIZE, FRAME_SIZE, 3), from float32 of that shape."""
+    """Draw objects on a backdrop and add noise: float32 -> uint8, all (FRAME_SIZE, FRAME_SIZE, 3)."""
     picture = backdrop.copy()
     for track in tracks:
-        x, y = (FRAME_SIZE * value for value in track.centre(time))
+        x, y = (FRAME_SIZE * value for value in track.center(time))
         radius = FRAME_SIZE * track.radius
         reach = radius * _TABLE_REACH
         left, top = (max(0, int(value - reach)) for value in (x, y))
@@ -470,11 +470,11 @@ def _draw_picture(tracks: Sequence[Track], time: float, backdrop: np.ndarray, no
         down = (np.arange(top, bottom, dtype=np.float32)[:, None] + 0.5 - y) / radius
         cos, sin = math.cos(track.angle), math.sin(track.angle)
         column, row = _table_index(cos * across + sin * down), _table_index(cos * down - sin * across)
-        colour, shape = track.pair
-        # One pixel of blend along the outline is all the anti-aliasing that it takes
+        color, shape = track.pair
+        # Anti-aliasing: blend over one pixel along the outline
         cover = np.clip(0.5 - radius * _distance_table(shape)[row, column], 0, 1)[..., None]
         region = picture[top:bottom, left:right]
-        region += cover * (_COLOUR_VALUES.get(colour, colour) - region)
+        region += cover * (_COLOR_VALUES.get(color, color) - region)
     picture += noise
     return np.clip(picture, 0, 255).astype(np.uint8)
 
@@ -482,8 +482,8 @@ def _draw_picture(tracks: Sequence[Track], time: float, backdrop: np.ndarray, no
 @lru_cache(maxsize=8)
 def _backdrop(seed: int) -> tuple[np.ndarray, np.float32]:
     """
-    A background float32 (FRAME_SIZE, FRAME_SIZE, 3), and the strength of its noise: dull middle tones, from which every
-    colour stands out.
+    Draw a background, float32 (FRAME_SIZE, FRAME_SIZE, 3), and the strength of its noise. The background has dull
+    middle tones, so every named color stands out.
     """
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0 : 1 : FRAME_SIZE * 1j, 0 : 1 : FRAME_SIZE * 1j].astype(np.float32)
@@ -500,18 +500,18 @@ def _backdrop(seed: int) -> tuple[np.ndarray, np.float32]:
 
 @lru_cache
 def _noise(frames: int = 16) -> np.ndarray:
-    """Standard normal float32 (frames, FRAME_SIZE, FRAME_SIZE, 3), which videos repeat."""
+    """Return standard normal noise, float32 (frames, FRAME_SIZE, FRAME_SIZE, 3). Videos cycle through it."""
     return np.random.default_rng(0).standard_normal((frames, FRAME_SIZE, FRAME_SIZE, 3), dtype=np.float32)
 
 
 def _table_index(values: np.ndarray) -> np.ndarray:
-    """Coordinates in radii -> cells of a table."""
+    """Convert coordinates in radii to indices of a table's cells."""
     return np.clip((values + _TABLE_REACH) * (_TABLE_SIZE / (2 * _TABLE_REACH)), 0, _TABLE_SIZE - 1).astype(np.int32)
 
 
 @lru_cache
 def _distance_table(shape: str) -> np.ndarray:
-    """Signed distance to the outline, in radii, negative inside: float32 (_TABLE_SIZE, _TABLE_SIZE)."""
+    """Return signed distances to the outline, in radii, negative inside: float32 (_TABLE_SIZE, _TABLE_SIZE)."""
     points = (np.arange(_TABLE_SIZE, dtype=np.float32) + 0.5) * (2 * _TABLE_REACH / _TABLE_SIZE) - _TABLE_REACH
     x, y = np.meshgrid(points, points)
     if shape == "circle":
@@ -522,7 +522,7 @@ def _distance_table(shape: str) -> np.ndarray:
 
 
 def _distance_to_polygon(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> np.ndarray:
-    """Signed distance of points (x, y) to the polygon with `corners` (n, 2), negative inside; of the shape of `x`."""
+    """Return signed distances of points (x, y) to a polygon with `corners` (n, 2), negative inside, shaped like `x`."""
     distance, inside = np.full_like(x, np.inf), np.zeros(x.shape, bool)
     for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, axis=0)):
         dx, dy = bx - ax, by - ay
@@ -534,23 +534,25 @@ def _distance_to_polygon(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> n
 
 
 def _turned(radii: Sequence[float], first: float = -math.pi / 2) -> list[Point]:
-    """Corners at the given radii and at equal angles from `first` on; y points down."""
+    """Return corners at the given radii and equally spaced angles, starting at `first`. The y axis points down."""
     turns = [first + 2 * math.pi * i / len(radii) for i in range(len(radii))]
     return [(radius * math.cos(turn), radius * math.sin(turn)) for radius, turn in zip(radii, turns)]
 
 
-def _arc(centre: float, radius: float, first: float, last: float) -> list[Point]:
-    """Points of a circle around (centre, 0), between two angles."""
-    return [(centre + radius * math.cos(turn), radius * math.sin(turn)) for turn in np.linspace(first, last, 24)]
+def _arc(center: float, radius: float, first: float, last: float) -> list[Point]:
+    """Return points on a circle around (center, 0) between two angles."""
+    return [(center + radius * math.cos(turn), radius * math.sin(turn)) for turn in np.linspace(first, last, 24)]
 
 
 def _quarter_turns(corners: list[Point], turns: int) -> list[Point]:
+    """Rotate corners around (0, 0) by a number of quarter turns."""
     for _ in range(turns):
         corners = [(-y, x) for x, y in corners]
     return corners
 
 
 def _heart_corner(t: float) -> Point:
+    """Return the point of the heart curve at parameter `t` in [0, 2 pi)."""
     y = 0.88 * math.cos(t) - 0.34 * math.cos(2 * t) - 0.14 * math.cos(3 * t) - 0.07 * math.cos(4 * t)
     return 1.1 * math.sin(t) ** 3, -y
 
@@ -563,7 +565,7 @@ _OUTLINES = {
     "cross": [corner for turns in range(4) for corner in _quarter_turns(_CROSS_ARM, turns)],
     "heart": [_heart_corner(t) for t in np.linspace(0, 2 * math.pi, 48, endpoint=False)],
     "diamond": [(0, -1.25), (0.8, 0), (0, 1.25), (-0.8, 0)],
-    # The full disc's left side, and back along a second disc that covers its right side
+    # Along the left side of a disc, and back along a second disc that covers its right side
     "moon": _arc(0.25, 1.1, 0.25 * math.pi, 1.75 * math.pi) + _arc(0.75, 0.83, -0.68 * math.pi, -1.32 * math.pi),
     "arrow": [(-1.15, -0.35), (0.05, -0.35), (0.05, -0.95), (1.2, 0), (0.05, 0.95), (0.05, 0.35), (-1.15, 0.35)],
 }

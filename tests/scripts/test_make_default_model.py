@@ -1,0 +1,59 @@
+"""`scripts/make_default_model.py`, on two videos and for two steps."""
+
+from pathlib import Path
+
+import make_default_model as script
+import pytest
+
+from modeling_diffusionvmr import DEFAULT_MODEL
+
+
+def run(*arguments: str | Path) -> None:
+    script.main(script.parse_arguments([str(argument) for argument in arguments]))
+
+
+def test_stages_after_the_clip(tmp_path, monkeypatch, capsys):
+    # tests/scripts/test_rendered_clip.py covers the training of the CLIP
+    monkeypatch.setattr(script, "TRAINING_VIDEOS", 2)
+    monkeypatch.setattr(script, "TRAINING_STEPS", 2)
+    monkeypatch.setattr(script, "HELD_OUT_VIDEOS", 2)
+    monkeypatch.setattr(script, "make_backbones", None)  # never called, since the folder of this stage exists
+    in_two_processes = script.in_two_processes
+
+    def in_one_pool(function, items, description, *state):
+        # The features come from two real processes; starting two more for the held-out videos would only take time
+        if function is script.render:
+            return [function(item, *state) for item in items]
+        return in_two_processes(function, items, description, *state)
+
+    monkeypatch.setattr(script, "in_two_processes", in_one_pool)
+    script.open_backbones(Path(DEFAULT_MODEL) / "clip").models[0].save_pretrained(tmp_path / "work" / "seed-0" / "clip")
+    run("--work_dir", tmp_path / "work", "--model", tmp_path / "model")
+    printed = capsys.readouterr().out
+    assert "| unseen pairs |" in printed and "total: " in printed
+    assert (tmp_path / "model" / "model.safetensors").exists() and (tmp_path / "model" / "clip").is_dir()
+    assert {path.name for path in (tmp_path / "work" / "seed-0").iterdir()} == {"clip", "features", "model"}
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match="other exists and is not a checkpoint"):
+        script.publish(tmp_path / "model", tmp_path / "other")
+
+
+def test_bad_input_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    for name in ("train_rendered_clip", "in_two_processes"):
+        monkeypatch.setattr(script, name, lambda *_, **__: pytest.fail("work has begun"))
+    (tmp_path / "other").mkdir()
+    for arguments, message in (
+        (["--evaluate_only", "--model", tmp_path / "absent"], "--model: .*absent is not a checkpoint folder"),
+        (["--evaluate_only", "--model", tmp_path / "other"], "--model: .*other is not a checkpoint folder"),
+        (["--model", tmp_path / "other"], "--model: .*other exists and is not a checkpoint"),
+        (["--seed", "-1", "--model", tmp_path / "absent"], "--seed must be at least 0, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run("--work_dir", tmp_path / "work", *arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+    with pytest.raises(SystemExit):
+        script.parse_arguments(["--eval_only"])
+    assert capsys.readouterr().err == (
+        "error: unrecognized arguments: --eval_only"
+        " (`python scripts/make_default_model.py --help` lists all arguments)\n"
+    )
