@@ -142,6 +142,7 @@ def test_without_validation_rows(train, capsys):
         (["--proposal_growth", 2], "training arguments: `proposal_growth` must be a number in (0, 1], got 2.0"),
         (["--eval_strategy", "epoch"], "training arguments: --load_best_model_at_end requires"),
         (["--lr_scheduler_kwargs", "{"], "training arguments: Expecting property name"),
+        (["--gradient_accumulation_steps", 0], "`gradient_accumulation_steps` must be a number above 0, got 0"),
         (["--preset", "tacoz"], "tacoz: not a preset"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all: not a local folder or a valid Hub id"),
         (["--output_dir", ""], "the following arguments are required: --output_dir"),
@@ -174,7 +175,11 @@ def test_checkpoints_that_cannot_be_loaded(fail, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_metric_that_is_not_computed(fail):
+    assert "'eval_nosuch'" in fail("--metric_for_best_model", "nosuch")
+
+
 def test_evaluation_features_of_another_size(fail, folder, tmp_path):
     error = fail("--eval_video_features", folder / "clip", folder / "slowfast")
-    assert "clip" in error and "slowfast" in error
+    assert "feature sizes differ: 8 + 4 (video) and 6 (text) for training, 4 + 8 (video)" in error
     assert not (tmp_path / "out").exists()

@@ -75,7 +75,7 @@ class SettingsParser(CommandParser, HfArgumentParser):
         return argparse.Namespace(**options, **sections, given=given)
 
     def _complete_training_flags(self) -> None:
-        """Let flags of `bool | None` stand alone, and flags of `X | None` be null, which `HfArgumentParser` does not."""
+        """Let every boolean flag stand alone, and every optional one be null, which `HfArgumentParser` does not."""
         for action in self._actions:
             if action.type is string_to_bool:
                 action.nargs, action.const = "?", True

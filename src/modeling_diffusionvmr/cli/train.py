@@ -10,8 +10,9 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from ..checks import check_positive
 from ..configuration_diffusionvmr import DiffusionVMRConfig
 from ..training.arguments import DiffusionVMRTrainingArguments
 from .options import add_data_arguments, clip_seconds_of, loading, resolve_model
@@ -21,12 +22,20 @@ USAGE = """diffusionvmr train [--preset NAME] --output_dir DIR --annotations PAT
                           --text_features PATH [--eval_annotations PATH] [--FIELD VALUE ...]"""
 
 
+class FeatureSizes(NamedTuple):
+    """The size of a feature vector: of a clip for each video backbone, and of a token."""
+
+    video: list[int]
+    text: int
+
+    def __str__(self) -> str:
+        return f"{' + '.join(map(str, self.video))} (video) and {self.text} (text)"
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments; `SettingsParser.parse_settings` says how the settings are returned."""
     parser = SettingsParser("train", argv, description=__doc__, usage=USAGE)
-    parser.add_argument(
-        "--model", help="checkpoint to fine-tune: folder or Hub id; only config flags change its config"
-    )
+    parser.add_argument("--model", help="checkpoint to fine-tune: folder or Hub id; config flags change its config")
     parser.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint, if any")
     add_data_arguments(parser)
     parser.add_argument("--eval_annotations", metavar="PATH", help="rows to evaluate on, to choose the best checkpoint")
@@ -56,15 +65,17 @@ def run(arguments: argparse.Namespace) -> None:
     text = open_text_features(arguments.text_features, [*train_rows, *eval_rows])
     eval_video = open_video_features(arguments.eval_video_features) if arguments.eval_video_features else video
     eval_text = open_text_features(arguments.eval_text_features, eval_rows) if arguments.eval_text_features else text
-    video_sizes, text_size = feature_sizes(train_rows, video, text)
+    sizes = feature_sizes(train_rows, video, text)
+    if eval_rows and sizes != (eval_sizes := feature_sizes(eval_rows, eval_video, eval_text)):
+        raise ValueError(f"feature sizes differ: {sizes} for training, {eval_sizes} for evaluation")
 
     set_seed(training_arguments.seed)
-    model = make_model(arguments, video_sizes, text_size)
+    model = make_model(arguments, sizes)
     if checkpoint is not None:
         with loading(checkpoint):
             check_shapes(checkpoint, model)
     fields = {"max_clips": model.config.max_clips, "max_tokens": model.config.max_tokens, **arguments.processor}
-    fields |= {"video_feature_sizes": video_sizes, "text_feature_size": text_size}
+    fields |= {"video_feature_sizes": sizes.video, "text_feature_size": sizes.text}
     processor = DiffusionVMRProcessor(**fields)
 
     options = {
@@ -78,7 +89,12 @@ def run(arguments: argparse.Namespace) -> None:
     trainer = DiffusionVMRTrainer(
         model=model, args=training_arguments, train_dataset=train_dataset, eval_dataset=eval_dataset
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyError as error:  # `Trainer` looks for the metric only after it has evaluated
+        if "metric_for_best_model" not in str(error):
+            raise
+        raise ValueError(error.args[0]) from None
     trainer.save_model()
     if eval_rows:
         print(json.dumps(trainer.evaluate(), indent=2))
@@ -91,12 +107,15 @@ def evaluates(arguments: argparse.Namespace) -> bool:
 
 
 def make_training_arguments(arguments: argparse.Namespace) -> DiffusionVMRTrainingArguments:
-    """The training arguments, without evaluation if there is nothing to evaluate on. Raise `ValueError` if invalid."""
+    """The training arguments; without rows to evaluate on, without evaluation. Raise `ValueError` if invalid."""
     fields = {"output_dir": arguments.output_dir, **arguments.training}
     if not evaluates(arguments):
         fields |= {"eval_strategy": "no", "load_best_model_at_end": False, "metric_for_best_model": None}
     try:
-        return DiffusionVMRTrainingArguments(**fields)
+        training_arguments = DiffusionVMRTrainingArguments(**fields)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            check_positive(getattr(training_arguments, name), f"`{name}`")
+        return training_arguments
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ValueError(f"training arguments: {error}") from error
 
@@ -142,8 +161,8 @@ def load_rows(arguments: argparse.Namespace) -> tuple[list, list]:
     return train_rows, []
 
 
-def feature_sizes(rows: Sequence[Mapping[str, Any]], video: Sequence[Mapping], text: Mapping) -> tuple[list[int], int]:
-    """The sizes of the feature vectors: of a clip for each video backbone, and of a token."""
+def feature_sizes(rows: Sequence[Mapping[str, Any]], video: Sequence[Mapping], text: Mapping) -> FeatureSizes:
+    """The sizes of the features of some rows. Raise `ValueError` if a store has usable features for none of them."""
     from ..data.features import feature_size, name_of
 
     vids = dict.fromkeys(row["vid"] for row in rows)
@@ -152,21 +171,21 @@ def feature_sizes(rows: Sequence[Mapping[str, Any]], video: Sequence[Mapping], t
     for store, size in zip([*video, text], [*video_sizes, text_size]):
         if size is None:
             raise ValueError(f"{name_of(store)}: no usable features for any of the rows")
-    return video_sizes, text_size
+    return FeatureSizes(video_sizes, text_size)
 
 
-def make_model(arguments: argparse.Namespace, video_sizes: list[int], text_size: int):
+def make_model(arguments: argparse.Namespace, sizes: FeatureSizes):
     """A new model, or that of `--model`, whose input layers fit the features."""
     from .. import DiffusionVMRForMomentRetrieval
 
     if arguments.model is None:
         config = DiffusionVMRConfig(**arguments.config)
-        fit_to_features(config, video_sizes, text_size)
+        fit_to_features(config, sizes)
         return DiffusionVMRForMomentRetrieval(config)
     given = {name: value for name, value in arguments.config.items() if name in arguments.given}
     with loading(arguments.model):
         config = DiffusionVMRConfig.from_pretrained(arguments.model, **given)
-        fit_to_features(config, video_sizes, text_size)
+        fit_to_features(config, sizes)
         model, info = DiffusionVMRForMomentRetrieval.from_pretrained(
             arguments.model, config=config, ignore_mismatched_sizes=True, output_loading_info=True
         )
@@ -176,17 +195,16 @@ def make_model(arguments: argparse.Namespace, video_sizes: list[int], text_size:
     return model
 
 
-def fit_to_features(config: DiffusionVMRConfig, video_sizes: list[int], text_size: int) -> None:
+def fit_to_features(config: DiffusionVMRConfig, sizes: FeatureSizes) -> None:
     """Set the feature sizes of a configuration to those of the features, and print what changes."""
-    if (config.video_feature_size, config.text_feature_size) == (sum(video_sizes), text_size):
+    if (config.video_feature_size, config.text_feature_size) == (sum(sizes.video), sizes.text):
         return
     print(
-        f"feature sizes {' + '.join(map(str, video_sizes))} (video) and {text_size} (text) instead of "
-        f"{config.video_feature_size} and {config.text_feature_size}: the input layers are newly initialized"
-        + (", `backbones` cleared" if config.backbones else "")
+        f"feature sizes {sizes} instead of {config.video_feature_size} and {config.text_feature_size}: "
+        "the input layers are newly initialized" + (", `backbones` cleared" if config.backbones else "")
     )
     config.backbones = None
-    config.video_feature_size, config.text_feature_size = sum(video_sizes), text_size
+    config.video_feature_size, config.text_feature_size = sum(sizes.video), sizes.text
 
 
 def check_shapes(checkpoint: str, model) -> None:
