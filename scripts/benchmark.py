@@ -37,10 +37,10 @@ from modeling_diffusionvmr import (
     loss_diffusionvmr,
 )
 from modeling_diffusionvmr.cli.options import run_safely
+from modeling_diffusionvmr.cli.settings import SettingsParser
 from modeling_diffusionvmr.data.annotations import SALIENCY_CLIP_SECONDS, load_annotations
 from modeling_diffusionvmr.data.files import atomic_write, load_jsonl
 from modeling_diffusionvmr.training.metrics import evaluate_predictions
-from modeling_diffusionvmr.training.presets import load_preset, override
 
 # Simulated data have QVHighlights' shape
 QUERIES, DURATION, MOST_WINDOWS, PROPOSALS = 1550, 150, 4, 10
@@ -290,9 +290,9 @@ class Clock:
             setattr(module, function_name, function)
 
 
-def make_training(arguments: argparse.Namespace, settings: dict):
+def make_training(arguments: argparse.Namespace, settings: argparse.Namespace):
     """A preset's model, and a data set of simulated features of its sizes."""
-    config = DiffusionVMRConfig(**settings["config"])
+    config = DiffusionVMRConfig(**settings.config)
     sizes = [entry["feature_size"] for entry in config.backbones or [] if "feature_size" in entry]
     sizes = sizes if sum(sizes) == config.video_feature_size else [config.video_feature_size]
     rows = simulate_truth(arguments.seed, 8 * arguments.batch_size)
@@ -312,13 +312,14 @@ def make_training(arguments: argparse.Namespace, settings: dict):
 
 def measure_training(arguments: argparse.Namespace) -> dict:
     """What a training step's time goes into."""
-    settings, device = override(load_preset(arguments.preset), arguments.flags), torch.device(arguments.device)
+    device = torch.device(arguments.device)
+    settings = SettingsParser("train", ["--preset", arguments.preset, *arguments.flags]).parse_settings()
     model, dataset = make_training(arguments, settings)
     model.to(device).train()
     loader = DataLoader(dataset, arguments.batch_size, shuffle=True, collate_fn=DiffusionVMRDataCollator())
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings["training"]["learning_rate"])
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bool(settings["training"].get("bf16")))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.training["learning_rate"])
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bool(settings.training.get("bf16")))
 
     clock = Clock(device)
     with clock.inside(loss_diffusionvmr, "match", "matching"):
@@ -332,7 +333,7 @@ def measure_training(arguments: argparse.Namespace) -> dict:
             with clock("backward"):
                 loss.backward()
             with clock("optimizer"):
-                torch.nn.utils.clip_grad_norm_(model.parameters(), settings["training"]["max_grad_norm"])
+                torch.nn.utils.clip_grad_norm_(model.parameters(), settings.training["max_grad_norm"])
                 optimizer.step()
                 optimizer.zero_grad()
     seconds = {name: clock.seconds[name] for name in ("data", "forward and loss", "matching", "backward", "optimizer")}

@@ -89,13 +89,15 @@ def test_from_nothing(train, capsys):
     assert all(torch.equal(tensor, saved[name]) for name, tensor in load_file(f"{best}/model.safetensors").items())
 
 
-def test_resume_ends_with_the_same_weights(train, fail):
+def test_resume_ends_with_the_same_weights(train, fail, capsys):
     whole = load_file(train(output="whole") / "model.safetensors")
     output = train(output="stopped")
     for name in ("checkpoint-4", "model.safetensors"):
         path = output / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    capsys.readouterr()
     resumed = load_file(train("--resume", output="stopped") / "model.safetensors")
+    assert capsys.readouterr().out.count("'loss': ") == 2  # steps 3 and 4
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
     assert "stopped: not empty; --resume continues the training in it" in fail(output="stopped")
 
