@@ -17,7 +17,7 @@ sys.argv = ["diffusionvmr", *sys.argv[1:]]
 try:
     main()
 finally:
-    heavy = ("torch", "transformers", "numpy", "datasets", "pandas", "av", "evaluate", "matplotlib", "h5py")
+    heavy = ("torch", "transformers", "datasets", "pandas", "av", "evaluate", "matplotlib", "h5py")
     print("loaded:", *(name for name in heavy if name in sys.modules))
 """
 
