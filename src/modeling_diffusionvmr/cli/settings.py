@@ -79,7 +79,7 @@ class SettingsParser(CommandParser, HfArgumentParser):
         for action in self._actions:
             if action.type is string_to_bool:
                 action.nargs, action.const = "?", True
-            if NoneType in _types_of(self.hints.get(action.dest)):
+            if callable(action.type) and NoneType in _types_of(self.hints.get(action.dest)):
                 action.type = _or_null(action.type)
 
     def _add_fields(self, section: str, owner: type) -> None:

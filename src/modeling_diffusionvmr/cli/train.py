@@ -129,11 +129,11 @@ def find_checkpoint(arguments: argparse.Namespace, training: DiffusionVMRTrainin
     """
     from ..training.checkpoints import last_whole_checkpoint
 
+    output_dir = Path(str(training.output_dir))
     if arguments.resume:
-        return last_whole_checkpoint(training.output_dir)
+        return last_whole_checkpoint(output_dir)
     if training.resume_from_checkpoint:
         return training.resume_from_checkpoint
-    output_dir = Path(training.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"{output_dir}: not a folder")
     if output_dir.exists() and any(output_dir.iterdir()):
@@ -165,13 +165,14 @@ def feature_sizes(rows: Sequence[Mapping[str, Any]], video: Sequence[Mapping], t
     """The sizes of the features of some rows. Raise `ValueError` if a store has usable features for none of them."""
     from ..data.features import feature_size, name_of
 
-    vids = dict.fromkeys(row["vid"] for row in rows)
-    video_sizes = [feature_size(store, (vid for vid in vids if vid in store)) for store in video]
-    text_size = feature_size(text, (row["qid"] for row in rows if row["qid"] in text))
-    for store, size in zip([*video, text], [*video_sizes, text_size]):
+    def size_in(store: Mapping, field: str) -> int:
+        identifiers = dict.fromkeys(row[field] for row in rows if row[field] in store)
+        size = feature_size(store, identifiers)
         if size is None:
             raise ValueError(f"{name_of(store)}: no usable features for any of the rows")
-    return FeatureSizes(video_sizes, text_size)
+        return size
+
+    return FeatureSizes([size_in(store, "vid") for store in video], size_in(text, "qid"))
 
 
 def make_model(arguments: argparse.Namespace, sizes: FeatureSizes):
@@ -186,9 +187,10 @@ def make_model(arguments: argparse.Namespace, sizes: FeatureSizes):
     with loading(arguments.model):
         config = DiffusionVMRConfig.from_pretrained(arguments.model, **given)
         fit_to_features(config, sizes)
-        model, info = DiffusionVMRForMomentRetrieval.from_pretrained(
+        loaded: Any = DiffusionVMRForMomentRetrieval.from_pretrained(
             arguments.model, config=config, ignore_mismatched_sizes=True, output_loading_info=True
         )
+    model, info = loaded
     new = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
     if new:
         print(f"newly initialized (not in {arguments.model}): {', '.join(new)}")
