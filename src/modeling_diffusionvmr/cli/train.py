@@ -166,8 +166,8 @@ def feature_sizes(rows: Sequence[Mapping[str, Any]], video: Sequence[Mapping], t
     from ..data.features import feature_size, name_of
 
     def size_in(store: Mapping, field: str) -> int:
-        identifiers = dict.fromkeys(row[field] for row in rows if row[field] in store)
-        size = feature_size(store, identifiers)
+        identifiers = dict.fromkeys(row[field] for row in rows)
+        size = feature_size(store, (identifier for identifier in identifiers if identifier in store))
         if size is None:
             raise ValueError(f"{name_of(store)}: no usable features for any of the rows")
         return size
