@@ -1,20 +1,19 @@
 """
-The paper's Tables 1 to 6 and Figures 1, 3, 4 and 5: our numbers beside the paper's, as CSV files and pictures.
+The paper's Tables 1 to 6 and Figures 1, 3, 4 and 5: our numbers beside the paper's, as CSV files and images.
 
-What has to be trained for them is trained by scripts/train.py, with its flags given here, in OUTPUT_DIR/runs; the same
-command goes on where it was stopped, and does nothing twice. All is measured on what --eval_annotations names:
+Models are trained like `diffusionvmr train` does, with its flags given here, in OUTPUT_DIR/runs. If interrupted, the
+same command resumes, and repeats nothing that is finished. Models are measured on --eval_annotations:
 
     python scripts/ablate.py --tables 4 5 6 --figures 3 4 --seeds 0 1 2 --preset qvhighlights --annotations train.jsonl
         --eval_annotations val.jsonl --video_features slowfast clip --text_features clip_text --max_steps 5000 ...
 
-Tables 1 to 3 take our row from the run of their preset, or from files that scripts/evaluate.py wrote (--results).
+Tables 1 to 3 take our row from the run of their preset, or from metrics that `diffusionvmr evaluate` saved (--results).
 """
 
 import argparse
 import contextlib
 import functools
 import gc
-import importlib.util
 import json
 import platform
 import shutil
@@ -22,7 +21,6 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -45,10 +43,10 @@ from ablation import (
 from transformers import AutoModel, AutoProcessor
 
 from modeling_diffusionvmr import MomentRetrievalDataset, predict_moments
-from modeling_diffusionvmr.cli.options import check_device, clip_seconds_of
-from modeling_diffusionvmr.cli.options import run_safely as run_command
+from modeling_diffusionvmr.cli import train
+from modeling_diffusionvmr.cli.options import check_device, clip_seconds_of, run_safely
 from modeling_diffusionvmr.data.features import open_text_features, open_video_features
-from modeling_diffusionvmr.data.files import atomic_write
+from modeling_diffusionvmr.data.files import save_json
 from modeling_diffusionvmr.plotting import (
     plot_curves,
     plot_predictions,
@@ -56,7 +54,6 @@ from modeling_diffusionvmr.plotting import (
     prediction_panels,
     save_figure,
 )
-from modeling_diffusionvmr.training.presets import load_preset, override
 
 RUNS = {
     "default": [],
@@ -67,35 +64,24 @@ RUNS = {
     "without_class": ["--class_loss_coefficient", "0"],
     "stable": ["--proposal_schedule", "stable"],
 }
-"""What is trained, by the flags of its own."""
+"""The models to train, and the flags that are their own."""
 
-# The run of each row
+# The run behind each row
 TABLE_5 = {"all terms": "default"} | {name.replace("_", " "): name for name in RUNS if name.startswith("without_")}
 TABLE_6 = {"stable": "stable", "progress": "default"}
 SAMPLING_STEPS = tuple(map(int, PAPER[4].rows))
 NUM_PROPOSALS = (5, 10, 20, 30, 40, 50, 75, 100)
 TABLE_OF_PRESET = {"qvhighlights": 1, "charades_sta": 2, "charades_sta_vgg": 2, "tacos": 3}
-COMPARISONS = (1, 2, 3)  # the tables that compare methods
+COMPARISONS = (1, 2, 3)  # tables that compare methods
 NUM_EXAMPLES = 3
 METRICS_FILE, SETTINGS_FILE = "metrics.json", "settings.json"
-
-
-def load_training() -> ModuleType:
-    """scripts/train.py."""
-    specification = importlib.util.spec_from_file_location("train_command", Path(__file__).with_name("train.py"))
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-train = load_training()
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="All other flags are those of scripts/train.py.",
+        epilog="All other flags are those of `diffusionvmr train`.",
         allow_abbrev=False,
     )
     parser.add_argument("--tables", type=int, nargs="+", default=[], choices=sorted(PAPER), metavar="N", help="1 to 6")
@@ -103,30 +89,36 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--figures", type=int, nargs="+", default=[], choices=sorted(FIGURES), metavar="N", help="1, 3, 4, 5"
     )
     parser.add_argument("--output_dir", type=Path, default=Path("ablation"), help="(default: ablation)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of each run (default: 0)")
-    parser.add_argument("--simulated", action="store_true", help="say everywhere that the features are simulated")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run per seed (default: 0)")
+    parser.add_argument("--simulated", action="store_true", help="label all results as made from simulated features")
     parser.add_argument(
         "--results",
         nargs="+",
         default=[],
         metavar="NAME=METRICS.json",
-        help="Tables 1 to 3: a row, of one run or more",
+        help="Tables 1 to 3: a row; give a name again for several runs",
     )
     parser.add_argument(
-        "--curves", nargs="+", default=[], metavar="NAME=FILE.csv", help="Figure 3: others, with columns N and mAP@Avg"
+        "--curves",
+        nargs="+",
+        default=[],
+        metavar="NAME=FILE.csv",
+        help="Figure 3: other models' curves, columns N and mAP@Avg",
     )
-    parser.add_argument("--qids", nargs="+", help="Figures 1 (the first) and 5 (default: spread over the queries)")
-    parser.add_argument("--repeats", type=int, default=5, help="Table 4: of which the median counts (default: 5)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="for what is measured")
+    parser.add_argument("--qids", nargs="+", help="queries of Figures 1 (the first one) and 5 (default: evenly spaced)")
+    parser.add_argument("--repeats", type=int, default=5, help="Table 4: repeats; the median counts (default: 5)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of the evaluation"
+    )
     known, flags = parser.parse_known_args(arguments)
     if not known.tables and not known.figures:
-        parser.error("--tables, --figures or both are needed")
+        parser.error("give --tables, --figures or both")
     known.flags = flags
     return known
 
 
 def named_files(given: Sequence[str], flag: str) -> list[tuple[str, str]]:
-    """(NAME, FILE) of each NAME=FILE."""
+    """Split each NAME=FILE into (NAME, FILE)."""
     pairs = [text.partition("=") for text in given]
     for text, (name, _, path) in zip(given, pairs):
         if not name or not path:
@@ -135,7 +127,7 @@ def named_files(given: Sequence[str], flag: str) -> list[tuple[str, str]]:
 
 
 def load_results(given: Sequence[str]) -> dict[str, list[dict]]:
-    """Metrics by name."""
+    """Load the metrics that `--results` names: for each name those of its runs."""
     results = {}
     for name, path in named_files(given, "--results"):
         try:
@@ -143,13 +135,13 @@ def load_results(given: Sequence[str]) -> dict[str, list[dict]]:
         except ValueError as error:
             raise ValueError(f"{path}: not JSON ({error})") from None
         if not isinstance(metrics, dict) or "brief" not in metrics:
-            raise ValueError(f"{path}: no metrics of scripts/evaluate.py, there is no `brief`")
+            raise ValueError(f"{path}: not the metrics of `diffusionvmr evaluate`: no `brief`")
         results.setdefault(name, []).append(metrics)
     return results
 
 
 def needed_runs(arguments: argparse.Namespace) -> list[str]:
-    """Names of what has to be trained."""
+    """Names of the runs that the tables and figures need."""
     needed = set()
     if arguments.figures or 4 in arguments.tables or (set(COMPARISONS) & {*arguments.tables} and not arguments.results):
         needed.add("default")
@@ -160,28 +152,27 @@ def needed_runs(arguments: argparse.Namespace) -> list[str]:
 
 
 def cached(path: Path, compute: Callable[[], dict]) -> dict:
-    """What is in a JSON file, or is computed and put there."""
+    """The content of a JSON file, which is computed and saved if the file does not exist."""
     if not path.exists():
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(compute(), indent=2) + "\n", encoding="utf-8")
+        save_json(compute(), path)
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def data_name(annotations: str, split: str | None) -> str:
-    """What the tables call annotations, wherever they lie."""
+    """The name of annotations in the tables: the same wherever the file is."""
     name = Path(annotations).resolve().name
     return name if split is None else f"{name} {split}"
 
 
 class EvaluationData:
-    """What every model is measured on: the rows that training chooses its checkpoint by, and their features."""
+    """The data on which every model is measured: the rows by which training chooses its checkpoint."""
 
-    def __init__(self, training: argparse.Namespace, held_out_share: float | None):
-        self.rows = train.load_rows(training, held_out_share)[1]
+    def __init__(self, training: argparse.Namespace):
+        self.rows = train.load_rows(training)[1]
         if not self.rows:
-            raise ValueError("--eval_annotations: all is measured on these, and there are none")
+            raise ValueError("--eval_annotations is required: models are measured on them")
         if not all(row.get("relevant_windows") for row in self.rows):
-            raise ValueError(f"{training.eval_annotations}: its rows need `relevant_windows`")
+            raise ValueError(f"{training.eval_annotations}: every row needs `relevant_windows`")
         self.video = open_video_features(training.eval_video_features or training.video_features)
         self.text = open_text_features(training.eval_text_features or training.text_features, self.rows)
         self.training = training
@@ -204,13 +195,13 @@ class EvaluationData:
 
 
 class Run:
-    """A training, and what was measured of its model, each kept in a file that is whole or not there."""
+    """The training of one model and its measurements, each saved atomically in a file of its own."""
 
     def __init__(self, name: str, seed: int, output_dir: Path, flags: Sequence[str], data: EvaluationData, device: str):
         self.name = f"{name}_seed{seed}"
         self.folder = output_dir / "runs" / self.name
         flags = [*flags, *RUNS[name], "--seed", str(seed), "--output_dir", str(self.folder), "--resume"]
-        self.training = train.parse_arguments(flags)
+        self.training = train.parse(flags)
         self.data, self.device = data, device
 
     @property
@@ -222,32 +213,29 @@ class Run:
         return self.folder / "log.txt"
 
     def settings(self) -> dict:
-        """All that its training was told."""
-        given = {name: value for name, value in vars(self.training).items() if name not in ("output_dir", "flags")}
-        return json.loads(
-            json.dumps({**given, "fields": override(load_preset(self.training.preset), self.training.flags)})
-        )
+        """All options of the training but the output folder, as JSON has them."""
+        options = {name: value for name, value in vars(self.training).items() if name not in ("output_dir", "given")}
+        return json.loads(json.dumps(options))
 
     def check_settings(self) -> None:
-        """Raises `ValueError` where the folder holds what came of another training."""
+        """Raise `ValueError` if the folder holds results of a training with other settings."""
         has_results = self.is_done or any(self.folder.glob("checkpoint-*"))
         if has_results and cached(self.folder / SETTINGS_FILE, self.settings) != self.settings():
-            raise ValueError(f"{self.folder}: was made with other flags; give those, or another --output_dir")
+            raise ValueError(f"{self.folder}: made with other flags; use the same ones or another --output_dir")
 
     def train(self) -> None:
-        """Trains, or goes on; then evaluates. What it prints goes into the log, progress to the terminal."""
-        with atomic_write(self.folder / SETTINGS_FILE) as temporary:
-            temporary.write_text(json.dumps(self.settings(), indent=2) + "\n", encoding="utf-8")
+        """Train or resume, then evaluate. Output goes to the log, progress bars to the terminal."""
+        save_json(self.settings(), self.folder / SETTINGS_FILE)
         with open(self.log, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             try:
-                train.main(self.training)
+                train.run(self.training)
                 self.evaluation()
             except Exception:
                 traceback.print_exc(file=log)
                 raise
             finally:
                 self.close()
-        for checkpoint in self.folder.glob("checkpoint-*"):  # gigabytes, that only an unfinished training needs
+        for checkpoint in self.folder.glob("checkpoint-*"):  # gigabytes that a finished training does not need
             shutil.rmtree(checkpoint)
 
     @functools.cached_property
@@ -256,13 +244,13 @@ class Run:
         return model, self.data.dataset(AutoProcessor.from_pretrained(self.folder), model.config)
 
     def close(self) -> None:
-        """Lets go of the memory."""
+        """Free the memory of the model."""
         self.__dict__.pop("opened", None)
         gc.collect()
         torch.cuda.empty_cache()
 
     def evaluation(self, num_proposals: int | None = None, num_sampling_steps: int | None = None) -> dict:
-        """Metrics with another N or S than the model's."""
+        """The metrics, optionally with another N or S than the model's own."""
         metrics = cached(self.folder / METRICS_FILE, lambda: evaluate_model(*self.opened))
         n = num_proposals or metrics["settings"]["num_proposals"]
         s = num_sampling_steps or metrics["settings"]["num_sampling_steps"]
@@ -271,11 +259,11 @@ class Run:
         return cached(self.folder / "evaluations" / f"N{n}_S{s}.json", lambda: evaluate_model(*self.opened, n, s))
 
     def layers(self) -> dict:
-        """Figure 4's numbers."""
+        """The numbers of Figure 4."""
         return cached(self.folder / "evaluations" / "layers.json", lambda: layer_ious(*self.opened))
 
     def seconds(self, repeats: int) -> dict:
-        """Table 4's seconds, by the size of the batch and S."""
+        """The seconds of Table 4, by batch size and S."""
         device = torch.device(self.device)
 
         def measure() -> dict:
@@ -289,10 +277,10 @@ class Run:
 
 class Ablation:
     """
-    The runs, and what of those that are finished each table and figure shows.
+    The runs, and the tables and figures made from those that are finished.
 
     Raises:
-        ValueError: for whatever can be seen to be wrong before anything is trained.
+        ValueError: for all bad input that can be found before the first training.
     """
 
     def __init__(self, arguments: argparse.Namespace):
@@ -310,22 +298,23 @@ class Ablation:
         }
         if len({*COMPARISONS} & {*arguments.tables}) > 1 and (self.results or self.preset not in TABLE_OF_PRESET):
             raise ValueError(
-                "--tables: ask for one of 1, 2 and 3; neither --results nor a preset's file say which they are"
+                "--tables: only one of 1, 2 and 3 at a time, since --results and preset files do not say which it is"
             )
 
     def _make_runs(self, names: Sequence[str]) -> None:
         arguments = self.arguments
-        for flag in ("--seed", *(part for name in names for part in RUNS[name] if part.startswith("--"))):
-            if any(part.partition("=")[0] == flag for part in arguments.flags):
-                raise ValueError(f"{flag}: is set for each run" + (", by --seeds" if flag == "--seed" else ""))
-        training = train.parse_arguments([*arguments.flags, "--output_dir", str(arguments.output_dir)])
+        training = train.parse([*arguments.flags, "--output_dir", str(arguments.output_dir)])
+        if "seed" in training.given:
+            raise ValueError("--seed: set by --seeds")
+        for flag in (part for name in names for part in RUNS[name] if part.startswith("--")):
+            if flag.removeprefix("--") in training.given:
+                raise ValueError(f"{flag}: set by the runs")
         self.preset = training.preset
-        fields = override(load_preset(training.preset), training.flags)
-        self.data = EvaluationData(training, fields["data"].get("hold_out"))
+        self.data = EvaluationData(training)
         known = {str(row["qid"]) for row in self.data.rows}
         for qid in arguments.qids or []:
             if qid not in known:
-                raise ValueError(f"--qids: there is no qid {qid} in {self.data.name}")
+                raise ValueError(f"--qids: no qid {qid} in {self.data.name}")
         options = {"flags": arguments.flags, "data": self.data, "device": arguments.device}
         for name in names:
             self.runs[name] = [
@@ -335,13 +324,13 @@ class Ablation:
                 run.check_settings()
 
     def train(self) -> list[str]:
-        """Trains what is not finished, one seed of all after the other; gives a line for each that failed."""
+        """Train what is not finished, all runs of one seed before the next. Return one line per failed run."""
         runs = [run for of_seed in zip(*self.runs.values()) for run in of_seed]
         failed = []
         for index, run in enumerate(runs):
             place = f"[{index + 1}/{len(runs)}] {run.name}"
             if run.is_done:
-                print(f"{place}: is done", file=sys.stderr)
+                print(f"{place}: done", file=sys.stderr)
                 continue
             print(f"{place}: training, log in {run.log}", file=sys.stderr)
             try:
@@ -357,11 +346,11 @@ class Ablation:
     @property
     def default(self) -> list[Run]:
         if not self.finished("default"):
-            raise ValueError("none of the default runs is finished")
+            raise ValueError("no default run is finished")
         return self.finished("default")
 
     def title(self, text: str, settings: Mapping[str, Any]) -> str:
-        """What a picture shows, and of which features and settings."""
+        """The title of a figure: what it shows, for which data and settings."""
         beside = settings_beside(settings)
         known = [f"{name} = {beside[name]}" for name in ("N", "S") if beside[name] is not None]
         known.append("no NMS" if beside["NMS"] == "none" else f"NMS {beside['NMS']}")
@@ -370,15 +359,15 @@ class Ablation:
 
     @property
     def label(self) -> str:
-        """Of a curve of ours."""
+        """The label of our curves."""
         count = len(self.default)
-        return "ours" if count == 1 else f"ours (mean of {count} runs; band: least to most)"
+        return "ours" if count == 1 else f"ours (mean of {count} runs; band: min to max)"
 
     def measured(self, evaluations: Sequence[dict]) -> Measured:
-        """A row of evaluations with the same settings."""
+        """One row of a table, from evaluations with the same settings."""
         settings = evaluations[0].get("settings", {}) if evaluations else {}
         beside = settings_beside(settings)
-        if settings.get("annotations"):  # of a file of results, which may be of other data than ours
+        if settings.get("annotations"):  # --results may come from other data
             beside["data"] = data_name(settings["annotations"], settings.get("split"))
         return Measured([metric_columns(metrics) for metrics in evaluations], beside)
 
@@ -389,7 +378,10 @@ class Ablation:
             if not ours and TABLE_OF_PRESET.get(self.preset, number) == number:
                 ours = {"DiffusionVMR, this library": [run.evaluation() for run in self.default]}
             if not ours:
-                print(f"table {number}: {self.preset} is not its data, it has the paper's rows only", file=sys.stderr)
+                print(
+                    f"table {number}: {self.preset} is another benchmark, only the paper's rows",
+                    file=sys.stderr,
+                )
             return paper_table(number, {name: self.measured(of_name) for name, of_name in ours.items()}, self.beside)
         if number == 4:
             return paper_table(4, self.sampling_steps(), self.beside)
@@ -398,7 +390,7 @@ class Ablation:
         return paper_table(number, {label: self.measured(runs) for label, runs in ours.items()}, self.beside)
 
     def sampling_steps(self) -> dict[str, Measured]:
-        """Table 4; the seconds are those of one model, whose weights they do not depend on."""
+        """The rows of Table 4. Seconds are measured on one model, since they do not depend on the weights."""
         timing = self.default[0].seconds(self.arguments.repeats)
         rows = {}
         for steps in SAMPLING_STEPS:
@@ -409,21 +401,21 @@ class Ablation:
         return rows
 
     def example_rows(self, run: Run) -> list[dict]:
-        """The queries of Figures 1 and 5."""
+        """The rows of the queries in Figures 1 and 5."""
         rows = run.opened[1].rows
         if not self.arguments.qids:
             return [rows[(2 * index + 1) * len(rows) // (2 * NUM_EXAMPLES)] for index in range(NUM_EXAMPLES)]
         return [row for qid in self.arguments.qids for row in rows if str(row["qid"]) == qid]
 
     def figure_1(self):
-        """Spans that are refined from noise, layer by layer."""
+        """Plot how spans are refined from noise, layer by layer."""
         run = self.default[0]
         model, dataset = run.opened
         row = self.example_rows(run)[0]
         sample = run.data.dataset(dataset.processor, model.config, [row])[0]
         inputs = {name: sample[name][None].to(self.arguments.device) for name in ("video_features", "text_features")}
         with torch.inference_mode():
-            outputs = model(**inputs, num_sampling_steps=1)  # of several steps the last does not start from noise
+            outputs = model(**inputs, num_sampling_steps=1)  # the last of several steps does not start from noise
         settings = {"num_proposals": model.config.num_proposals, "num_sampling_steps": 1}
         return plot_refinement(
             outputs.intermediate_spans[0].cpu(),
@@ -434,7 +426,7 @@ class Ablation:
         )
 
     def figure_3(self):
-        """mAP by the number of proposals, of models that were trained once."""
+        """Plot and save mAP by the number of proposals in inference. The models are not retrained."""
         curves = self.curves
         ours = {n: [run.evaluation(num_proposals=n) for run in self.default] for n in NUM_PROPOSALS}
         entries = []
@@ -456,7 +448,7 @@ class Ablation:
         return plot_curves(lines, "proposals", "mAP@Avg", title)
 
     def figure_4(self):
-        """IoU with the truth by decoder layer."""
+        """Plot and save the IoU with the truth by decoder layer."""
         runs = [run.layers() for run in self.default]
         entries, lines = [], {}
         beside = {**self.beside, **settings_beside(runs[0]["settings"])}
@@ -468,10 +460,10 @@ class Ablation:
                 entries.append((layer, "ours", measured))
         save_csv(table_rows("layer", ["IoU"], entries), self.arguments.output_dir / "figure4.csv")
         title = self.title("IoU with the truth by decoder layer; 0: the noise", runs[0]["settings"])
-        return plot_curves(lines, "decoder layer", "mean IoU of one proposal a query", title)
+        return plot_curves(lines, "decoder layer", "mean IoU of one proposal per query", title)
 
     def figure_5(self):
-        """Predictions beside the truth."""
+        """Plot predictions beside the truth."""
         run = self.default[0]
         model, dataset = run.opened
         rows = self.example_rows(run)
@@ -503,7 +495,7 @@ def main(arguments: argparse.Namespace) -> None:
                 save_csv(ablation.table(number), path.with_suffix(".csv"))
             else:
                 save_figure(FIGURES[number](ablation), path.with_suffix(".png"))
-        except (ValueError, OSError, RuntimeError) as error:  # the last when a device has too little memory
+        except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: out of memory
             failed.append(f"{kind} {number}: {error}")
         else:
             print(f"wrote {path.with_suffix('.csv' if kind == 'table' else '.png')}")
@@ -512,4 +504,4 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, parse_arguments())
+    run_safely(main, parse_arguments())

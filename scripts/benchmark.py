@@ -37,10 +37,10 @@ from modeling_diffusionvmr import (
 )
 from modeling_diffusionvmr.checks import check_positive
 from modeling_diffusionvmr.cli.options import CommandParser, check_device, run_safely
+from modeling_diffusionvmr.cli.settings import SettingsParser
 from modeling_diffusionvmr.data.annotations import SALIENCY_CLIP_SECONDS, load_annotations
 from modeling_diffusionvmr.data.files import load_jsonl, save_json
 from modeling_diffusionvmr.training.metrics import evaluate_predictions
-from modeling_diffusionvmr.training.presets import load_preset, override
 
 # The size of simulated data is that of QVHighlights
 QUERIES, DURATION, MOST_WINDOWS, PROPOSALS = 1550, 150, 4, 10
@@ -188,18 +188,16 @@ class SimulatedFeatures(Mapping):
 
 def make_folder(folder: Path, num_videos: int, seed: int) -> None:
     """Write a converted folder with one query per video and features of the sizes of QVHighlights."""
-    from modeling_diffusionvmr.data.conversion import MomentRetrievalBuilder, Source, convert
-
-    class Simulated(MomentRetrievalBuilder):
-        TITLE, ABOUT, LICENSE = "Simulated", "Random numbers of the size of QVHighlights.", "other"
-        HOMEPAGE = CITATION = ""
+    from modeling_diffusionvmr.data.benchmarks import Benchmark
+    from modeling_diffusionvmr.data.conversion import Source, convert
 
     rows = simulate_truth(seed, num_videos)
     videos, sentences = [row["vid"] for row in rows], [row["qid"] for row in rows]
     num_clips = int(DURATION / SALIENCY_CLIP_SECONDS)
     backbones = {name: SimulatedFeatures(videos, num_clips, size, seed) for name, size in BACKBONE_SIZES.items()}
     text = SimulatedFeatures(sentences, NUM_TOKENS, TEXT_SIZE, seed)
-    convert(Simulated, Source({"train": rows}, backbones, text, SALIENCY_CLIP_SECONDS), folder)
+    simulated = Benchmark("Simulated", "Random numbers in the shape of QVHighlights.")
+    convert(simulated, Source({"train": rows}, backbones, text, SALIENCY_CLIP_SECONDS), folder)
 
 
 def open_folder(folder: Path, samples: int, repeats: int, seed: int) -> dict[str, float]:
@@ -294,9 +292,9 @@ class Clock:
             setattr(module, function_name, function)
 
 
-def make_training(arguments: argparse.Namespace, settings: dict):
+def make_training(arguments: argparse.Namespace, settings: argparse.Namespace):
     """Return the model of a preset, and a dataset of simulated features of the sizes it needs."""
-    config = DiffusionVMRConfig(**settings["config"])
+    config = DiffusionVMRConfig(**settings.config)
     sizes = [entry["feature_size"] for entry in config.backbones or [] if "feature_size" in entry]
     sizes = sizes if sum(sizes) == config.video_feature_size else [config.video_feature_size]
     rows = simulate_truth(arguments.seed, 8 * arguments.batch_size)
@@ -317,13 +315,14 @@ def make_training(arguments: argparse.Namespace, settings: dict):
 def measure_training(arguments: argparse.Namespace) -> dict:
     """Measure the time that each part of a training step takes."""
     check_device(arguments.device)
-    settings, device = override(load_preset(arguments.preset), arguments.flags), torch.device(arguments.device)
+    device = torch.device(arguments.device)
+    settings = SettingsParser("train", ["--preset", arguments.preset, *arguments.flags]).parse_settings()
     model, dataset = make_training(arguments, settings)
     model.to(device).train()
     loader = DataLoader(dataset, arguments.batch_size, shuffle=True, collate_fn=DiffusionVMRDataCollator())
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings["training"]["learning_rate"])
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bool(settings["training"].get("bf16")))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.training["learning_rate"])
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bool(settings.training.get("bf16")))
 
     clock = Clock(device)
     with clock.inside(loss_diffusionvmr, "match", "matching"):
@@ -337,7 +336,7 @@ def measure_training(arguments: argparse.Namespace) -> dict:
             with clock("backward"):
                 loss.backward()
             with clock("optimizer"):
-                torch.nn.utils.clip_grad_norm_(model.parameters(), settings["training"]["max_grad_norm"])
+                torch.nn.utils.clip_grad_norm_(model.parameters(), settings.training["max_grad_norm"])
                 optimizer.step()
                 optimizer.zero_grad()
     seconds = {name: clock.seconds[name] for name in ("data", "forward and loss", "matching", "backward", "optimizer")}

@@ -24,6 +24,7 @@ DEFAULT_MODEL = str(Path(__file__).parent / "default_model")
 LAZY = {
     "DiffusionVMRDataCollator": "training.dataset",
     "DiffusionVMRTrainer": "training.trainer",
+    "DiffusionVMRTrainingArguments": "training.arguments",
     "MomentRetrievalDataset": "training.dataset",
     "evaluate_predictions": "training.metrics",
     "load_annotations": "data.annotations",

@@ -1,6 +1,5 @@
-"""`scripts/train.py`, in small."""
+"""`diffusionvmr train`, in small."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -11,51 +10,61 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
+from modeling_diffusionvmr.cli import main
 from modeling_diffusionvmr.data.features import write_features
 from modeling_diffusionvmr.data.files import save_jsonl
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "train.py"
 SMALL = "--d_model 32 --encoder_layers 1 --decoder_layers 1 --encoder_ffn_dim 32 --decoder_ffn_dim 32 --roi_bins 4 "
 SMALL += "--dynamic_size 4 --max_steps 4 --eval_steps 2 --save_steps 2 --logging_steps 1 --use_cpu --disable_tqdm "
 SMALL += "--per_device_train_batch_size 4 --dataloader_pin_memory false"
 
 
 @pytest.fixture(scope="module")
-def script():
-    specification = importlib.util.spec_from_file_location("train_script", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Features of two backbones and of sentences, and annotations to train and to evaluate on."""
-    folder, random = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     for split, first in (("train", 0), ("val", 12)):
         rows = []
         for qid in range(first, first + 12):
             vid = f"v{qid // 2}"
             row = {"qid": qid, "query": f"sentence {qid}", "vid": vid, "duration": 30}
             rows.append({**row, "relevant_windows": [[4, 10 + qid % 5]]})
-            write_features(folder / "text", qid, random.normal(size=(5, 6)), "last_hidden_state")
+            write_features(folder / "text", qid, rng.normal(size=(5, 6)), "last_hidden_state")
             for name, size in (("slowfast", 8), ("clip", 4)):
-                write_features(folder / name, vid, random.normal(size=(15, size)))
+                write_features(folder / name, vid, rng.normal(size=(15, size)))
         save_jsonl(rows, folder / f"{split}.jsonl")
     return folder
 
 
 @pytest.fixture
-def train(script, folder, tmp_path):
-    """Runs the command; gives its output folder."""
+def train(folder, tmp_path):
+    """Run the command and return its output folder."""
 
     def run(*arguments, small=SMALL, evaluate=True, video=("slowfast", "clip"), output="out") -> Path:
         command = ["--annotations", folder / "train.jsonl", "--text_features", folder / "text"]
         command += ["--video_features", *(folder / name for name in video), "--output_dir", tmp_path / output]
         command += ["--eval_annotations", folder / "val.jsonl"] if evaluate else []
-        command = [str(argument) for argument in (*command, *arguments)] + small.split()
-        script.main(script.parse_arguments(command))
+        main(["train", *map(str, command), *small.split(), *map(str, arguments)])
         return tmp_path / output
+
+    return run
+
+
+@pytest.fixture
+def fail(train, capsys):
+    """Run the command with bad input and return the one line that it prints."""
+
+    def run(*arguments, **options) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            train(*arguments, **options)
+        if isinstance(end.value.code, str):  # Python itself prints it when the process ends
+            error = end.value.code
+        else:
+            assert end.value.code == 2
+            error = capsys.readouterr().err.removesuffix("\n")
+        assert error.startswith("error: ") and "\n" not in error
+        return error
 
     return run
 
@@ -67,7 +76,11 @@ def test_from_nothing(train, capsys):
     assert model.config.dropout == 0.1 and model.config.d_model == 32  # of the preset, and of the flags
     assert processor.video_feature_sizes == [8, 4] and processor.round_to == 2.0
     printed = capsys.readouterr().out
-    assert "features of 8 + 4 and 6 numbers instead of 2816 and 512: the first layers are new" in printed
+    assert (
+        "feature sizes 8 + 4 (video) and 6 (text) instead of 2816 and 512: the input layers are newly initialized, "
+        "`backbones` cleared\n" in printed
+    )
+    assert model.config.backbones is None
     metrics = json.loads(printed[printed.rindex("\n{\n") :])
     assert "eval_MR-full-mAP" in metrics and "eval_MR-mIoU" in metrics
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
@@ -76,16 +89,17 @@ def test_from_nothing(train, capsys):
     assert all(torch.equal(tensor, saved[name]) for name, tensor in load_file(f"{best}/model.safetensors").items())
 
 
-def test_resume_ends_with_the_same_weights(train):
+def test_resume_ends_with_the_same_weights(train, fail, capsys):
     whole = load_file(train(output="whole") / "model.safetensors")
     output = train(output="stopped")
     for name in ("checkpoint-4", "model.safetensors"):
         path = output / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    capsys.readouterr()
     resumed = load_file(train("--resume", output="stopped") / "model.safetensors")
+    assert capsys.readouterr().out.count("'loss': ") == 2  # steps 3 and 4
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
-    with pytest.raises(ValueError, match="stopped: is not empty; --resume"):
-        train(output="stopped")
+    assert "stopped: not empty; --resume continues the training in it" in fail(output="stopped")
 
 
 def test_fine_tuning_on_other_features(train, capsys):
@@ -95,8 +109,8 @@ def test_fine_tuning_on_other_features(train, capsys):
         "--model", first, video=("clip",), output="second", small="--max_steps 1 --use_cpu --disable_tqdm --dropout 0"
     )
     printed = capsys.readouterr().out
-    assert "features of 4 and 6 numbers instead of 12 and 6" in printed
-    (line,) = [line for line in printed.splitlines() if line.startswith("new, and not from")]
+    assert "feature sizes 4 (video) and 6 (text) instead of 12 and 6: the input layers are newly" in printed
+    (line,) = [line for line in printed.splitlines() if line.startswith(f"newly initialized (not in {first}): ")]
     config = AutoModel.from_pretrained(second).config
     assert (config.video_feature_size, config.d_model, config.dropout) == (4, 32, 0)
     # Only what reads the video is new
@@ -109,7 +123,7 @@ def test_fine_tuning_on_other_features(train, capsys):
 def test_validation_rows_are_held_out(train, capsys):
     train("--hold_out", "0.3", evaluate=False)
     printed = capsys.readouterr().out
-    assert "30% of the training videos are held out to choose checkpoints: 4 queries" in printed
+    assert "30% of the training videos are held out to choose the best checkpoint: 4 queries" in printed
     assert "eval_MR-full-mAP" in printed
 
 
@@ -122,12 +136,52 @@ def test_without_validation_rows(train, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--learnin_rate", 1], "no field 'learnin_rate'; is it 'learning_rate'"),
-        (["--preset", "tacoz"], "tacoz: neither a preset"),
-        (["--model", "/nowhere/at/all"], "/nowhere/at/all: there is no such folder"),
+        (["--learnin_rate", 1], "unknown flag --learnin_rate; did you mean --learning_rate?"),
+        (["--learning_rate", "abc"], "argument --learning_rate/--learning-rate: invalid float value: 'abc'"),
+        (["--encoder_layers", "1.5"], "argument --encoder_layers: invalid int value: '1.5'"),
+        (["--d_model", 33], "`encoder_attention_heads` must divide d_model=33, got 8"),
+        (["--nms_threshold", "2"], "`nms_threshold`"),
+        (["--proposal_growth", 2], "training arguments: `proposal_growth` must be a number in (0, 1], got 2.0"),
+        (["--eval_strategy", "epoch"], "training arguments: --load_best_model_at_end requires"),
+        (["--lr_scheduler_kwargs", "{"], "training arguments: Expecting property name"),
+        (["--gradient_accumulation_steps", 0], "`gradient_accumulation_steps` must be a number above 0, got 0"),
+        (["--preset", "tacoz"], "tacoz: not a preset"),
+        (["--model", "/nowhere/at/all"], "/nowhere/at/all: not a local folder or a valid Hub id"),
+        (["--output_dir", ""], "the following arguments are required: --output_dir"),
     ],
 )
-def test_bad_arguments(train, tmp_path, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        train(*arguments)
+def test_bad_arguments(fail, tmp_path, arguments, message):
+    assert message in fail(*arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can train in bfloat16")
+def test_bfloat16_without_a_gpu(fail, tmp_path):
+    assert "use_cpu" in fail("--bf16", small=SMALL.replace("--use_cpu ", ""))
+    assert not (tmp_path / "out").exists()
+
+
+def test_resume_with_other_settings(train, fail):
+    train()
+    error = fail("--resume", small=SMALL.replace("--d_model 32", "--d_model 64"))
+    assert "out/checkpoint-4: `" in error and "resume with the same settings and features" in error
+    error = fail("--resume", video=("clip",))
+    assert "resume with the same settings and features" in error
+
+
+def test_checkpoints_that_cannot_be_loaded(fail, tmp_path):
+    for content in ("[1]", "{", '{"model_type": "diffusionvmr", "d_model": "x"}'):
+        (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "model" / "config.json").write_text(content)
+        assert str(tmp_path / "model") in fail("--model", tmp_path / "model")
+    assert not (tmp_path / "out").exists()
+
+
+def test_metric_that_is_not_computed(fail):
+    assert "'eval_nosuch'" in fail("--metric_for_best_model", "nosuch")
+
+
+def test_evaluation_features_of_another_size(fail, folder, tmp_path):
+    error = fail("--eval_video_features", folder / "clip", folder / "slowfast")
+    assert "feature sizes differ: 8 + 4 (video) and 6 (text) for training, 4 + 8 (video)" in error
     assert not (tmp_path / "out").exists()

@@ -1,13 +1,13 @@
-"""`scripts/ablate.py`, in small, and the paper's numbers against the paper."""
+"""`scripts/ablate.py`, in small, and its copy of the paper's numbers against the paper."""
 
 import csv
-import importlib.util
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import ablate as script
 import numpy as np
 import pytest
 import torch
@@ -15,6 +15,7 @@ from ablation import PAPER, layer_ious, read_curve, selection
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
+from modeling_diffusionvmr.cli import main
 from modeling_diffusionvmr.data.features import write_features
 from modeling_diffusionvmr.data.files import load_jsonl, save_jsonl
 from modeling_diffusionvmr.plotting import plot_curves, save_figure
@@ -26,39 +27,32 @@ SMALL += "--disable_tqdm --per_device_train_batch_size 4 --dataloader_pin_memory
 ALL = "--tables 1 2 3 4 5 6 --figures 1 3 4 5"
 
 
-def load(name: str):
-    specification = importlib.util.spec_from_file_location(f"{name}_script", SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def script():
-    module = load("ablate")
-    module.NUM_PROPOSALS = (5, 9)
-    return module
+@pytest.fixture(scope="module", autouse=True)
+def few_proposals():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "NUM_PROPOSALS", (5, 9))
+        yield
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Features and annotations of random numbers, and a curve of another model."""
-    folder, random = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    """Random features, annotations, and a curve of another model."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     for split, first in (("train", 0), ("val", 12)):
         rows = []
         for qid in range(first, first + 12):
             row = {"qid": qid, "query": f"sentence {qid}", "vid": f"v{qid // 2}", "duration": 30}
             rows.append({**row, "relevant_windows": [[4, 10 + qid % 5], [16, 28]][: 1 + qid % 2]})
-            write_features(folder / "text", qid, random.normal(size=(5, 6)), "last_hidden_state")
-            write_features(folder / "clip", row["vid"], random.normal(size=(15, 4)))
+            write_features(folder / "text", qid, rng.normal(size=(5, 6)), "last_hidden_state")
+            write_features(folder / "clip", row["vid"], rng.normal(size=(15, 4)))
         save_jsonl(rows, folder / f"{split}.jsonl")
     (folder / "curve.csv").write_text("N,mAP@Avg\n5,30.5\n9,29\n20,28.25\n")
     return folder
 
 
 @pytest.fixture(scope="module")
-def ablate(script, folder):
-    """Runs the command in process."""
+def ablate(folder):
+    """Run the script in-process."""
 
     def run(arguments: str, output: Path, extra=()) -> None:
         data = ["--annotations", folder / "train.jsonl", "--eval_annotations", folder / "val.jsonl"]
@@ -70,30 +64,31 @@ def ablate(script, folder):
 
 
 @pytest.fixture(scope="module")
-def trainings(script):
-    """The names of the runs that were trained; and what is to happen after, or instead of, a training."""
-    main, names, after, instead = script.train.main, [], {}, {}
+def trainings():
+    """The names of the runs that were trained, and errors to raise after or instead of a training, by its name."""
+    run, names, after, instead = script.train.run, [], {}, {}
 
     def recording(arguments):
-        name = arguments.output_dir.name
+        name = Path(arguments.output_dir).name
         names.append(name)
         if name in instead:
             raise instead.pop(name)
-        main(arguments)
+        run(arguments)
         if name in after:
             raise after.pop(name)
 
-    script.train.main = recording
-    return names, after, instead
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script.train, "run", recording)
+        yield names, after, instead
 
 
 @pytest.fixture(scope="module")
-def finished(script, ablate, trainings, folder, tmp_path_factory):
-    """All tables and figures, by a command that was killed, then had a run that failed, then was done."""
+def finished(ablate, trainings, folder, tmp_path_factory):
+    """All tables and figures, from a command that was killed once, then had a run that failed, then finished."""
     output = tmp_path_factory.mktemp("ablation") / "out"
     names, after, instead = trainings
     extra = ["--simulated", "--curves", f"Moment-DETR={folder / 'curve.csv'}"]
-    after["without_iou_seed0"] = KeyboardInterrupt()  # trained, and not evaluated yet
+    after["without_iou_seed0"] = KeyboardInterrupt()  # trained, but not evaluated
     with pytest.raises(KeyboardInterrupt):
         ablate(ALL, output, extra)
     assert names == ["default_seed0", "without_l1_seed0", "without_iou_seed0"]
@@ -107,7 +102,7 @@ def finished(script, ablate, trainings, folder, tmp_path_factory):
     assert [line["by"] for line in read(output / "table6.csv")] == ["paper", "paper", "ours"]
 
     ablate(ALL, output, extra)
-    assert names[-1] == "stable_seed0" and len(names) == 9  # one was trained again after it had failed, one resumed
+    assert names[-1] == "stable_seed0" and len(names) == 9  # one was trained again after a failure, one resumed
     return output
 
 
@@ -134,15 +129,15 @@ def test_all_is_written(finished):
         for line in read(path):
             if line["by"] == "ours":
                 assert line["simulated features"] == "yes" and line["data"] == "val.jsonl" and line["runs"] == "1"
-                nms = "none" if path.name == "figure4.csv" else "0.9"  # which measures the spans as they are
+                nms = "none" if path.name == "figure4.csv" else "0.9"  # it measures spans before NMS
                 assert line["NMS"] == nms and int(line["N"]) > 0 and int(line["S"]) > 0
             elif line["by"] == "paper":
-                assert line["simulated features"] == "no" and "N" not in line or not line["N"]
+                assert line["simulated features"] == "no" and not line.get("N")
     assert not list(finished.glob("runs/*/checkpoint-*"))
-    assert not list(finished.rglob(".*"))  # nothing half written
+    assert not list(finished.rglob(".*"))  # no temporary files
 
 
-def test_nothing_is_done_twice(script, ablate, finished, trainings, folder, monkeypatch):
+def test_nothing_is_done_twice(ablate, finished, trainings, folder, monkeypatch):
     before = {path: path.read_bytes() for path in finished.glob("*.csv")}
     count = len(trainings[0])
     for name in ("evaluate_model", "layer_ious", "sampling_seconds"):
@@ -154,12 +149,10 @@ def test_nothing_is_done_twice(script, ablate, finished, trainings, folder, monk
 
 
 def test_numbers_are_those_of_an_evaluation(finished, folder, tmp_path):
-    evaluate = load("evaluate")
-
     def independent(run: str, *arguments) -> dict:
         command = ["--model", finished / "runs" / run, "--annotations", folder / "val.jsonl", "--device", "cpu"]
         command += ["--video_features", folder / "clip", "--text_features", folder / "text"]
-        evaluate.main(evaluate.parse_arguments([*map(str, command), "--output_dir", str(tmp_path), *arguments]))
+        main(["evaluate", *map(str, command), "--output_dir", str(tmp_path), *arguments])
         metrics = json.loads((tmp_path / "metrics.json").read_text())
         brief = metrics["brief"]
         return {
@@ -185,10 +178,10 @@ def test_numbers_are_those_of_an_evaluation(finished, folder, tmp_path):
         expected = independent(run, *arguments)
         assert {column: float(line[column]) for column in columns} == {column: expected[column] for column in columns}
         seen.add(tuple(expected.values()))
-    assert len(seen) > 3  # the cases can be told apart
+    assert len(seen) > 3  # the cases differ
 
 
-def test_runs_differ_by_their_flags(finished, script):
+def test_runs_differ_by_their_flags(finished):
     for name in script.RUNS:
         config = AutoModel.from_pretrained(finished / "runs" / f"{name}_seed0").config
         for term in ("l1", "iou", "hinge", "contrastive", "class"):
@@ -210,16 +203,16 @@ def test_the_paper_stands_beside(finished):
             ratios = [float(line[f"{column} / one step"]) for line in of_one]
             assert ratios[0] == 1
             expected = float(of_one[-1][column]) / float(of_one[0][column])
-            assert ratios[-1] == pytest.approx(expected, rel=0.1, abs=0.01)  # of rounded numbers
+            assert ratios[-1] == pytest.approx(expected, rel=0.1, abs=0.01)  # the columns are rounded
     assert lines[-2]["seconds (batch 100)"] == "15.063" and lines[-2]["seconds (batch 100) / one step"] == "8.25"
     assert len(ours(finished / "table1.csv")) == 1
-    assert not ours(finished / "table2.csv") and not ours(finished / "table3.csv")  # the data are others
+    assert not ours(finished / "table2.csv") and not ours(finished / "table3.csv")  # other data
     assert len(read(finished / "table3.csv")) == len(PAPER[3].rows)
     others = [line for line in read(finished / "figure3.csv") if line["by"] == "Moment-DETR"]
     assert [(line["proposals"], line["mAP@Avg"]) for line in others] == [("5", "30.5"), ("9", "29.0"), ("20", "28.25")]
 
 
-def test_iou_by_layer(finished, folder, script):
+def test_iou_by_layer(finished, folder):
     model = AutoModel.from_pretrained(finished / "runs" / "default_seed0").eval()
     processor = AutoProcessor.from_pretrained(finished / "runs" / "default_seed0")
     own, followed = [], []
@@ -245,14 +238,14 @@ def test_iou_by_layer(finished, folder, script):
         lines = ours(finished / "figure4.csv", proposal=name)
         assert [int(line["layer"]) for line in lines] == list(range(first, 3))
         np.testing.assert_allclose([float(line["IoU"]) for line in lines], np.mean(expected, axis=0), atol=2e-4)
-    # And with several sampling steps in the model's configuration it is still the refinement from noise
+    # With more sampling steps in the configuration it is still the refinement from noise
     model.config.num_sampling_steps = 3
     known = json.loads((finished / "runs" / "default_seed0" / "evaluations" / "layers.json").read_text())
-    training = script.train.parse_arguments(
+    training = script.train.parse(
         ["--annotations", str(folder / "train.jsonl"), "--eval_annotations", str(folder / "val.jsonl")]
         + ["--video_features", str(folder / "clip"), "--text_features", str(folder / "text"), "--output_dir", "out"]
     )
-    assert layer_ious(model, script.EvaluationData(training, None).dataset(processor, model.config)) == known
+    assert layer_ious(model, script.EvaluationData(training).dataset(processor, model.config)) == known
 
 
 def test_several_seeds_and_other_flags(ablate, finished, trainings):
@@ -267,16 +260,16 @@ def test_several_seeds_and_other_flags(ablate, finished, trainings):
     assert line["runs"] == "2" and line["simulated features"] == "no"
     assert float(line["mAP@Avg"]) == pytest.approx(np.mean(values), abs=0.006)
     assert [float(line[f"mAP@Avg {name}"]) for name in ("min", "max")] == [min(values), max(values)]
-    with pytest.raises(ValueError, match="default_seed0: was made with other flags"):
+    with pytest.raises(ValueError, match="default_seed0: made with other flags"):
         ablate("--tables 6", finished, ["--learning_rate", "0.5"])
     assert len(trainings[0]) == count + 2
 
 
-def test_results_of_other_runs(script, finished, tmp_path):
+def test_results_of_other_runs(finished, tmp_path):
     metrics = [finished / "runs" / f"{name}_seed0" / "metrics.json" for name in ("default", "stable")]
     given = [f"A={metrics[0]}", f"A={metrics[1]}", f"B={metrics[1]}"]
     command = ["--tables", "2", "--output_dir", str(tmp_path), "--device", "cpu", "--results", *given]
-    script.main(script.parse_arguments(command))  # no data are needed
+    script.main(script.parse_arguments(command))  # needs no data
     first, second = ours(tmp_path / "table2.csv")
     assert (first["method"], first["runs"], second["method"], second["runs"]) == ("A", "2", "B", "1")
     values = [json.loads(path.read_text())["brief"]["MR-full-R1@0.5"] for path in metrics]
@@ -288,14 +281,14 @@ def test_results_of_other_runs(script, finished, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--tables 6 --seed 3", "--seed: is set for each run, by --seeds"),
-        ("--tables 5 --l1_loss_coefficient=2", "--l1_loss_coefficient: is set for each run"),
-        ("--tables 4 --learnin_rate 1", "no field 'learnin_rate'; is it 'learning_rate'"),
-        ("--figures 5 --qids 12 3", "--qids: there is no qid 3 in val.jsonl"),
+        ("--tables 6 --seed 3", "--seed: set by --seeds"),
+        ("--tables 5 --l1_loss_coefficient=2", "--l1_loss_coefficient: set by the runs"),
+        ("--tables 6 --proposal-schedule stable", "--proposal_schedule: set by the runs"),
+        ("--figures 5 --qids 12 3", "--qids: no qid 3 in val.jsonl"),
         ("--figures 3 --curves {folder}/curve.csv", "--curves: must be NAME=FILE"),
         ("--figures 3 --curves A={folder}/val.jsonl", "val.jsonl, line 2: needs the columns `N` and `mAP@Avg`"),
-        ("--tables 1 2 --results A={folder}/metrics.json", "--tables: ask for one of 1, 2 and 3"),
-        ("--tables 1 --results A={folder}/broken.json", "broken.json: no metrics of scripts/evaluate.py"),
+        ("--tables 1 2 --results A={folder}/metrics.json", "--tables: only one of 1, 2 and 3"),
+        ("--tables 1 --results A={folder}/broken.json", "broken.json: not the metrics of `diffusionvmr evaluate`"),
         ("--tables 1 --results A={folder}/val.jsonl", "val.jsonl: not JSON"),
         ("--tables 4 --repeats 0", "--repeats must be above 0, got 0"),
     ],
@@ -307,6 +300,13 @@ def test_bad_input(ablate, folder, tmp_path, trainings, arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         ablate("", tmp_path / "out", arguments.format(folder=folder).split())
     assert len(trainings[0]) == count and not (tmp_path / "out").exists()
+
+
+def test_unknown_flag(ablate, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        ablate("--tables 4 --learnin_rate 1", tmp_path / "out")
+    assert "unknown flag --learnin_rate; did you mean --learning_rate?" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_input_is_one_line(tmp_path):
@@ -334,7 +334,7 @@ def test_selection():
     rows = [{"relevant_windows": [[0, 10], [20, 30]]}, {"relevant_windows": [[0, 4]]}]
     windows = [[[20, 25, 0.9], [0, 10, 0.5]], [[6, 8, 0.8], [1, 5, 0.7]]]
     predictions = [{"pred_relevant_windows": of_row} for of_row in windows]
-    # The first query's best is whole and its chosen one half of the truth; the second's are 3 of 5 and nothing
+    # The first query: the best proposal is the truth, the chosen one half of it. The second: 3 of 5, and no overlap
     expected = {"best IoU": (1 + 0.6) / 2, "chosen IoU": 0.25, "chosen / true width": 0.5}
     assert selection(predictions, rows) == pytest.approx(expected)
     assert selection(predictions[1:], rows[1:])["chosen / true width"] is None
@@ -348,14 +348,14 @@ def test_read_curve(folder, tmp_path):
 
 
 def test_numbers_are_the_papers(shared):
-    """Every row, number for number, is a line of the paper between the title of its table and the next one."""
+    """Every row is, number for number, a line of the paper after the title of its table."""
     text = (shared / "paper" / "diffusionvmr_2308.15109v1.txt").read_text()
     for number, table in PAPER.items():
         after = text[re.search(rf"^\W*Table {number}:", text, re.MULTILINE).end() :]
         lines = []
         for line in after.splitlines():
             cells = re.sub(r"</?\w+>", "", line).removesuffix("\t").split("\t")
-            numbers = [cell.lstrip("w") for cell in cells if re.fullmatch(r"w?[\d.]+|-", cell)]  # one is misread so
+            numbers = [cell.lstrip("w") for cell in cells if re.fullmatch(r"w?[\d.]+|-", cell)]  # "w": one is misread
             lines.append((cells[0], tuple(None if cell == "-" else float(cell) for cell in numbers)))
         for label, figures in table.rows.items():
             expected = (float(label), *figures) if number == 4 else figures

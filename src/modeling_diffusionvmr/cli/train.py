@@ -1,0 +1,225 @@
+"""
+Train a model with the settings of a preset, or fine-tune a checkpoint.
+
+Every setting is a flag; what is given here takes precedence over the preset. Run the same command with --resume to
+continue an interrupted training from its last complete checkpoint.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..checks import check_positive
+from ..configuration_diffusionvmr import DiffusionVMRConfig
+from ..training.arguments import DiffusionVMRTrainingArguments
+from .options import add_data_arguments, clip_seconds_of, loading, resolve_model
+from .settings import SettingsParser
+
+USAGE = """diffusionvmr train [--preset NAME] --output_dir DIR --annotations PATH --video_features PATH [PATH ...]
+                          --text_features PATH [--eval_annotations PATH] [--FIELD VALUE ...]"""
+
+
+class FeatureSizes(NamedTuple):
+    """The size of a feature vector: of a clip for each video backbone, and of a token."""
+
+    video: list[int]
+    text: int
+
+    def __str__(self) -> str:
+        return f"{' + '.join(map(str, self.video))} (video) and {self.text} (text)"
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments; `SettingsParser.parse_settings` says how the settings are returned."""
+    parser = SettingsParser("train", argv, description=__doc__, usage=USAGE)
+    parser.add_argument("--model", help="checkpoint to fine-tune: folder or Hub id; config flags change its config")
+    parser.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint, if any")
+    add_data_arguments(parser)
+    parser.add_argument("--eval_annotations", metavar="PATH", help="rows to evaluate on, to choose the best checkpoint")
+    parser.add_argument("--eval_split", help="split of a converted folder (default: val)")
+    parser.add_argument("--eval_video_features", nargs="+", metavar="PATH", help="(default: as for training)")
+    parser.add_argument("--eval_text_features", metavar="PATH", help="(default: as for training)")
+    arguments = parser.parse_settings()
+    if not arguments.output_dir:
+        parser.error("the following arguments are required: --output_dir")
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train, save the model and the processor in `output_dir`, and print the final evaluation as JSON."""
+    from transformers import set_seed
+
+    from .. import DiffusionVMRProcessor, DiffusionVMRTrainer, MomentRetrievalDataset
+    from ..data.features import open_text_features, open_video_features
+
+    training_arguments = make_training_arguments(arguments)
+    checkpoint = find_checkpoint(arguments, training_arguments)
+    if arguments.model is not None:
+        resolve_model(arguments.model)
+
+    train_rows, eval_rows = load_rows(arguments)
+    video = open_video_features(arguments.video_features)
+    text = open_text_features(arguments.text_features, [*train_rows, *eval_rows])
+    eval_video = open_video_features(arguments.eval_video_features) if arguments.eval_video_features else video
+    eval_text = open_text_features(arguments.eval_text_features, eval_rows) if arguments.eval_text_features else text
+    sizes = feature_sizes(train_rows, video, text)
+    if eval_rows and sizes != (eval_sizes := feature_sizes(eval_rows, eval_video, eval_text)):
+        raise ValueError(f"feature sizes differ: {sizes} for training, {eval_sizes} for evaluation")
+
+    set_seed(training_arguments.seed)
+    model = make_model(arguments, sizes)
+    if checkpoint is not None:
+        with loading(checkpoint):
+            check_shapes(checkpoint, model)
+    fields = {"max_clips": model.config.max_clips, "max_tokens": model.config.max_tokens, **arguments.processor}
+    fields |= {"video_feature_sizes": sizes.video, "text_feature_size": sizes.text}
+    processor = DiffusionVMRProcessor(**fields)
+
+    options = {
+        "clip_seconds": clip_seconds_of(arguments, video, model.config),
+        "skip_invalid": arguments.skip_invalid,
+    }
+    train_dataset = MomentRetrievalDataset(
+        train_rows, video, text, processor, model.config, seed=training_arguments.seed, **options
+    )
+    eval_dataset = MomentRetrievalDataset(eval_rows, eval_video, eval_text, processor, **options) if eval_rows else None
+    trainer = DiffusionVMRTrainer(
+        model=model, args=training_arguments, train_dataset=train_dataset, eval_dataset=eval_dataset
+    )
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyError as error:  # `Trainer` looks for the metric only after it has evaluated
+        if "metric_for_best_model" not in str(error):
+            raise
+        raise ValueError(error.args[0]) from None
+    trainer.save_model()
+    if eval_rows:
+        print(json.dumps(trainer.evaluate(), indent=2))
+    print(f"saved {arguments.output_dir}", file=sys.stderr)
+
+
+def evaluates(arguments: argparse.Namespace) -> bool:
+    """Whether there are rows to evaluate on."""
+    return bool(arguments.eval_annotations or Path(arguments.annotations).is_dir() or arguments.hold_out)
+
+
+def make_training_arguments(arguments: argparse.Namespace) -> DiffusionVMRTrainingArguments:
+    """The training arguments; without rows to evaluate on, without evaluation. Raise `ValueError` if invalid."""
+    fields = {"output_dir": arguments.output_dir, **arguments.training}
+    if not evaluates(arguments):
+        fields |= {"eval_strategy": "no", "load_best_model_at_end": False, "metric_for_best_model": None}
+    try:
+        training_arguments = DiffusionVMRTrainingArguments(**fields)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            check_positive(getattr(training_arguments, name), f"`{name}`")
+        return training_arguments
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ValueError(f"training arguments: {error}") from error
+
+
+def find_checkpoint(arguments: argparse.Namespace, training: DiffusionVMRTrainingArguments) -> str | None:
+    """
+    The checkpoint to continue from, if any: with `--resume` the last complete one in the output folder.
+
+    Raises:
+        ValueError: if the output folder holds something and the training is a new one.
+    """
+    from ..training.checkpoints import last_whole_checkpoint
+
+    output_dir = Path(str(training.output_dir))
+    if arguments.resume:
+        return last_whole_checkpoint(output_dir)
+    if training.resume_from_checkpoint:
+        return training.resume_from_checkpoint
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"{output_dir}: not a folder")
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise ValueError(f"{output_dir}: not empty; --resume continues the training in it")
+    return None
+
+
+def load_rows(arguments: argparse.Namespace) -> tuple[list, list]:
+    """Load the rows to train on and the rows to evaluate on, of which there may be none."""
+    from ..data.annotations import hold_out, load_annotations
+
+    skip = arguments.skip_invalid
+    is_folder = Path(arguments.annotations).is_dir()
+    train_rows = load_annotations(arguments.annotations, arguments.split or ("train" if is_folder else None), skip)
+    if arguments.eval_annotations or is_folder:
+        path = arguments.eval_annotations or arguments.annotations
+        split = arguments.eval_split or ("val" if Path(path).is_dir() else None)
+        return train_rows, load_annotations(path, split, skip)
+    if arguments.hold_out:
+        train_rows, eval_rows = hold_out(train_rows, arguments.hold_out)
+        share = f"{arguments.hold_out:.0%} of the training videos"
+        print(f"{share} are held out to choose the best checkpoint: {len(eval_rows)} queries")
+        return train_rows, eval_rows
+    print("no --eval_annotations: nothing is evaluated, and the last checkpoint is kept")
+    return train_rows, []
+
+
+def feature_sizes(rows: Sequence[Mapping[str, Any]], video: Sequence[Mapping], text: Mapping) -> FeatureSizes:
+    """The sizes of the features of some rows. Raise `ValueError` if a store has usable features for none of them."""
+    from ..data.features import feature_size, name_of
+
+    def size_in(store: Mapping, field: str) -> int:
+        identifiers = dict.fromkeys(row[field] for row in rows)
+        size = feature_size(store, (identifier for identifier in identifiers if identifier in store))
+        if size is None:
+            raise ValueError(f"{name_of(store)}: no usable features for any of the rows")
+        return size
+
+    return FeatureSizes([size_in(store, "vid") for store in video], size_in(text, "qid"))
+
+
+def make_model(arguments: argparse.Namespace, sizes: FeatureSizes):
+    """A new model, or that of `--model`, whose input layers fit the features."""
+    from .. import DiffusionVMRForMomentRetrieval
+
+    if arguments.model is None:
+        config = DiffusionVMRConfig(**arguments.config)
+        fit_to_features(config, sizes)
+        return DiffusionVMRForMomentRetrieval(config)
+    given = {name: value for name, value in arguments.config.items() if name in arguments.given}
+    with loading(arguments.model):
+        config = DiffusionVMRConfig.from_pretrained(arguments.model, **given)
+        fit_to_features(config, sizes)
+        loaded: Any = DiffusionVMRForMomentRetrieval.from_pretrained(
+            arguments.model, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    model, info = loaded
+    new = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
+    if new:
+        print(f"newly initialized (not in {arguments.model}): {', '.join(new)}")
+    return model
+
+
+def fit_to_features(config: DiffusionVMRConfig, sizes: FeatureSizes) -> None:
+    """Set the feature sizes of a configuration to those of the features, and print what changes."""
+    if (config.video_feature_size, config.text_feature_size) == (sum(sizes.video), sizes.text):
+        return
+    print(
+        f"feature sizes {sizes} instead of {config.video_feature_size} and {config.text_feature_size}: "
+        "the input layers are newly initialized" + (", `backbones` cleared" if config.backbones else "")
+    )
+    config.backbones = None
+    config.video_feature_size, config.text_feature_size = sum(sizes.video), sizes.text
+
+
+def check_shapes(checkpoint: str, model) -> None:
+    """Raise `ValueError` if a model has weights of another shape than the checkpoint to continue from."""
+    from safetensors import safe_open
+
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    for path in sorted(Path(checkpoint).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                saved = file.get_slice(name).get_shape()
+                if saved != shapes.get(name, saved):
+                    raise ValueError(
+                        f"{checkpoint}: `{name}` has shape {saved}, but this training needs {shapes[name]}; "
+                        "resume with the same settings and features"
+                    )
