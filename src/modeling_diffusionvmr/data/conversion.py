@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -112,15 +112,13 @@ class Source:
         Yield the rows of a table. The table `videos` comes first: the queries of a dropped video are dropped after it.
 
         Raises:
-            ValueError: for unusable features, unless they are skipped.
+            ValueError: for unusable features, unless they are skipped, and if no row is usable.
         """
         if config_name == VIDEOS_CONFIG:
-            videos = {row["vid"]: row for row in self.rows[split]}
-            yield from self._usable(split, "vid", videos.values(), self._video)
+            key, make, rows = "vid", self._video, {row["vid"]: row for row in self.rows[split]}.values()
         else:
-            yield from self._usable(split, "qid", self.rows[split], self._annotation)
-
-    def _usable(self, split: str, key: str, rows: Any, make: Callable) -> Iterator[dict[str, Any]]:
+            key, make, rows = "qid", self._annotation, self.rows[split]
+        num_usable = 0
         for row in rows:
             where = f"{split}, {key} {row[key]}"
             try:
@@ -132,7 +130,10 @@ class Source:
                 if key == "vid":
                     self._dropped_videos.add(row["vid"])
             else:
+                num_usable += 1
                 yield made
+        if not num_usable:
+            raise ValueError(f"the {split} split has no {config_name} with usable features")
 
     def _video(self, row: Mapping[str, Any]) -> dict[str, Any]:
         arrays = {
@@ -181,8 +182,6 @@ def convert(benchmark: Benchmark, source: Source, output: str | os.PathLike) -> 
         for config_name in counts:
             for split in source.rows:
                 table = _generate(source, config_name, split, f"{work}/cache")
-                if not len(table):
-                    raise ValueError(f"the {split} split has no {config_name} with usable features")
                 paths = write_split(table, folder / config_name, f"{benchmark.name}-{split}")
                 files[config_name][split] = [f"{config_name}/{path.name}" for path in paths]
                 counts[config_name][split] = len(table)

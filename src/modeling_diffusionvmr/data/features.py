@@ -157,7 +157,7 @@ class Hdf5Features(FeatureStore):
             # h5py raises what fits its own call: KeyError, RuntimeError, TypeError for a type that NumPy lacks
             except Exception as error:
                 raise ValueError(f"{path}: a broken HDF5 file ({error})") from error
-        super().__init__(path, places, seconds.item() if isinstance(seconds, np.generic) else seconds)
+        super().__init__(path, places, seconds.tolist() if isinstance(seconds, (np.generic, np.ndarray)) else seconds)
 
     @staticmethod
     def _opened(path):
