@@ -186,18 +186,16 @@ class SimulatedFeatures(Mapping):
 
 def make_folder(folder: Path, num_videos: int, seed: int) -> None:
     """A converted folder with a query a video and features of QVHighlights' sizes."""
-    from modeling_diffusionvmr.data.conversion import MomentRetrievalBuilder, Source, convert
-
-    class Simulated(MomentRetrievalBuilder):
-        TITLE, ABOUT, LICENSE = "Simulated", "Random numbers of QVHighlights' shape.", "other"
-        HOMEPAGE = CITATION = ""
+    from modeling_diffusionvmr.data.benchmarks import Benchmark
+    from modeling_diffusionvmr.data.conversion import Source, convert
 
     rows = simulate_truth(seed, num_videos)
     videos, sentences = [row["vid"] for row in rows], [row["qid"] for row in rows]
     num_clips = int(DURATION / SALIENCY_CLIP_SECONDS)
     backbones = {name: SimulatedFeatures(videos, num_clips, size, seed) for name, size in BACKBONE_SIZES.items()}
     text = SimulatedFeatures(sentences, NUM_TOKENS, TEXT_SIZE, seed)
-    convert(Simulated, Source({"train": rows}, backbones, text, SALIENCY_CLIP_SECONDS), folder)
+    simulated = Benchmark("Simulated", "Random numbers in the shape of QVHighlights.")
+    convert(simulated, Source({"train": rows}, backbones, text, SALIENCY_CLIP_SECONDS), folder)
 
 
 def open_folder(folder: Path, samples: int, repeats: int, seed: int) -> dict[str, float]:

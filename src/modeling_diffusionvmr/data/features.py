@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .feature_store import TEXT_PREFIX, FeatureStore, check_features
+from .feature_store import VIDEO_SUFFIXES as VIDEO_SUFFIXES  # used with the other names of the official layout
 from .files import atomic_write, parse_json_object
 from .glove import GloveFeatures
 from .parquet import TEXT_COLUMN, ParquetFeatures, is_converted, video_backbones
