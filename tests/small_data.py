@@ -1,4 +1,4 @@
-"""Small feature files, releases and converted folders, as several tests of data need them."""
+"""Small feature files, releases and converted folders, shared by the tests of data."""
 
 import json
 from pathlib import Path
@@ -43,12 +43,12 @@ configs:
 
 def write_converted(folder, dtype="float16", scale=1.0, clip_seconds=2.0, lengths=LENGTHS, size=3):
     """
-    A converted folder, by hand, in row groups of two rows, with the backbones `slow_fast` and `clip` (twice as wide).
-    Returns its arrays by column and id, as they were written.
+    Write a converted folder without the library, in row groups of two rows, with the backbones `slow_fast` and `clip`
+    (twice as wide), and return its arrays by column and id.
     """
     import datasets
 
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     arrays = {"slow_fast": {}, "clip": {}, "text_features": {}}
     sizes = {"slow_fast": size, "clip": 2 * size, "text_features": 4}
     files = {"annotations": "", "videos": ""}
@@ -56,7 +56,7 @@ def write_converted(folder, dtype="float16", scale=1.0, clip_seconds=2.0, length
         vids = [f"{split}_{index}" for index in range(len(counts))]
         for column, width in sizes.items():
             for vid, length in zip(vids, counts):
-                arrays[column][vid] = (scale * random.normal(size=(length, width))).astype(dtype)
+                arrays[column][vid] = (scale * rng.normal(size=(length, width))).astype(dtype)
         for config, columns, key in (
             ("annotations", ["text_features"], "qid"),
             ("videos", ["slow_fast", "clip"], "vid"),
@@ -80,13 +80,13 @@ def write_converted(folder, dtype="float16", scale=1.0, clip_seconds=2.0, length
 # Releases
 
 
-def random_array(random, length: int, size: int) -> np.ndarray:
-    return random.normal(size=(length, size)).astype(np.float32)
+def random_array(rng: np.random.Generator, length: int, size: int) -> np.ndarray:
+    return rng.normal(size=(length, size)).astype(np.float32)
 
 
 def make_qvhighlights(folder: Path) -> list[str]:
-    """Clips of 2 s; the backbones of a video differ by a clip; one row has the ground truth of nothing."""
-    random = np.random.default_rng(1)
+    """Clips of 2 s. The backbones of a video differ by one clip. The test split comes with and without ground truth."""
+    rng = np.random.default_rng(1)
     rows = {
         "train": [
             {"qid": 7, "query": "A pan", "vid": "a_60.0_210.0", "duration": 20, "relevant_windows": [[2, 6], [10, 20]]},
@@ -101,19 +101,19 @@ def make_qvhighlights(folder: Path) -> list[str]:
             start, end = row["relevant_windows"][0]
             row["relevant_clip_ids"] = list(range(start // 2, end // 2))
             row["saliency_scores"] = [[clip % 5, 1, 4] for clip in row["relevant_clip_ids"]]
-            write_features(folder / "text", row["qid"], random_array(random, 5, 3), "last_hidden_state")
+            write_features(folder / "text", row["qid"], random_array(rng, 5, 3), "last_hidden_state")
             length = row["duration"] // 2
-            write_features(folder / "slowfast", row["vid"], random_array(random, length + 1, 6))
-            write_features(folder / "clip", row["vid"], random_array(random, length, 4))
+            write_features(folder / "slowfast", row["vid"], random_array(rng, length + 1, 6))
+            write_features(folder / "clip", row["vid"], random_array(rng, length, 4))
         save_jsonl(rows[split], folder / f"highlight_{suffix}.jsonl")
     to_predict = [{name: row[name] for name in ("qid", "query", "vid", "duration")} for row in rows["test"]]
-    save_jsonl(to_predict, folder / "highlight_test_release.jsonl")  # as before its ground truth was released
+    save_jsonl(to_predict, folder / "highlight_test_release.jsonl")  # as first released
     return ["--video_features", "slowfast", "clip", "--text_features", "text"]
 
 
 def make_charades(folder: Path) -> list[str]:
-    """VGG with 6 clips a second, and word vectors. Two windows end after their video."""
-    random = np.random.default_rng(2)
+    """VGG features, 6 clips per second, and word vectors. Two windows end after their video."""
+    rng = np.random.default_rng(2)
     (folder / "vgg").mkdir()
     for split, count in (("train", 24), ("test", 2)):
         vids = [f"{split[0].upper()}V{index:03}" for index in range(count)]
@@ -124,16 +124,16 @@ def make_charades(folder: Path) -> list[str]:
         lines[0] = f"{vids[0]} 15.0 25.0##a person beyond."
         (folder / f"charades_sta_{split}.txt").write_text("\n".join(lines) + "\n")
         for vid, seconds in durations.items():
-            np.save(folder / "vgg" / f"{vid}.npy", random_array(random, int(6 * seconds), 5))
+            np.save(folder / "vgg" / f"{vid}.npy", random_array(rng, int(6 * seconds), 5))
     words = ["a", "person", "b", "beyond"]
-    text = "".join(f"{word} {' '.join(map(str, random_array(random, 1, 3)[0]))}\n" for word in words)
+    text = "".join(f"{word} {' '.join(map(str, random_array(rng, 1, 3)[0]))}\n" for word in words)
     (folder / "glove.txt").write_text(text)
     return ["--video_features", "vgg", "--text_features", "glove.txt"]
 
 
 def make_tacos(folder: Path) -> list[str]:
-    """C3D in HDF5 under the names of files; a few clips for a long video."""
-    random = np.random.default_rng(3)
+    """C3D features in HDF5, under file names with their suffix: few clips for long videos."""
+    rng = np.random.default_rng(3)
     with h5py.File(folder / "c3d.hdf5", "w") as file:
         for number, split in enumerate(("train", "val", "test")):
             videos = {}
@@ -147,10 +147,8 @@ def make_tacos(folder: Path) -> list[str]:
                     "fps": 29.4,
                     "num_frames": 3000,
                 }
-                file[f"{vid}.avi"] = random_array(random, 40 + index, 7)
+                file[f"{vid}.avi"] = random_array(rng, 40 + index, 7)
                 for sentence in range(2):
-                    write_features(
-                        folder / "text", f"{vid}_{sentence}", random_array(random, 4, 3), "last_hidden_state"
-                    )
+                    write_features(folder / "text", f"{vid}_{sentence}", random_array(rng, 4, 3), "last_hidden_state")
             (folder / f"{split}.json").write_text(json.dumps(videos))
     return ["--video_features", "c3d.hdf5", "--text_features", "text"]

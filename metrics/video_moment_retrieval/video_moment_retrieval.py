@@ -6,17 +6,10 @@ import json
 import datasets
 import evaluate
 
+from modeling_diffusionvmr.data.benchmarks import QVHIGHLIGHTS
 from modeling_diffusionvmr.training.metrics import evaluate_predictions
 
 DESCRIPTION = "Video moment retrieval and highlight detection, scored like the official evaluation of QVHighlights."
-CITATION = """\
-@inproceedings{lei2021detecting,
-  title = {Detecting Moments and Highlights in Videos via Natural Language Queries},
-  author = {Lei, Jie and Berg, Tamara L. and Bansal, Mohit},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2021}
-}
-"""
 
 
 def _to_json(row: dict) -> str:
@@ -31,7 +24,7 @@ class VideoMomentRetrieval(evaluate.Metric):
         text = datasets.Value("string")
         return evaluate.MetricInfo(
             description=DESCRIPTION,
-            citation=CITATION,
+            citation=QVHIGHLIGHTS.citation,
             inputs_description=evaluate_predictions.__doc__,
             features=datasets.Features({"predictions": text, "references": text}),
         )

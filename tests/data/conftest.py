@@ -1,4 +1,4 @@
-"""What the tests of data share."""
+"""Fixtures for the tests of data."""
 
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -10,7 +10,7 @@ from small_data import GLOVE, write_converted
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """Where `datasets` keeps its Arrow files, here and in processes that are started."""
+    """Give `datasets` a temporary cache, in this process and in those that it starts."""
     import datasets
 
     folder = tmp_path_factory.mktemp("cache")
@@ -22,14 +22,14 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def in_another_process(cache):
-    """Calls a function there, in a process that was not forked."""
+    """Call a function in another process, one that was not forked."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         yield lambda *call: pool.submit(*call).result()
 
 
 @pytest.fixture(scope="module")
 def converted(cache, tmp_path_factory):
-    """A converted folder and its arrays. Nothing may write there."""
+    """A converted folder and its arrays, read-only by agreement."""
     folder = tmp_path_factory.mktemp("converted")
     return SimpleNamespace(path=folder, arrays=write_converted(folder))
 

@@ -47,7 +47,7 @@ def test_rows_come_back(tmp_path):
         ({**ROW, "duration": "20"}, "`duration` must be a number above 0, got '20'"),
         ({**ROW, "duration": 0}, "`duration` must be a number above 0"),
         ({**ROW, "duration": float("nan")}, "`duration` must be a number above 0"),
-        ({**ROW, "duration": 10**400}, "`duration` must be a number above 0"),  # a whole number that no float holds
+        ({**ROW, "duration": 10**400}, "`duration` must be a number above 0"),  # does not fit a float
         ({**ROW, "relevant_windows": {}}, "must be a list of windows"),
         ({**ROW, "relevant_windows": [2, 6]}, r"must be \[start, end\] in seconds, got 2"),
         ({**ROW, "relevant_windows": [[2, 6, 1]]}, r"must be \[start, end\]"),
@@ -64,7 +64,7 @@ def test_rows_come_back(tmp_path):
         ({**SALIENT, "saliency_scores": [[4, 3, 2], [1, 2]]}, r"must be 3 numbers.*, got \[1, 2\]"),
         ({**SALIENT, "saliency_scores": [[4, 3, 2], [1, 2, -4]]}, r"got \[1, 2, -4\]"),
         (ROW, r"`qid` 1 was used before \(.*a\.jsonl, line 1\)"),
-        ({**ROW, "qid": "1"}, "`qid` '1' was used before"),  # both would have the same feature file
+        ({**ROW, "qid": "1"}, "`qid` '1' was used before"),  # would share a feature file with 1
     ],
 )
 def test_refused_rows(tmp_path, row, message):
@@ -106,7 +106,7 @@ def test_refused_files(tmp_path):
         load_annotations(write(tmp_path / "a.csv", ROW))
 
 
-# Rows that cannot be used
+# Unusable rows
 
 
 BROKEN = [
@@ -120,7 +120,7 @@ BROKEN = [
 
 
 def test_skip_invalid(tmp_path):
-    good = {**ROW, "qid": 4}  # the number of a row that was dropped is free
+    good = {**ROW, "qid": 4}  # a dropped row does not reserve its qid
     path = write(tmp_path / "a.jsonl", ROW, *(row for row, _ in BROKEN), good)
     with pytest.warns(UserWarning) as caught:
         assert load_annotations(path, skip_invalid=True) == [ROW, good]
@@ -160,7 +160,7 @@ def test_windows_are_cut_in_rows_that_stay(tmp_path):
 
 @pytest.fixture
 def charades(tmp_path):
-    """Makes an annotation file in Charades-STA's format, with the durations of two videos in two files beside it."""
+    """Write an annotation file of Charades-STA, with two CSV files of durations beside it."""
 
     def make(*lines: str | bytes, name="charades_sta_train.txt"):
         text = 'id,script,length\nAAAAA,"Someone sits,\nand ""waits"".",30.5\n'
@@ -206,7 +206,7 @@ def test_charades_numbers_do_not_count_lines_that_end_before_they_start(charades
     "line", ["CCCCC 0.0 6.9##in no CSV", "no line", "AAAAA 40 50##beyond the video", "AAAAA 0.0 6.9## "]
 )
 def test_charades_numbers_count_all_other_lines(charades, line):
-    """Or the sentences after it would get the features of their neighbours."""
+    """Otherwise the sentences after it would get the features of their neighbors."""
     path = charades(CHARADES_LINES[0], line, CHARADES_LINES[1])
     with pytest.warns(UserWarning, match="dropped 1 of 3 rows"):
         assert [row["qid"] for row in load_annotations(path, skip_invalid=True)] == [0, 2]
@@ -323,7 +323,7 @@ def test_refused_tacos_sentences(tmp_path, sentence, message):
     path = write(tmp_path / "train.json", {**TACOS, "s1-d2.avi": {**TACOS["s1-d2.avi"], **sentence}})
     with pytest.raises(ValueError, match=rf"train\.json, s1-d2\.avi, sentence 1: .*{message}"):
         load_annotations(path)
-    with pytest.warns(UserWarning, match="dropped 1 of 3 rows"):  # the others keep their names
+    with pytest.warns(UserWarning, match="dropped 1 of 3 rows"):  # the others keep their qids
         assert load_annotations(path, skip_invalid=True) == [TACOS_ROWS[0], TACOS_ROWS[2]]
 
 
@@ -356,7 +356,7 @@ def test_hold_out_is_a_share_of_videos(count, share, wanted):
     kept, held = hold_out(rows, share)
     assert len({row["vid"] for row in held}) == wanted and len(held) == 3 * wanted
     assert not {row["vid"] for row in kept} & {row["vid"] for row in held}
-    for part in (kept, held):  # in the order of the file
+    for part in (kept, held):  # rows stay in order
         assert part == [row for row in rows if row in part]
     assert len(kept) + len(held) == len(rows)
 
@@ -380,7 +380,7 @@ def test_hold_out_that_leaves_one_side_empty(count, share):
 
 @pytest.fixture(scope="module")
 def official(shared):
-    """Rows of an official file, read once, and the warnings that it gave."""
+    """Load an official file, once, and return its rows and the messages of its warnings."""
     read = {}
 
     def rows(name):
@@ -442,7 +442,7 @@ def test_official_files_are_those_in_the_qvhighlights_shape(official, shared, na
 
 
 def test_official_videos_are_of_one_split(official):
-    """So that features are stored once a video."""
+    """So the features of each video are stored once."""
     for names in (
         ["charades_sta/charades_sta_train.txt", "charades_sta/charades_sta_test.txt"],
         ["tacos/train.json", "tacos/val.json", "tacos/test.json"],

@@ -1,4 +1,4 @@
-"""`conversion.py` and `dataset_scripts/`, on small releases made by hand in the official layouts."""
+"""`conversion.py`, `diffusionvmr convert` and `dataset_scripts/`, on small releases in the official layouts."""
 
 import contextlib
 import io
@@ -35,6 +35,8 @@ from modeling_diffusionvmr.data.files import load_jsonl, save_jsonl
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "dataset_scripts"
 BENCHMARKS = {"qvhighlights": "QVHighlights", "charades_sta": "Charades-STA", "tacos": "TACoS"}
+pytestmark = pytest.mark.usefixtures("cache")
+
 COLUMNS = {
     "qid": datasets.Value("int64"),
     "query": datasets.Value("string"),
@@ -48,13 +50,12 @@ COLUMNS = {
 
 # Releases
 
-
 MAKE = {"qvhighlights": make_qvhighlights, "charades_sta": make_charades, "tacos": make_tacos}
 
 
 @pytest.fixture(scope="module")
 def releases(tmp_path_factory):
-    """The folder and the arguments of each release. Nothing may write there."""
+    """The folder and the arguments of each release, read-only by agreement."""
     made = {}
     for name, make in MAKE.items():
         folder = tmp_path_factory.mktemp(name)
@@ -88,7 +89,7 @@ def convert(benchmark: str, folder: Path, output: Path, *arguments) -> SimpleNam
 
 @pytest.fixture(scope="module")
 def converted(releases, tmp_path_factory):
-    """The folder that each release became, in float32. Nothing may write there."""
+    """The converted folder of each release, in float32, read-only by agreement."""
     folders = {}
     for name, release in releases.items():
         output = tmp_path_factory.mktemp("output") / name
@@ -118,7 +119,7 @@ def official_rows(benchmark: str, folder: Path) -> dict[str, list]:
 
 @pytest.fixture
 def release(tmp_path):
-    """A release of QVHighlights that a test may break, and its conversion."""
+    """A release of QVHighlights that a test may break, and a function that converts it."""
     folder = tmp_path / "release"
     folder.mkdir()
     arguments = make_qvhighlights(folder)
@@ -130,12 +131,12 @@ def release(tmp_path):
     return SimpleNamespace(folder=folder, output=output, convert=run)
 
 
-# What a folder holds
+# What a folder contains
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
 def test_annotations(releases, converted, benchmark):
-    """One row a query, its features beside it, as the default config."""
+    """The default config has one row per query, with its features."""
     folder = releases[benchmark].folder
     loaded = datasets.load_dataset(str(converted[benchmark]))
     official = official_rows(benchmark, folder)
@@ -157,12 +158,12 @@ def test_annotations(releases, converted, benchmark):
     "benchmark, sizes, seconds",
     [
         ("qvhighlights", {"slowfast": 6, "clip": 4}, 2.0),
-        ("charades_sta", {"vgg": 5}, None),  # the release does not say it: the duration divided by the clips
+        ("charades_sta", {"vgg": 5}, None),  # clips share the duration
         ("tacos", {"c3d": 7}, None),
     ],
 )
 def test_videos(releases, converted, benchmark, sizes, seconds):
-    """One row a video, one column a backbone."""
+    """One row per video, one column per backbone."""
     loaded = datasets.load_dataset(str(converted[benchmark]), "videos").with_format("numpy")
     stores = {name: next(iter(releases[benchmark].folder.glob(f"{name}*"))) for name in sizes}
     stores = {name: open_features(path) for name, path in stores.items()}
@@ -220,7 +221,7 @@ def test_license_and_split_of_charades(converted):
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
 def test_rows_come_back(releases, converted, benchmark):
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # windows that end after the video were cut when it was converted
+        warnings.simplefilter("error")  # windows were cut when the folder was written
         for split, rows in official_rows(benchmark, releases[benchmark].folder).items():
             assert load_annotations(converted[benchmark], split=split) == rows
             assert load_annotations(str(converted[benchmark]), split, skip_invalid=True) == rows
@@ -238,7 +239,7 @@ def test_split_of_what_has_none(releases):
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
 def test_samples_are_those_of_the_official_files(releases, converted, tiny_config, benchmark):
-    """With their draws, exactly: the clips of the releases cover the durations."""
+    """Bit for bit, with their random draws, since the clips of these releases cover the durations."""
     release = releases[benchmark]
     video = [release.folder / name for name in release.arguments[1:-2]]
     rows = {
@@ -270,7 +271,7 @@ def test_samples_are_those_of_the_official_files(releases, converted, tiny_confi
 
 
 def test_float16_by_default(release, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")  # what is moved to its place at the end is written beside it
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")  # a rename needs the same file system
     assert release.convert().code is None
     assert {path.name for path in release.output.parent.iterdir()} == {"release", "output"}
     monkeypatch.undo()
@@ -286,7 +287,7 @@ def test_float16_by_default(release, monkeypatch):
 
 
 def test_several_files(release, monkeypatch):
-    """As of a large release: rows stay in order, and each file holds some."""
+    """A large release is split into several files; rows stay in order."""
     monkeypatch.setattr(parquet, "MAX_FILE_BYTES", 300)
     monkeypatch.setattr(parquet, "MAX_GROUP_BYTES", 150)
     assert release.convert("--dtype", "float32").code is None
@@ -300,7 +301,7 @@ def test_several_files(release, monkeypatch):
 
 
 def test_converted_again(release):
-    """Nothing of the folder that was there before is read, though its name is the same."""
+    """A new folder is not confused with an old one of the same name."""
     assert release.convert().code is None
     assert load_annotations(release.output, "val")[0]["query"] == "A dog"
     assert open_features(release.output, "clip")["c_0.0_30.0"].shape == (15, 4)
@@ -324,7 +325,7 @@ def test_test_split_without_ground_truth(release):
 
 
 def test_numbers_and_names_as_qid(release):
-    """In one column both are strings; the features of a sentence are found by either."""
+    """Both become strings in the column. Features are found by either."""
     path = release.folder / "highlight_train_release.jsonl"
     rows = load_jsonl(path)
     save_jsonl([{**rows[0], "qid": "seven"}, *rows[1:]], path)
@@ -354,7 +355,7 @@ def test_numbers_that_a_column_cannot_hold(release):
 
 
 def test_rows_are_written_in_batches(release, monkeypatch):
-    """So that memory stays bounded: each batch is written before the next one is read."""
+    """Memory is bounded, since each batch is written before the next one is read."""
     monkeypatch.setattr(conversion, "WRITER_BATCH", 2)
     batches = []
 
@@ -473,7 +474,7 @@ BROKEN = {
 
 
 def assert_refused(result, message: str, release):
-    """One line, and nothing is left behind."""
+    """Check that the error is one line and that nothing is left behind."""
     assert isinstance(result.code, str) and result.code.startswith("error: ") and "\n" not in result.code
     with pytest.raises(ValueError, match=message):
         raise ValueError(result.code)
@@ -546,7 +547,7 @@ def test_nothing_left_of_new_parents(release):
 
 
 def test_nothing_left_where_it_is_interrupted(release, monkeypatch):
-    """In the second table, when the first one is written."""
+    """Interrupted in the second table, when the first one is complete."""
 
     def interrupted(*arguments):
         raise KeyboardInterrupt
@@ -557,7 +558,7 @@ def test_nothing_left_where_it_is_interrupted(release, monkeypatch):
     assert [path.name for path in release.output.parent.iterdir()] == ["release"]
 
 
-# Rows that are left out
+# Rows that are left out for their features
 
 
 def test_skip_invalid(release):
@@ -602,7 +603,10 @@ def test_lines_of_charades_that_end_before_they_start(releases, tmp_path):
     train.write_text("TV003 8.0 7.0##a person b.\n" + train.read_text())
     arguments = releases["charades_sta"].arguments
     result = convert("charades_sta", folder, tmp_path / "output", *arguments)
-    assert result.code.startswith("error: charades_sta_train.txt, line 1: the window [8.0, 7.0] does not end after")
+    assert result.code == (
+        "error: charades_sta_train.txt, line 1: the window [8.0, 7.0] does not end after it starts "
+        "(skip_invalid=True, or --skip_invalid, drops such rows)"
+    )
     result = convert("charades_sta", folder, tmp_path / "output", *arguments, "--skip_invalid")
     assert result.code is None
     assert "charades_sta_train.txt: dropped 1 of 49 rows:\n  charades_sta_train.txt, line 1:" in result.stderr
@@ -614,7 +618,7 @@ def test_lines_of_charades_that_end_before_they_start(releases, tmp_path):
 
 
 class FakeApi:
-    """Stands for the Hub: keeps what it is asked."""
+    """Stands in for the Hub and records its calls."""
 
     calls = []
 
@@ -636,7 +640,7 @@ def test_push_to_hub(release, monkeypatch, private):
     create, upload = FakeApi.calls
     assert create == ("create_repo", "moments", {"repo_type": "dataset", "private": private, "exist_ok": True})
     names, options = ["README.md", "annotations", "videos"], {"repo_type": "dataset", "delete_patterns": "*.parquet"}
-    assert upload == ("upload_folder", "someone/moments", names, options)  # nothing is left of an earlier one
+    assert upload == ("upload_folder", "someone/moments", names, options)  # removes an earlier conversion
     assert release.output.is_dir()
 
 
@@ -653,7 +657,7 @@ def test_nothing_is_pushed_of_a_release_that_is_refused(release, monkeypatch):
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
 def test_scripts(releases, converted, tmp_path, monkeypatch, benchmark):
-    """They write the same files as the command."""
+    """The scripts write the same files as the command."""
     release = releases[benchmark]
     arguments = [str(tmp_path / "output"), "--annotations", ".", *release.arguments, "--dtype", "float32"]
     monkeypatch.setattr(sys, "argv", [benchmark, *arguments])
@@ -667,7 +671,7 @@ def test_scripts(releases, converted, tmp_path, monkeypatch, benchmark):
 
 
 def test_command(releases, tmp_path):
-    """Run as a user runs it: it writes the folder and nothing else, in particular nothing to the user's home."""
+    """As a process of its own, it writes the folder and nothing else, in particular nothing in the home folder."""
     release = releases["charades_sta"]
     before = sorted(release.folder.rglob("*"))
     (tmp_path / "home").mkdir()

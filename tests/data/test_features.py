@@ -34,7 +34,7 @@ def test_official_layout(tmp_path):
     np.testing.assert_array_equal(text[7], ARRAY)
     np.testing.assert_array_equal(text["7"], text["a_8"])
     assert list(text) == ["7", "a_8"] and 7 in text
-    # The official files of sentences hold a second array
+    # Official sentence files contain a second array
     np.savez(tmp_path / "text" / "qid9.npz", last_hidden_state=ARRAY, pooler_output=ARRAY[0])
     np.testing.assert_array_equal(open_features(tmp_path / "text")[9], ARRAY)
 
@@ -91,7 +91,7 @@ def as_npy(array, **kwargs) -> bytes:
 
 
 def with_header(header: str) -> bytes:
-    """An `.npy` file of this header, and of a few numbers."""
+    """Return an `.npy` file with this header and a few numbers."""
     return b"\x93NUMPY\x01\x00\x76\x00" + header.ljust(117).encode() + b"\n" + bytes(100)
 
 
@@ -103,7 +103,7 @@ def in_zip(content: bytes) -> bytes:
 
 
 def encrypted(content: bytes) -> bytes:
-    """A zip file with the bit that says so."""
+    """Set the bit of a zip file that marks it as encrypted."""
     content = bytearray(content)
     content[content.rfind(b"PK\1\2") + 8] |= 1
     return bytes(content)
@@ -190,7 +190,7 @@ def test_refused_arrays(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# Names of files that have a suffix of their own
+# Names with the suffix of a video file
 
 
 def test_names_of_videos_with_their_suffix(tmp_path):
@@ -214,7 +214,7 @@ def test_what_is_written_is_read_by_the_same_id(tmp_path, identifier):
 
 
 def test_names_that_differ_by_the_suffix_alone(tmp_path):
-    """Neither is silently taken for the other."""
+    """Neither silently replaces the other."""
     write_features(tmp_path / "clip", "v1", ARRAY)
     write_features(tmp_path / "clip", "v1.avi", ARRAY + 1)
     path = write_hdf5(tmp_path / "c3d.hdf5", **{"v1.avi": ARRAY, "v1.mp4": ARRAY + 1})
@@ -281,9 +281,6 @@ def test_common_clip_seconds(tmp_path):
     assert common_clip_seconds([{"v1": ARRAY}, *stores[:3]]) == 2
     with pytest.raises(ValueError, match=rf"same length, got 2 s in {tmp_path}/a, 1\.5 s in {tmp_path}/d"):
         common_clip_seconds([stores[0], stores[1], stores[3]])
-
-
-# Word vectors
 
 
 # Converted folders

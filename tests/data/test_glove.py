@@ -24,7 +24,7 @@ def test_word_vectors(glove):
         features = open_text_features(glove(), KNOWN)
     assert features[7].dtype == np.float32
     np.testing.assert_array_equal(features[7], [[1, 0], [0.5, -2], [1, 0], [0.5, -2]])
-    np.testing.assert_array_equal(features["b_1"], [[3, 4], [7, 7], [8, 9]])  # as written, where that is a word
+    np.testing.assert_array_equal(features["b_1"], [[3, 4], [7, 7], [8, 9]])  # "bag." is a known word
     np.testing.assert_array_equal(features["7"], features[7])
     assert list(features) == ["7", "b_1"] and len(features) == 2 and 7 in features and "b_1" in features
     assert 9 not in features
@@ -48,7 +48,7 @@ def test_unknown_words_are_zeros_and_counted(glove):
 
 
 def test_words_that_have_spaces(glove):
-    """As some in glove.840B.300d.txt, which begin like other words."""
+    """As in glove.840B.300d.txt, where some begin like other words."""
     text = ", 5 5\nat 1 2\nat name@domain.com 3 4\n. . . 9 9\nplum 0.5 -2\n"
     features = open_text_features(glove(text), [{"qid": 1, "query": "at plum"}])
     np.testing.assert_array_equal(features[1], [[1, 2], [0.5, -2]])

@@ -56,7 +56,7 @@ def test_one_backbone_needs_no_name(cache, tmp_path):
 
 @pytest.mark.parametrize("place", ["a/qvhighlights", "b/qvhighlights"])
 def test_another_folder_of_the_same_name(cache, tmp_path, place):
-    """The Arrow files of the first one, here or elsewhere, are not taken for it."""
+    """It is not confused with the first one in the cache, wherever it is."""
     write_converted(tmp_path / "a" / "qvhighlights")
     before = open_features(tmp_path / "a" / "qvhighlights", "clip")["test_0"]
     arrays = write_converted(tmp_path / place, scale=3.0)
@@ -72,8 +72,8 @@ def mapped_files() -> str:
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="the system does not list mapped files")
 def test_converted_features_are_mapped_not_loaded(cache, tmp_path):
-    write_converted(tmp_path, "float32", lengths={"train": [200] * 40}, size=128)  # 8 MB, and 4 MB
-    open_features(tmp_path, "clip")  # makes the Arrow files
+    write_converted(tmp_path, "float32", lengths={"train": [200] * 40}, size=128)  # 8 MB and 4 MB
+    open_features(tmp_path, "clip")  # writes the Arrow files
     tracemalloc.start()
     try:
         allocated = pyarrow.total_allocated_bytes()
@@ -85,7 +85,7 @@ def test_converted_features_are_mapped_not_loaded(cache, tmp_path):
     finally:
         tracemalloc.stop()
     assert array.shape == (200, 256)
-    assert peak < 2_000_000  # arrays of 205 kB, and what a folder costs to open
+    assert peak < 2_000_000  # two arrays of 205 kB and the cost of opening a folder
     assert f"{cache}/" in mapped_files()
     assert len(pickle.dumps(features)) < 1000
 
@@ -139,7 +139,7 @@ def test_folder_that_is_not_a_converted_one(tmp_path):
 
 @pytest.mark.parametrize("there", [["00000-of-00002"], ["00001-of-00002"], ["00000-of-00001", "00000-of-00001-2f"]])
 def test_converted_folder_that_lacks_a_file(cache, tmp_path, there):
-    """Or has one twice, from two conversions."""
+    """Or has files of two conversions."""
     write_converted(tmp_path, lengths={"train": [3]})
     path = tmp_path / "videos" / "x-train-00000-of-00001.parquet"
     content = path.read_bytes()
