@@ -461,7 +461,7 @@ BROKEN = {
     ),
     "no usable features": (
         lambda release: [path.write_bytes(b"") for path in release.folder.glob("clip/*")],
-        "clip: has usable features for no vid of the annotations$",
+        "clip: has no usable features for any vid of the annotations$",
     ),
     "clips of two lengths": (
         lambda release: [

@@ -52,7 +52,10 @@ def load_annotations(
             names the file, the line and the field.
     """
     path = Path(path)
-    rows, seen, num_cut, dropped = [], {}, 0, []
+    rows: list[dict[str, Any]] = []
+    seen: dict[str, str] = {}  # where each qid was found
+    dropped: list[str] = []
+    num_cut = 0
     for where, row in _read(path, split):
         try:
             if isinstance(row, ValueError):
@@ -161,11 +164,11 @@ def _check_window(window: Any, duration: float) -> list[float]:
 
 def check_saliency(row: Mapping[str, Any]) -> None:
     """Raise `ValueError` unless `saliency_scores` fit `relevant_clip_ids`, and these fit `duration`."""
-    clips, scores, duration = row.get("relevant_clip_ids"), row["saliency_scores"], row.get("duration")
+    clips, scores = row.get("relevant_clip_ids"), row["saliency_scores"]
     if not isinstance(clips, list) or not isinstance(scores, list) or len(clips) != len(scores):
         raise ValueError("`saliency_scores` and `relevant_clip_ids` must be lists of the same length")
-    check_positive(duration, "`duration`")
-    num_clips = int(duration / SALIENCY_CLIP_SECONDS)
+    check_positive(row.get("duration"), "`duration`")
+    num_clips = int(row["duration"] / SALIENCY_CLIP_SECONDS)
     for clip in clips:
         if type(clip) is not int or not 0 <= clip < num_clips:
             raise ValueError(f"`relevant_clip_ids` must be whole numbers from 0 to {num_clips - 1}, got {clip!r}")

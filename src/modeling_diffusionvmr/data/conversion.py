@@ -104,7 +104,7 @@ class Source:
         identifiers = dict.fromkeys(row[key] for rows in self.rows.values() for row in rows)
         size = feature_size(store, (identifier for identifier in identifiers if identifier in store))
         if size is None:
-            raise ValueError(f"{name_of(store)}: has usable features for no {key} of the annotations")
+            raise ValueError(f"{name_of(store)}: has no usable features for any {key} of the annotations")
         return size
 
     def table(self, config_name: str, split: str) -> Iterator[dict[str, Any]]:
@@ -115,9 +115,11 @@ class Source:
             ValueError: for unusable features, unless they are skipped, and if no row is usable.
         """
         if config_name == VIDEOS_CONFIG:
-            key, make, rows = "vid", self._video, {row["vid"]: row for row in self.rows[split]}.values()
+            key, make = "vid", self._video
+            rows = list({row["vid"]: row for row in self.rows[split]}.values())
         else:
-            key, make, rows = "qid", self._annotation, self.rows[split]
+            key, make = "qid", self._annotation
+            rows = list(self.rows[split])
         num_usable = 0
         for row in rows:
             where = f"{split}, {key} {row[key]}"
@@ -235,7 +237,7 @@ def push_folder(folder: str | os.PathLike, repo_id: str, private: bool = False) 
     url = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
     api.upload_folder(
         repo_id=url.repo_id,
-        folder_path=folder,
+        folder_path=os.fspath(folder),
         repo_type="dataset",
         delete_patterns="*.parquet",  # files of an earlier conversion have other names
     )

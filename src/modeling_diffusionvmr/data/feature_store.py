@@ -38,7 +38,7 @@ class FeatureStore(Mapping):
         self.path = path
         self.clip_seconds = clip_seconds
         prefix = TEXT_PREFIX if all(name.startswith(TEXT_PREFIX) for name in places) else ""
-        self._places = {}
+        self._places: dict[str, Any] = {}
         for name, place in places.items():
             identifier = _without_suffix(name.removeprefix(prefix))
             if identifier in self._places:

@@ -85,7 +85,8 @@ def common_clip_seconds(stores: Sequence[Mapping]) -> float | None:
     Return the length of a clip that the stores of one model state, or `None` if none does. Raise `ValueError` if they
     differ.
     """
-    stated = {store.clip_seconds: store for store in stores if getattr(store, "clip_seconds", None) is not None}
+    stated = {getattr(store, "clip_seconds", None): store for store in stores}
+    stated.pop(None, None)
     if len(stated) > 1:
         lengths = ", ".join(f"{seconds} s in {name_of(store)}" for seconds, store in stated.items())
         raise ValueError(f"all backbones must have clips of the same length, got {lengths}")
@@ -97,7 +98,7 @@ def feature_size(store: Mapping, identifiers: Iterable[int | str]) -> int | None
     Return the size of a store's vectors: the most common one among the first few arrays. `None` if none of these can be
     read.
     """
-    sizes = Counter()
+    sizes: Counter[int] = Counter()
     for identifier in islice(identifiers, 20):
         with suppress(KeyError, ValueError):  # reported later, when the array is read for its content
             sizes[store[identifier].shape[1]] += 1
@@ -202,6 +203,7 @@ def write_features(folder: str | os.PathLike, identifier: int | str, array: np.n
         raise ValueError(f"{folder}: {identifier!r} cannot be part of a file name")
     check_features(array, f"{folder}, {identifier}")
     path = Path(folder) / name
+    arrays: dict[str, Any] = {key: array}
     with atomic_write(path) as temporary:
-        np.savez_compressed(temporary, **{key: array})
+        np.savez_compressed(temporary, **arrays)
     return path

@@ -206,7 +206,8 @@ class ParquetFeatures(FeatureStore):
         config_name, key = (ANNOTATIONS_CONFIG, "qid") if column == TEXT_COLUMN else (VIDEOS_CONFIG, "vid")
         self.column = column
         self._chunks: list[tuple[np.ndarray, np.ndarray, int]] = []  # values, where each row starts in them, size
-        places, seconds = {}, None
+        places: dict[str, tuple[int, int]] = {}  # chunk, row in it
+        seconds = None
         for name, split in open_table(path, config_name).items():
             if key not in split.column_names or not isinstance(split.features.get(column), datasets.Array2D):
                 raise ValueError(f"{path}: {config_name}, {name}, needs a column {key!r} and an Array2D {column!r}")
