@@ -150,12 +150,24 @@ def test_converted_folder_that_lacks_a_file(cache, tmp_path, there):
         open_features(tmp_path, "clip")
 
 
-@pytest.mark.parametrize("column", ["clip", "vid"])
-def test_converted_folder_that_lacks_a_column_in_one_split(cache, tmp_path, column):
+@pytest.mark.parametrize("table, column, opened", [("videos", "vid", "clip"), ("annotations", "qid", "text_features")])
+def test_converted_folder_that_lacks_a_column(cache, tmp_path, table, column, opened):
     import datasets
 
     write_converted(tmp_path)
-    path = tmp_path / "videos" / "x-val-00000-of-00001.parquet"
-    datasets.Dataset.from_parquet(str(path)).rename_column(column, "other").to_parquet(path)
-    with pytest.raises(ValueError, match=f"{tmp_path}"):
-        open_features(tmp_path, "clip")
+    for path in (tmp_path / table).glob("*.parquet"):
+        datasets.Dataset.from_parquet(str(path)).rename_column(column, "other").to_parquet(path)
+    with pytest.raises(
+        ValueError, match=f"{tmp_path}: {table}, .*, needs a column '{column}' and an Array2D '{opened}'"
+    ):
+        open_features(tmp_path, opened)
+
+
+def test_converted_folder_without_text_features(cache, tmp_path):
+    import datasets
+
+    write_converted(tmp_path)
+    for path in (tmp_path / "annotations").glob("*.parquet"):
+        datasets.Dataset.from_parquet(str(path)).remove_columns("text_features").to_parquet(path)
+    with pytest.raises(ValueError, match=f"{tmp_path}: annotations, .*, needs .* an Array2D 'text_features'"):
+        open_features(tmp_path, "text_features")
