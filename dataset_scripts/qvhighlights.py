@@ -1,31 +1,8 @@
-"""QVHighlights, as released -> a folder that `datasets.load_dataset` opens."""
+"""Convert the official release of QVHighlights; the same as `diffusionvmr convert qvhighlights`."""
 
-from modeling_diffusionvmr.data.conversion import MomentRetrievalBuilder, main
+import sys
 
-
-class QVHighlights(MomentRetrievalBuilder):
-    TITLE = "QVHighlights"
-    ABOUT = (
-        "Moments and highlights of 150 s of YouTube vlogs and news that a sentence describes; one or several a query."
-    )
-    HOMEPAGE = "https://github.com/jayleicn/moment_detr"
-    LICENSE = "cc-by-nc-sa-4.0"
-    CITATION = """
-@inproceedings{lei2021detecting,
-  title = {Detecting Moments and Highlights in Videos via Natural Language Queries},
-  author = {Lei, Jie and Berg, Tamara L. and Bansal, Mohit},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2021}
-}
-"""
-    CLIP_SECONDS = 2.0
-    FILES = {
-        "train": ("highlight_train_release.jsonl",),
-        "val": ("highlight_val_release.jsonl",),
-        # Its ground truth was released when the evaluation server closed
-        "test": ("highlight_test_with_gt.jsonl", "highlight_test_release.jsonl"),
-    }
-
+from modeling_diffusionvmr.cli import main
 
 if __name__ == "__main__":
-    main(QVHighlights)
+    main(["convert", "qvhighlights", *sys.argv[1:]])

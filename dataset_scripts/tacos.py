@@ -1,25 +1,8 @@
-"""TACoS, as released with 2D-TAN -> a folder that `datasets.load_dataset` opens."""
+"""Convert the official release of TACoS; the same as `diffusionvmr convert tacos`."""
 
-from modeling_diffusionvmr.data.conversion import MomentRetrievalBuilder, main
+import sys
 
-
-class TACoS(MomentRetrievalBuilder):
-    TITLE = "TACoS"
-    ABOUT = "One moment a query, in cooking videos of 48 to 1,402 s with some 130 queries each."
-    HOMEPAGE = "https://github.com/microsoft/2D-TAN"
-    LICENSE = "other"
-    CITATION = """
-@article{regneri2013grounding,
-  title = {Grounding Action Descriptions in Videos},
-  author = {Regneri, Michaela and Rohrbach, Marcus and Wetzel, Dominikus and Thater, Stefan and Schiele, Bernt and
-            Pinkal, Manfred},
-  journal = {Transactions of the Association for Computational Linguistics},
-  year = {2013}
-}
-"""
-    CLIP_SECONDS = None
-    FILES = {"train": ("train.json",), "val": ("val.json",), "test": ("test.json",)}
-
+from modeling_diffusionvmr.cli import main
 
 if __name__ == "__main__":
-    main(TACoS)
+    main(["convert", "tacos", *sys.argv[1:]])

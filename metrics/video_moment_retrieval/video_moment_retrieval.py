@@ -1,22 +1,15 @@
-"""The official QVHighlights scores as an `evaluate` module: a thin wrapper of `evaluate_predictions`."""
+"""The official QVHighlights metrics as an `evaluate` module: a thin wrapper around `evaluate_predictions`."""
 
 import json
 
-# One a line: `evaluate` reads these lines itself, to see what must be installed
+# One import per line: `evaluate` parses these lines itself to find missing packages, and cannot read `import a, b`
 import datasets
 import evaluate
 
+from modeling_diffusionvmr.data.benchmarks import QVHIGHLIGHTS
 from modeling_diffusionvmr.training.metrics import evaluate_predictions
 
-DESCRIPTION = "Video moment retrieval and highlight detection, scored as the official evaluation of QVHighlights does."
-CITATION = """\
-@inproceedings{lei2021detecting,
-  title = {Detecting Moments and Highlights in Videos via Natural Language Queries},
-  author = {Lei, Jie and Berg, Tamara L. and Bansal, Mohit},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2021}
-}
-"""
+DESCRIPTION = "Video moment retrieval and highlight detection, scored like the official evaluation of QVHighlights."
 
 
 def _to_json(row: dict) -> str:
@@ -24,24 +17,24 @@ def _to_json(row: dict) -> str:
 
 
 class VideoMomentRetrieval(evaluate.Metric):
-    """Predictions and references are dicts, as `evaluate_predictions` takes them, and in any order."""
+    """Takes predictions and references as dicts, in any order, as `evaluate_predictions` does."""
 
     def _info(self):
-        # Rows travel as JSON, since Arrow would ask every row for the same fields, and every qid for one type
+        # Rows travel as JSON, since Arrow requires the same fields in every row and one type for all qids
         text = datasets.Value("string")
         return evaluate.MetricInfo(
             description=DESCRIPTION,
-            citation=CITATION,
+            citation=QVHIGHLIGHTS.citation,
             inputs_description=evaluate_predictions.__doc__,
             features=datasets.Features({"predictions": text, "references": text}),
         )
 
     def add(self, *, prediction, reference):
-        """Adds one of each."""
+        """Add one prediction and one reference."""
         super().add(prediction=_to_json(prediction), reference=_to_json(reference))
 
     def add_batch(self, *, predictions, references):
-        """Adds lists of them."""
+        """Add lists of predictions and references."""
         super().add_batch(predictions=list(map(_to_json, predictions)), references=list(map(_to_json, references)))
 
     def _compute(self, predictions, references):

@@ -1,11 +1,12 @@
 import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
-from modeling_diffusionvmr.data.annotations import hold_out, load_annotations
-from modeling_diffusionvmr.data.files import atomic_write, load_jsonl, save_jsonl
+from modeling_diffusionvmr.data.annotations import check_row, hold_out, load_annotations
+from modeling_diffusionvmr.data.files import load_jsonl
 from modeling_diffusionvmr.spans import relevant_clips, window_to_span
 
 ROW = {"qid": 1, "query": "a dog runs", "vid": "v1", "duration": 20, "relevant_windows": [[2, 6], [8.5, 20]]}
@@ -38,11 +39,15 @@ def test_rows_come_back(tmp_path):
         ({**ROW, "qid": 1.5}, "`qid` must be a whole number or a string, got 1.5"),
         ({**ROW, "qid": True}, "`qid` must be"),
         ({**ROW, "query": " "}, "`query` must be a string that is not blank"),
+        ({**ROW, "query": "a \ud800 dog"}, r"`query` cannot be encoded as UTF-8, because of '\\ud800'"),
+        ({**ROW, "vid": "v\udcff"}, r"`vid` cannot be encoded as UTF-8, because of '\\udcff'"),
+        ({**ROW, "qid": "q\udcff"}, r"`qid` cannot be encoded as UTF-8, because of '\\udcff'"),
+        ({**ROW, "qid": ""}, "`qid` must be a string that is not blank"),
         ({**ROW, "vid": 5}, "`vid` must be a string"),
-        ({**ROW, "duration": "20"}, "`duration` must be a positive number of seconds, got '20'"),
-        ({**ROW, "duration": 0}, "`duration` must be a positive"),
-        ({**ROW, "duration": float("nan")}, "`duration` must be a positive"),
-        ({**ROW, "duration": 10**400}, "`duration` must be a positive"),  # a whole number that no float holds
+        ({**ROW, "duration": "20"}, "`duration` must be a number above 0, got '20'"),
+        ({**ROW, "duration": 0}, "`duration` must be a number above 0"),
+        ({**ROW, "duration": float("nan")}, "`duration` must be a number above 0"),
+        ({**ROW, "duration": 10**400}, "`duration` must be a number above 0"),  # does not fit a float
         ({**ROW, "relevant_windows": {}}, "must be a list of windows"),
         ({**ROW, "relevant_windows": [2, 6]}, r"must be \[start, end\] in seconds, got 2"),
         ({**ROW, "relevant_windows": [[2, 6, 1]]}, r"must be \[start, end\]"),
@@ -55,11 +60,11 @@ def test_rows_come_back(tmp_path):
         ({**SALIENT, "relevant_clip_ids": [1]}, "lists of the same length"),
         ({**SALIENT, "relevant_clip_ids": None}, "lists of the same length"),
         ({**SALIENT, "relevant_clip_ids": [1, 10]}, "from 0 to 9, got 10"),
-        ({**SALIENT, "relevant_clip_ids": [1, 1]}, "names a clip twice"),
+        ({**SALIENT, "relevant_clip_ids": [1, 1]}, "contains a clip twice"),
         ({**SALIENT, "saliency_scores": [[4, 3, 2], [1, 2]]}, r"must be 3 numbers.*, got \[1, 2\]"),
         ({**SALIENT, "saliency_scores": [[4, 3, 2], [1, 2, -4]]}, r"got \[1, 2, -4\]"),
         (ROW, r"`qid` 1 was used before \(.*a\.jsonl, line 1\)"),
-        ({**ROW, "qid": "1"}, "`qid` '1' was used before"),  # both would have the same feature file
+        ({**ROW, "qid": "1"}, "`qid` '1' was used before"),  # would share a feature file with 1
     ],
 )
 def test_refused_rows(tmp_path, row, message):
@@ -70,11 +75,18 @@ def test_refused_rows(tmp_path, row, message):
     with pytest.raises(ValueError, match=rf"a\.jsonl, line 3: .*{message}") as error:
         load_annotations(path)
     assert "\n" not in str(error.value)
+    assert str(error.value).endswith(" (skip_invalid=True, or --skip_invalid, drops such rows)")
+
+
+@pytest.mark.parametrize("row", [None, 5, "row", b"row", ["qid"], [("qid", 1)], np.arange(3)], ids=repr)
+def test_rows_that_are_not_dicts(row):
+    with pytest.raises(ValueError, match="^a row must be a dict of fields, got "):
+        check_row(row)
 
 
 def test_window_that_ends_after_the_video(tmp_path):
     row = {**ROW, "relevant_windows": [[2, 6], [19, 21]]}
-    with pytest.warns(UserWarning, match=r"a\.jsonl: windows of 2 rows end after their video") as caught:
+    with pytest.warns(UserWarning, match=r"a\.jsonl: the windows of 2 rows end after their video") as caught:
         rows = load_annotations(write(tmp_path / "a.jsonl", row, {**ROW, "qid": 2}, {**row, "qid": 3}))
     assert len(caught) == 1
     assert rows[0]["relevant_windows"] == [[2, 6], [19, 20]]
@@ -82,39 +94,25 @@ def test_window_that_ends_after_the_video(tmp_path):
 
 
 def test_refused_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl"):
-        load_annotations(tmp_path / "nothing.jsonl")
-    with pytest.raises(ValueError, match=r"a\.jsonl: there are no rows"):
+    for name in ("nothing.jsonl", "nothing.txt", "nothing.json", "nothing.csv", "nothing"):
+        with pytest.raises(FileNotFoundError) as error:
+            load_annotations(tmp_path / name)
+        assert str(error.value) == f"{tmp_path / name}: no such file or folder of annotations"
+    with pytest.raises(ValueError, match=r"a\.jsonl: contains no rows"):
         load_annotations(write(tmp_path / "a.jsonl"))
-    with pytest.raises(ValueError, match=r"a\.csv: annotations are read from \.jsonl"):
+    with pytest.raises(
+        ValueError, match=r"a\.csv: annotations must be a \.jsonl, \.txt, \.json file or a converted folder"
+    ):
         load_annotations(write(tmp_path / "a.csv", ROW))
 
 
-def test_saved_rows(tmp_path):
-    path = tmp_path / "new" / "predictions.jsonl"
-    save_jsonl([ROW, {"qid": "ä"}], path)
-    assert load_jsonl(path) == [ROW, {"qid": "ä"}]
-
-
-def test_nothing_half_written(tmp_path):
-    path = write(tmp_path / "a.jsonl", ROW)
-    with pytest.raises(ValueError):
-        save_jsonl([SALIENT, {"score": float("nan")}], path)
-    assert load_jsonl(path) == [ROW]
-    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
-        temporary.write_text("half")
-        assert path.read_text() != "half"
-        raise RuntimeError
-    assert load_jsonl(path) == [ROW]
-    assert list(tmp_path.iterdir()) == [path]
-
-
-# Rows that cannot be used
+# Unusable rows
 
 
 BROKEN = [
     ("{broken", "not JSON"),
     ({**ROW, "qid": 2, "vid": None}, "`vid` is missing"),
+    ({**ROW, "qid": 2, "query": "\ud800"}, "`query` cannot be encoded as UTF-8"),
     ({**ROW, "qid": 3, "relevant_windows": [[6, 6]]}, r"\[6, 6\] does not end after it starts"),
     ({**ROW, "qid": 4, "relevant_windows": [[20, 21]]}, "starts at or after the end of the video"),
     ({**ROW, "note": "again"}, r"`qid` 1 was used before \(.*line 1\)"),
@@ -122,16 +120,16 @@ BROKEN = [
 
 
 def test_skip_invalid(tmp_path):
-    good = {**ROW, "qid": 4}  # the number of a row that was dropped is free
+    good = {**ROW, "qid": 4}  # a dropped row does not reserve its qid
     path = write(tmp_path / "a.jsonl", ROW, *(row for row, _ in BROKEN), good)
     with pytest.warns(UserWarning) as caught:
         assert load_annotations(path, skip_invalid=True) == [ROW, good]
     assert len(caught) == 1 and caught[0].filename == __file__
     first, *lines = str(caught[0].message).splitlines()
-    assert first == f"{path}: dropped 5 of 7 rows:"
-    assert len(lines) == 5
+    assert first == f"{path}: dropped 6 of 8 rows:"
+    assert len(lines) == 6
     for number, (line, (_, reason)) in enumerate(zip(lines, BROKEN), start=2):
-        assert line.startswith(f"  {path}, line {number}: ")
+        assert line.startswith(f"  {path}, line {number}: ") and "--skip_invalid" not in line
         with pytest.raises(ValueError, match=reason):
             raise ValueError(line)
 
@@ -145,7 +143,7 @@ def test_skip_invalid_where_nothing_is(tmp_path):
 
 def test_skip_invalid_where_all_are(tmp_path):
     path = write(tmp_path / "a.jsonl", BROKEN[0][0])
-    with pytest.warns(UserWarning, match="dropped 1 of 1 rows"), pytest.raises(ValueError, match="there are no rows"):
+    with pytest.warns(UserWarning, match="dropped 1 of 1 rows"), pytest.raises(ValueError, match="contains no rows"):
         load_annotations(path, skip_invalid=True)
 
 
@@ -154,7 +152,7 @@ def test_windows_are_cut_in_rows_that_stay(tmp_path):
     with pytest.warns(UserWarning) as caught:
         assert len(load_annotations(write(tmp_path / "a.jsonl", *rows), skip_invalid=True)) == 2
     messages = [str(warning.message) for warning in caught]
-    assert len(messages) == 2 and "windows of 2 rows end after" in messages[1]
+    assert len(messages) == 2 and "the windows of 2 rows end after" in messages[1]
 
 
 # Charades-STA
@@ -162,7 +160,7 @@ def test_windows_are_cut_in_rows_that_stay(tmp_path):
 
 @pytest.fixture
 def charades(tmp_path):
-    """Makes an annotation file in Charades-STA's format, with the durations of two videos in two files beside it."""
+    """Write an annotation file of Charades-STA, with two CSV files of durations beside it."""
 
     def make(*lines: str | bytes, name="charades_sta_train.txt"):
         text = 'id,script,length\nAAAAA,"Someone sits,\nand ""waits"".",30.5\n'
@@ -208,7 +206,7 @@ def test_charades_numbers_do_not_count_lines_that_end_before_they_start(charades
     "line", ["CCCCC 0.0 6.9##in no CSV", "no line", "AAAAA 40 50##beyond the video", "AAAAA 0.0 6.9## "]
 )
 def test_charades_numbers_count_all_other_lines(charades, line):
-    """Or the sentences after it would get the features of their neighbours."""
+    """Otherwise the sentences after it would get the features of their neighbors."""
     path = charades(CHARADES_LINES[0], line, CHARADES_LINES[1])
     with pytest.warns(UserWarning, match="dropped 1 of 3 rows"):
         assert [row["qid"] for row in load_annotations(path, skip_invalid=True)] == [0, 2]
@@ -223,7 +221,7 @@ def test_charades_numbers_count_all_other_lines(charades, line):
         ("AAAAA zero 6.9##someone sits", "a line must be"),
         (b"AAAAA 0.0 6.9##caf\xe9", "decode"),
         ("AAAAA 0.0 6.9## ", "`query` must be a string that is not blank"),
-        ("CCCCC 0.0 6.9##someone sits", r"video CCCCC is in no Charades_v1_\*\.csv"),
+        ("CCCCC 0.0 6.9##someone sits", r"the duration of video CCCCC is not in Charades_v1_\*\.csv"),
         ("AAAAA nan 6.9##someone sits", r"must be \[start, end\] in seconds"),
         ("AAAAA 0.0 inf##someone sits", r"must be \[start, end\] in seconds"),
         ("AAAAA -1 6.9##someone sits", "starts before the video"),
@@ -246,8 +244,8 @@ def test_refused_charades_lines(charades, line, message):
         (b"id,length\nAAAAA\n", r"Charades_v1_train\.csv, line 2: needs"),
         (b"id,length\n\xff,1\n", r"Charades_v1_train\.csv"),
         (b"id,length\n" + b"A" * 200_000 + b",1\n", r"Charades_v1_train\.csv"),
-        (b"id,length\nAAAAA,-3\n", r"charades_sta_train\.txt, line 1: `duration` must be a positive"),
-        (None, r"the durations of Charades-STA are in Charades_v1_\*\.csv, which must lie here"),
+        (b"id,length\nAAAAA,-3\n", r"charades_sta_train\.txt, line 1: `duration` must be a number above 0"),
+        (None, r"Charades-STA needs Charades_v1_\*\.csv in this folder"),
     ],
 )
 def test_refused_charades_durations(charades, tmp_path, table, message):
@@ -292,8 +290,11 @@ def test_tacos_rows(tmp_path):
     "video, message",
     [
         *(({name: None}, "s1-d2.avi: a video needs `fps`, `num_frames`") for name in TACOS["s1-d2.avi"]),
-        ({"fps": 0}, "s1-d2.avi: a video needs"),
-        ({"timestamps": [[50, "x"], [125, 1000]]}, "s1-d2.avi: a video needs"),
+        ({"fps": 0}, "s1-d2.avi: `fps` must be a number above 0, got 0"),
+        ({"num_frames": 10**400}, "s1-d2.avi: `num_frames` must be a number above 0, got 1000"),
+        ({"fps": 10**400}, "s1-d2.avi: `fps` must be a number above 0, got 1000"),
+        ({"timestamps": {}}, "s1-d2.avi: `timestamps` and `sentences` must be lists"),
+        ({"sentences": "ab"}, "s1-d2.avi: `timestamps` and `sentences` must be lists"),
         ({"sentences": ["He peels a plum."]}, "s1-d2.avi: has 2 `timestamps` for 1 `sentences`"),
     ],
 )
@@ -312,6 +313,9 @@ def test_refused_tacos_videos(tmp_path, video, message):
         ({"timestamps": [[50, 100], [1000, 1001]]}, r"starts at or after the end of the video, 40\.0 s"),
         ({"timestamps": [[50, 100], [-1, 1000]]}, "starts before the video"),
         ({"timestamps": [[50, 100], [1, 2, 3]]}, r"must be \[start, end\]"),
+        ({"timestamps": [[50, 100], [50, "x"]]}, r"must be \[start, end\] in frames, got \[50, 'x'\]"),
+        ({"timestamps": [[50, 100], [50, 10**400]]}, r"each of `timestamps` must be \[start, end\] in frames"),
+        ({"timestamps": [[50, 100], 7]}, r"must be \[start, end\] in frames, got 7"),
         ({"sentences": ["He peels a plum.", " "]}, "`query` must be a string that is not blank"),
     ],
 )
@@ -319,13 +323,13 @@ def test_refused_tacos_sentences(tmp_path, sentence, message):
     path = write(tmp_path / "train.json", {**TACOS, "s1-d2.avi": {**TACOS["s1-d2.avi"], **sentence}})
     with pytest.raises(ValueError, match=rf"train\.json, s1-d2\.avi, sentence 1: .*{message}"):
         load_annotations(path)
-    with pytest.warns(UserWarning, match="dropped 1 of 3 rows"):  # the others keep their names
+    with pytest.warns(UserWarning, match="dropped 1 of 3 rows"):  # the others keep their qids
         assert load_annotations(path, skip_invalid=True) == [TACOS_ROWS[0], TACOS_ROWS[2]]
 
 
 def test_tacos_window_that_ends_after_the_video(tmp_path):
     video = {**TACOS["s1-d2.avi"], "timestamps": [[50, 100], [125, 1001]]}
-    with pytest.warns(UserWarning, match=r"train\.json: windows of 1 rows end after their video"):
+    with pytest.warns(UserWarning, match=r"train\.json: the windows of 1 rows end after their video"):
         assert load_annotations(write(tmp_path / "train.json", {**TACOS, "s1-d2.avi": video})) == TACOS_ROWS
 
 
@@ -352,7 +356,7 @@ def test_hold_out_is_a_share_of_videos(count, share, wanted):
     kept, held = hold_out(rows, share)
     assert len({row["vid"] for row in held}) == wanted and len(held) == 3 * wanted
     assert not {row["vid"] for row in kept} & {row["vid"] for row in held}
-    for part in (kept, held):  # in the order of the file
+    for part in (kept, held):  # rows stay in order
         assert part == [row for row in rows if row in part]
     assert len(kept) + len(held) == len(rows)
 
@@ -376,7 +380,7 @@ def test_hold_out_that_leaves_one_side_empty(count, share):
 
 @pytest.fixture(scope="module")
 def official(shared):
-    """Rows of an official file, read once, and the warnings that it gave."""
+    """Load an official file, once, and return its rows and the messages of its warnings."""
     read = {}
 
     def rows(name):
@@ -434,11 +438,11 @@ def test_official_files_are_those_in_the_qvhighlights_shape(official, shared, na
         with pytest.raises(ValueError, match=r"line \d+: the window .* does not end after it starts"):
             load_annotations(shared / "annotations" / name)
     if num_cut:
-        assert f"windows of {num_cut} rows end after their video" in messages[-1]
+        assert f"the windows of {num_cut} rows end after their video" in messages[-1]
 
 
 def test_official_videos_are_of_one_split(official):
-    """So that features are stored once a video."""
+    """So the features of each video are stored once."""
     for names in (
         ["charades_sta/charades_sta_train.txt", "charades_sta/charades_sta_test.txt"],
         ["tacos/train.json", "tacos/val.json", "tacos/test.json"],

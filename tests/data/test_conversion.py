@@ -1,4 +1,4 @@
-"""`conversion.py` and `dataset_scripts/`, on small releases made by hand in the official layouts."""
+"""`conversion.py`, `diffusionvmr convert` and `dataset_scripts/`, on small releases in the official layouts."""
 
 import contextlib
 import io
@@ -10,15 +10,16 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
-import h5py
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import DatasetCard
+from small_data import make_charades, make_qvhighlights, make_tacos
 
 from modeling_diffusionvmr import (
     DiffusionVMRProcessor,
@@ -26,13 +27,16 @@ from modeling_diffusionvmr import (
     load_annotations,
     open_features,
 )
-from modeling_diffusionvmr.data import conversion
+from modeling_diffusionvmr.cli import main
+from modeling_diffusionvmr.data import benchmarks, conversion, parquet
 from modeling_diffusionvmr.data.annotations import hold_out
 from modeling_diffusionvmr.data.features import open_text_features, open_video_features, write_features
 from modeling_diffusionvmr.data.files import load_jsonl, save_jsonl
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "dataset_scripts"
 BENCHMARKS = {"qvhighlights": "QVHighlights", "charades_sta": "Charades-STA", "tacos": "TACoS"}
+pytestmark = pytest.mark.usefixtures("cache")
+
 COLUMNS = {
     "qid": datasets.Value("int64"),
     "query": datasets.Value("string"),
@@ -44,101 +48,14 @@ COLUMNS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Where `datasets` keeps its Arrow files, here and in processes that are started."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-        patch.setenv("HF_DATASETS_CACHE", str(folder))
-        yield folder
-
-
 # Releases
-
-
-def random_array(random, length: int, size: int) -> np.ndarray:
-    return random.normal(size=(length, size)).astype(np.float32)
-
-
-def make_qvhighlights(folder: Path) -> list[str]:
-    """Clips of 2 s; the backbones of a video differ by a clip; one row has the ground truth of nothing."""
-    random = np.random.default_rng(1)
-    rows = {
-        "train": [
-            {"qid": 7, "query": "A pan", "vid": "a_60.0_210.0", "duration": 20, "relevant_windows": [[2, 6], [10, 20]]},
-            {"qid": 3, "query": "Un \u00e9t\u00e9", "vid": "b_0.0_24.0", "duration": 24, "relevant_windows": [[0, 4]]},
-            {"qid": 12, "query": "A pan is cold", "vid": "a_60.0_210.0", "duration": 20, "relevant_windows": [[0, 2]]},
-        ],
-        "val": [{"qid": 4, "query": "A dog", "vid": "c_0.0_30.0", "duration": 30, "relevant_windows": [[28, 30]]}],
-        "test": [{"qid": 9, "query": "A cat", "vid": "d_0.0_18.0", "duration": 18, "relevant_windows": [[4, 6]]}],
-    }  # fmt: skip
-    for split, suffix in (("train", "train_release"), ("val", "val_release"), ("test", "test_with_gt")):
-        for row in rows[split]:
-            start, end = row["relevant_windows"][0]
-            row["relevant_clip_ids"] = list(range(start // 2, end // 2))
-            row["saliency_scores"] = [[clip % 5, 1, 4] for clip in row["relevant_clip_ids"]]
-            write_features(folder / "text", row["qid"], random_array(random, 5, 3), "last_hidden_state")
-            length = row["duration"] // 2
-            write_features(folder / "slowfast", row["vid"], random_array(random, length + 1, 6))
-            write_features(folder / "clip", row["vid"], random_array(random, length, 4))
-        save_jsonl(rows[split], folder / f"highlight_{suffix}.jsonl")
-    to_predict = [{name: row[name] for name in ("qid", "query", "vid", "duration")} for row in rows["test"]]
-    save_jsonl(to_predict, folder / "highlight_test_release.jsonl")  # as before its ground truth was released
-    return ["--video_features", "slowfast", "clip", "--text_features", "text"]
-
-
-def make_charades(folder: Path) -> list[str]:
-    """VGG with 6 clips a second, and word vectors. Two windows end after their video."""
-    random = np.random.default_rng(2)
-    (folder / "vgg").mkdir()
-    for split, count in (("train", 24), ("test", 2)):
-        vids = [f"{split[0].upper()}V{index:03}" for index in range(count)]
-        durations = {vid: 20.5 + index for index, vid in enumerate(vids)}
-        table = "".join(f'{vid},"a, b",{seconds}\n' for vid, seconds in durations.items())
-        (folder / f"Charades_v1_{split}.csv").write_text("id,script,length\n" + table)
-        lines = [f"{vid} {index}.5 {index + 6}.0##a person {what}." for index, vid in enumerate(vids) for what in "ab"]
-        lines[0] = f"{vids[0]} 15.0 25.0##a person beyond."
-        (folder / f"charades_sta_{split}.txt").write_text("\n".join(lines) + "\n")
-        for vid, seconds in durations.items():
-            np.save(folder / "vgg" / f"{vid}.npy", random_array(random, int(6 * seconds), 5))
-    words = ["a", "person", "b", "beyond"]
-    text = "".join(f"{word} {' '.join(map(str, random_array(random, 1, 3)[0]))}\n" for word in words)
-    (folder / "glove.txt").write_text(text)
-    return ["--video_features", "vgg", "--text_features", "glove.txt"]
-
-
-def make_tacos(folder: Path) -> list[str]:
-    """C3D in HDF5 under the names of files; a few clips for a long video."""
-    random = np.random.default_rng(3)
-    with h5py.File(folder / "c3d.hdf5", "w") as file:
-        for number, split in enumerate(("train", "val", "test")):
-            videos = {}
-            for index in range(2):
-                timestamps = [[5, 50], [60 + index, 700]]
-                sentences = ["He cuts a plum.", "She waits."]
-                vid = f"s{number}-d{index}"
-                videos[f"{vid}.avi"] = {
-                    "timestamps": timestamps,
-                    "sentences": sentences,
-                    "fps": 29.4,
-                    "num_frames": 3000,
-                }
-                file[f"{vid}.avi"] = random_array(random, 40 + index, 7)
-                for sentence in range(2):
-                    write_features(
-                        folder / "text", f"{vid}_{sentence}", random_array(random, 4, 3), "last_hidden_state"
-                    )
-            (folder / f"{split}.json").write_text(json.dumps(videos))
-    return ["--video_features", "c3d.hdf5", "--text_features", "text"]
-
 
 MAKE = {"qvhighlights": make_qvhighlights, "charades_sta": make_charades, "tacos": make_tacos}
 
 
 @pytest.fixture(scope="module")
 def releases(tmp_path_factory):
-    """The folder and the arguments of each release. Nothing may write there."""
+    """The folder and the arguments of each release, read-only by agreement."""
     made = {}
     for name, make in MAKE.items():
         folder = tmp_path_factory.mktemp(name)
@@ -146,9 +63,8 @@ def releases(tmp_path_factory):
     return made
 
 
-def convert(benchmark: str, folder: Path, output: Path, *arguments) -> SimpleNamespace:
-    """Runs a command in this process, from the release's folder: what it printed, and what it exited with."""
-    command = [benchmark, str(output), "--annotations", ".", *map(str, arguments)]
+def run(command: Callable[[], None], folder: Path) -> SimpleNamespace:
+    """Run a command in this process, in a folder, and return what it printed and what it exited with."""
     stdout, stderr, code = io.StringIO(), io.StringIO(), None
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -158,17 +74,22 @@ def convert(benchmark: str, folder: Path, output: Path, *arguments) -> SimpleNam
     ):
         warnings.simplefilter("always")
         patch.chdir(folder)
-        patch.setattr(sys, "argv", command)
         try:
-            runpy.run_path(str(SCRIPTS / f"{benchmark}.py"), run_name="__main__")
+            command()
         except SystemExit as error:
             code = error.code
     return SimpleNamespace(code=code, stdout=stdout.getvalue(), stderr=stderr.getvalue())
 
 
+def convert(benchmark: str, folder: Path, output: Path, *arguments) -> SimpleNamespace:
+    """Convert a release with the command, from its folder."""
+    command = ["convert", benchmark, str(output), "--annotations", ".", *map(str, arguments)]
+    return run(lambda: main(command), folder)
+
+
 @pytest.fixture(scope="module")
 def converted(releases, tmp_path_factory):
-    """The folder that each release became, in float32. Nothing may write there."""
+    """The converted folder of each release, in float32, read-only by agreement."""
     folders = {}
     for name, release in releases.items():
         output = tmp_path_factory.mktemp("output") / name
@@ -198,7 +119,7 @@ def official_rows(benchmark: str, folder: Path) -> dict[str, list]:
 
 @pytest.fixture
 def release(tmp_path):
-    """A release of QVHighlights that a test may break, and its conversion."""
+    """A release of QVHighlights that a test may break, and a function that converts it."""
     folder = tmp_path / "release"
     folder.mkdir()
     arguments = make_qvhighlights(folder)
@@ -210,12 +131,12 @@ def release(tmp_path):
     return SimpleNamespace(folder=folder, output=output, convert=run)
 
 
-# What a folder holds
+# What a folder contains
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
 def test_annotations(releases, converted, benchmark):
-    """One row a query, its features beside it, as the default config."""
+    """The default config has one row per query, with its features."""
     folder = releases[benchmark].folder
     loaded = datasets.load_dataset(str(converted[benchmark]))
     official = official_rows(benchmark, folder)
@@ -237,12 +158,12 @@ def test_annotations(releases, converted, benchmark):
     "benchmark, sizes, seconds",
     [
         ("qvhighlights", {"slowfast": 6, "clip": 4}, 2.0),
-        ("charades_sta", {"vgg": 5}, None),  # the release does not say it: the duration divided by the clips
+        ("charades_sta", {"vgg": 5}, None),  # clips share the duration
         ("tacos", {"c3d": 7}, None),
     ],
 )
 def test_videos(releases, converted, benchmark, sizes, seconds):
-    """One row a video, one column a backbone."""
+    """One row per video, one column per backbone."""
     loaded = datasets.load_dataset(str(converted[benchmark]), "videos").with_format("numpy")
     stores = {name: next(iter(releases[benchmark].folder.glob(f"{name}*"))) for name in sizes}
     stores = {name: open_features(path) for name, path in stores.items()}
@@ -280,12 +201,12 @@ def test_card(releases, converted, benchmark):
     assert {path.name for path in folder.iterdir()} == {"README.md", "annotations", "videos"}
     for split, rows in official_rows(benchmark, releases[benchmark].folder).items():
         assert f"| {split} | {len(rows)} | {len({row['vid'] for row in rows})} |" in card.text
-    for text in ("@in" if benchmark != "tacos" else "@article", "https://", "float32", "not normalised", "licence"):
+    for text in ("@in" if benchmark != "tacos" else "@article", "https://", "float32", "not normalized", "license"):
         assert text in card.text
     assert str(releases[benchmark].folder) not in card.content
 
 
-def test_licence_and_split_of_charades(converted):
+def test_license_and_split_of_charades(converted):
     text = DatasetCard.load(converted["charades_sta"] / "README.md").text
     assert "no validation split: 5% of its training videos are held out" in text
     rows = {split: load_annotations(converted["charades_sta"], split) for split in ("train", "val", "test")}
@@ -300,7 +221,7 @@ def test_licence_and_split_of_charades(converted):
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
 def test_rows_come_back(releases, converted, benchmark):
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # windows that end after the video were cut when it was converted
+        warnings.simplefilter("error")  # windows were cut when the folder was written
         for split, rows in official_rows(benchmark, releases[benchmark].folder).items():
             assert load_annotations(converted[benchmark], split=split) == rows
             assert load_annotations(str(converted[benchmark]), split, skip_invalid=True) == rows
@@ -318,7 +239,7 @@ def test_split_of_what_has_none(releases):
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
 def test_samples_are_those_of_the_official_files(releases, converted, tiny_config, benchmark):
-    """With their draws, exactly: the clips of the releases cover the durations."""
+    """Bit for bit, with their random draws, since the clips of these releases cover the durations."""
     release = releases[benchmark]
     video = [release.folder / name for name in release.arguments[1:-2]]
     rows = {
@@ -350,7 +271,7 @@ def test_samples_are_those_of_the_official_files(releases, converted, tiny_confi
 
 
 def test_float16_by_default(release, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")  # what is moved to its place at the end is written beside it
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")  # a rename needs the same file system
     assert release.convert().code is None
     assert {path.name for path in release.output.parent.iterdir()} == {"release", "output"}
     monkeypatch.undo()
@@ -366,9 +287,9 @@ def test_float16_by_default(release, monkeypatch):
 
 
 def test_several_files(release, monkeypatch):
-    """As of a large release: rows stay in order, and each file holds some."""
-    monkeypatch.setattr(conversion, "MAX_FILE_BYTES", 300)
-    monkeypatch.setattr(conversion, "MAX_GROUP_BYTES", 150)
+    """A large release is split into several files; rows stay in order."""
+    monkeypatch.setattr(parquet, "MAX_FILE_BYTES", 300)
+    monkeypatch.setattr(parquet, "MAX_GROUP_BYTES", 150)
     assert release.convert("--dtype", "float32").code is None
     assert len(list(release.output.glob("annotations/*train*"))) == 3 == len(list(release.output.glob("*/*train*"))) - 2
     train = load_jsonl(release.folder / "highlight_train_release.jsonl")
@@ -380,7 +301,7 @@ def test_several_files(release, monkeypatch):
 
 
 def test_converted_again(release):
-    """Nothing of the folder that was there before is read, though its name is the same."""
+    """A new folder is not confused with an old one of the same name."""
     assert release.convert().code is None
     assert load_annotations(release.output, "val")[0]["query"] == "A dog"
     assert open_features(release.output, "clip")["c_0.0_30.0"].shape == (15, 4)
@@ -404,7 +325,7 @@ def test_test_split_without_ground_truth(release):
 
 
 def test_numbers_and_names_as_qid(release):
-    """In one column both are strings; the features of a sentence are found by either."""
+    """Both become strings in the column. Features are found by either."""
     path = release.folder / "highlight_train_release.jsonl"
     rows = load_jsonl(path)
     save_jsonl([{**rows[0], "qid": "seven"}, *rows[1:]], path)
@@ -412,6 +333,39 @@ def test_numbers_and_names_as_qid(release):
     assert release.convert().code is None
     assert [row["qid"] for row in load_annotations(release.output, "train")] == ["seven", "3", "12"]
     assert open_features(release.output, "text_features")[3].shape == (5, 3)
+
+
+def test_whole_numbers_of_any_size_as_qid(release):
+    path = release.folder / "highlight_train_release.jsonl"
+    rows = load_jsonl(path)
+    large = 2**63
+    save_jsonl([{**rows[0], "qid": large}, *rows[1:]], path)
+    shutil.move(release.folder / "text" / "qid7.npz", release.folder / "text" / f"qid{large}.npz")
+    assert release.convert().code is None
+    assert [row["qid"] for row in load_annotations(release.output, "train")] == [str(large), "3", "12"]
+    assert open_features(release.output, "text_features")[large].shape == (5, 3)
+
+
+def test_numbers_that_a_column_cannot_hold(release):
+    path = release.folder / "highlight_val_release.jsonl"
+    (row,) = load_jsonl(path)
+    long = {"duration": 10**300, "relevant_windows": [[2, 10**299]]}
+    save_jsonl([{**row, **long, "relevant_clip_ids": [2**31], "saliency_scores": [[1, 2, 3]]}], path)
+    assert_refused(release.convert(), "the val split of annotations cannot be written", release)
+
+
+def test_rows_are_written_in_batches(release, monkeypatch):
+    """Memory is bounded, since each batch is written before the next one is read."""
+    monkeypatch.setattr(conversion, "WRITER_BATCH", 2)
+    batches = []
+
+    def write(table, folder, name):
+        batches.append([len(batch) for batch in table.data.to_batches()])
+        return parquet.write_split(table, folder, name)
+
+    monkeypatch.setattr(conversion, "write_split", write)
+    assert release.convert().code is None
+    assert batches == [[2], [1], [1], [2, 1], [1], [1]]
 
 
 # The length of a clip
@@ -454,31 +408,32 @@ def with_nan(array):
 
 
 TRAIN = "highlight_train_release.jsonl"
+HINT = r" \(skip_invalid=True, or --skip_invalid, drops such rows\)$"
 BROKEN = {
     "no annotations": (
         lambda release: (release.folder / "highlight_val_release.jsonl").unlink(),
-        r"there is no highlight_val_release\.jsonl, the val split of QVHighlights$",
+        r"no highlight_val_release\.jsonl, the val split of QVHighlights$",
     ),
     "no JSON": (lambda release: in_file(release, TRAIN, lambda text: text + b"{\n"), rf"{TRAIN}, line 4: not JSON"),
     "a key is missing": (
         lambda release: in_file(release, TRAIN, lambda text: text.replace(b'"vid"', b'"video"', 1)),
-        rf"{TRAIN}, line 1: `vid` is missing$",
+        rf"{TRAIN}, line 1: `vid` is missing" + HINT,
     ),
     "a window that ends before it starts": (
         lambda release: in_file(release, TRAIN, lambda text: text.replace(b"[2, 6]", b"[6, 2]")),
-        rf"{TRAIN}, line 1: the window \[6, 2\] does not end after it starts$",
+        rf"{TRAIN}, line 1: the window \[6, 2\] does not end after it starts" + HINT,
     ),
     "a duplicate": (
         lambda release: in_file(release, TRAIN, lambda text: text.replace(b'"qid": 12', b'"qid": 3')),
-        rf"{TRAIN}, line 3: `qid` 3 was used before \({TRAIN}, line 2\)$",
+        rf"{TRAIN}, line 3: `qid` 3 was used before \({TRAIN}, line 2\)" + HINT,
     ),
     "no features of a video": (
         lambda release: (release.folder / "slowfast" / "b_0.0_24.0.npz").unlink(),
-        r"train, vid b_0\.0_24\.0: slowfast: no features of b_0\.0_24\.0$",
+        r"train, vid b_0\.0_24\.0: slowfast: no features of b_0\.0_24\.0" + HINT,
     ),
     "no features of a sentence": (
         lambda release: (release.folder / "text" / "qid9.npz").unlink(),
-        "test, qid 9: text: no features of 9$",
+        "test, qid 9: text: no features of 9" + HINT,
     ),
     "cut off": (
         lambda release: in_file(release, "clip/d_0.0_18.0.npz", lambda data: data[:100]),
@@ -486,27 +441,27 @@ BROKEN = {
     ),
     "NaN": (
         lambda release: rewritten(release, "clip", with_nan),
-        r"train, vid a_60\.0_210\.0: clip, a_60\.0_210\.0: features have NaN or infinity in row 1$",
+        r"train, vid a_60\.0_210\.0: clip, a_60\.0_210\.0: features have NaN or infinity in row 1" + HINT,
     ),
     "NaN in a sentence": (
         lambda release: rewritten(release, "text", with_nan),
-        r"train, qid 12: text, 12: features have NaN or infinity in row 1$",
+        r"train, qid 12: text, 12: features have NaN or infinity in row 1" + HINT,
     ),
     "another video": (
         lambda release: rewritten(release, "clip", lambda array: array[:4]),
-        r"train, vid a_60\.0_210\.0: .*backbones have \[11, 4\] clips, which is not the same video$",
+        r"train, vid a_60\.0_210\.0: .*\[11, 4\].*" + HINT,
     ),
     "another size": (
         lambda release: np.savez(release.folder / "clip" / "c_0.0_30.0.npz", features=np.ones((15, 5))),
-        r"val, vid c_0\.0_30\.0: clip: features must be \(length, 4\), got \(15, 5\)$",
+        r"val, vid c_0\.0_30\.0: clip: features must be \(length, 4\), got \(15, 5\)" + HINT,
     ),
     "beyond float16": (
         lambda release: rewritten(release, "clip", lambda array: array * 1e6),
-        r"train, vid a_60\.0_210\.0: clip: has values beyond what float16 holds; float32 would hold them$",
+        r"train, vid a_60\.0_210\.0: clip: has values beyond the range of float16; float32 can hold them" + HINT,
     ),
     "no usable features": (
         lambda release: [path.write_bytes(b"") for path in release.folder.glob("clip/*")],
-        "clip: has usable features for no vid of the annotations$",
+        "clip: has no usable features for any vid of the annotations$",
     ),
     "clips of two lengths": (
         lambda release: [
@@ -519,7 +474,7 @@ BROKEN = {
 
 
 def assert_refused(result, message: str, release):
-    """One line, and nothing is left behind."""
+    """Check that the error is one line and that nothing is left behind."""
     assert isinstance(result.code, str) and result.code.startswith("error: ") and "\n" not in result.code
     with pytest.raises(ValueError, match=message):
         raise ValueError(result.code)
@@ -543,7 +498,7 @@ def test_refused_releases(release, broken):
         (["vid=clip"], [], "'vid' cannot be the name of a column of features: give NAME=PATH"),
         (["text_features=clip"], [], "'text_features' cannot be the name of a column"),
         (["clip-b32"], [], r"clip-b32: no such file or folder"),
-        (["clip"], ["--clip_seconds", "0"], "`clip_seconds` must be a number of seconds above 0, got 0"),
+        (["clip"], ["--clip_seconds", "0"], "`clip_seconds` must be a number above 0, got 0"),
         (["clip"], ["--clip_seconds", "-1"], "`clip_seconds` must be"),
         (["clip"], ["--clip_seconds", "nan"], "`clip_seconds` must be"),
         (["highlight_train_release.jsonl"], [], "neither a folder of features nor an HDF5 file"),
@@ -574,7 +529,7 @@ def test_output_that_is_there(release, kind):
         release.output.write_text("mine")
     else:
         release.output.mkdir()
-    assert release.convert().code == f"error: {release.output}: is there already; remove it, or give another name"
+    assert release.convert().code == f"error: {release.output}: exists already; remove it, or give another name"
     assert release.output.read_text() == "mine" if kind == "file" else not list(release.output.iterdir())
 
 
@@ -592,7 +547,7 @@ def test_nothing_left_of_new_parents(release):
 
 
 def test_nothing_left_where_it_is_interrupted(release, monkeypatch):
-    """In the second table, when the first one is written."""
+    """Interrupted in the second table, when the first one is complete."""
 
     def interrupted(*arguments):
         raise KeyboardInterrupt
@@ -603,7 +558,7 @@ def test_nothing_left_where_it_is_interrupted(release, monkeypatch):
     assert [path.name for path in release.output.parent.iterdir()] == ["release"]
 
 
-# Rows that are left out
+# Rows that are left out for their features
 
 
 def test_skip_invalid(release):
@@ -618,7 +573,7 @@ def test_skip_invalid(release):
         "train, qid 3": "video b_0.0_24.0 was dropped",
         "train, qid 12": "text, 12: features are empty",
     }
-    assert f"warning: {len(wanted)} rows were left out for their features:" in result.stderr
+    assert f"warning: left out {len(wanted)} rows with unusable features:" in result.stderr
     card = (release.output / "README.md").read_text()
     for what, why in wanted.items():
         assert f"  {what}: {why}" in result.stderr
@@ -648,7 +603,10 @@ def test_lines_of_charades_that_end_before_they_start(releases, tmp_path):
     train.write_text("TV003 8.0 7.0##a person b.\n" + train.read_text())
     arguments = releases["charades_sta"].arguments
     result = convert("charades_sta", folder, tmp_path / "output", *arguments)
-    assert result.code.startswith("error: charades_sta_train.txt, line 1: the window [8.0, 7.0] does not end after")
+    assert result.code == (
+        "error: charades_sta_train.txt, line 1: the window [8.0, 7.0] does not end after it starts "
+        "(skip_invalid=True, or --skip_invalid, drops such rows)"
+    )
     result = convert("charades_sta", folder, tmp_path / "output", *arguments, "--skip_invalid")
     assert result.code is None
     assert "charades_sta_train.txt: dropped 1 of 49 rows:\n  charades_sta_train.txt, line 1:" in result.stderr
@@ -660,7 +618,7 @@ def test_lines_of_charades_that_end_before_they_start(releases, tmp_path):
 
 
 class FakeApi:
-    """Stands for the Hub: keeps what it is asked."""
+    """Stands in for the Hub and records its calls."""
 
     calls = []
 
@@ -682,7 +640,7 @@ def test_push_to_hub(release, monkeypatch, private):
     create, upload = FakeApi.calls
     assert create == ("create_repo", "moments", {"repo_type": "dataset", "private": private, "exist_ok": True})
     names, options = ["README.md", "annotations", "videos"], {"repo_type": "dataset", "delete_patterns": "*.parquet"}
-    assert upload == ("upload_folder", "someone/moments", names, options)  # nothing is left of an earlier one
+    assert upload == ("upload_folder", "someone/moments", names, options)  # removes an earlier conversion
     assert release.output.is_dir()
 
 
@@ -694,11 +652,26 @@ def test_nothing_is_pushed_of_a_release_that_is_refused(release, monkeypatch):
     assert not FakeApi.calls
 
 
-# As a person runs it
+# The scripts
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_scripts(releases, converted, tmp_path, monkeypatch, benchmark):
+    """The scripts write the same files as the command."""
+    release = releases[benchmark]
+    arguments = [str(tmp_path / "output"), "--annotations", ".", *release.arguments, "--dtype", "float32"]
+    monkeypatch.setattr(sys, "argv", [benchmark, *arguments])
+    result = run(lambda: runpy.run_path(str(SCRIPTS / f"{benchmark}.py"), run_name="__main__"), release.folder)
+    assert result.code is None, result.code
+    files = sorted(path.relative_to(converted[benchmark]) for path in converted[benchmark].rglob("*"))
+    assert sorted(path.relative_to(tmp_path / "output") for path in (tmp_path / "output").rglob("*")) == files
+    for file in files:
+        if (converted[benchmark] / file).is_file():
+            assert (tmp_path / "output" / file).read_bytes() == (converted[benchmark] / file).read_bytes()
 
 
 def test_command(releases, tmp_path):
-    """Nothing is written but the folder, and nothing to the home of who runs it."""
+    """As a process of its own, it writes the folder and nothing else, in particular nothing in the home folder."""
     release = releases["charades_sta"]
     before = sorted(release.folder.rglob("*"))
     (tmp_path / "home").mkdir()
@@ -720,7 +693,7 @@ def test_command(releases, tmp_path):
         "test: 4 queries, 2 videos",
         f"wrote {tmp_path / 'new' / 'output'}",
     ]
-    cut = "windows of 1 rows end after their video, and were cut there"
+    cut = "the windows of 1 rows end after their video and were cut there"
     for split in ("train", "test"):
         assert f"warning: charades_sta_{split}.txt: {cut}" in result.stderr
     assert "Traceback" not in result.stderr
@@ -734,3 +707,5 @@ def test_command(releases, tmp_path):
 def test_help(benchmark, tmp_path):
     result = convert(benchmark, tmp_path, tmp_path / "output", "--help")
     assert result.code == 0 and result.stdout.startswith("usage:") and BENCHMARKS[benchmark] in result.stdout
+    for files in benchmarks.BENCHMARKS[benchmark].files.values():
+        assert all(file in result.stdout for file in files)

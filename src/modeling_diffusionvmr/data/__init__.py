@@ -1,1 +1,1 @@
-"""Annotations and features: read from official files and from a folder of Parquet, and made from videos."""
+"""Annotations and features: official files, converted folders, and extraction from videos."""

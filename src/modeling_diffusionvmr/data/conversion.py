@@ -1,14 +1,5 @@
-"""
-An official release -> a folder of Parquet that `datasets.load_dataset(folder)` opens as it is.
+"""Convert an official release to a folder that `datasets.load_dataset` opens (see `parquet.py` for its layout)."""
 
-The folder holds two tables, each with its splits: `annotations` (the default; one row a query, the features of its
-sentence beside it) and `videos` (one row a video, one column a backbone), so that features are stored once a video.
-`load_annotations` and `open_features` read it back. The commands are in `dataset_scripts/`, one a benchmark.
-"""
-
-import argparse
-import hashlib
-import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,111 +9,66 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet
-from datasets import Array2D, BuilderConfig, Dataset, DatasetInfo, GeneratorBasedBuilder, List, SplitGenerator, Value
+from datasets import Dataset
 from datasets import Features as Columns
 from datasets.exceptions import DatasetGenerationError
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+from huggingface_hub import HfApi
 
-from ..cli.options import run_safely
+from ..checks import check_positive
 from ..processing_diffusionvmr import common_length
-from .annotations import ANNOTATIONS_CONFIG, TEXT_COLUMN, load_annotations
-from .features import (
-    VIDEOS_CONFIG,
-    common_clip_seconds,
-    feature_size,
-    name_of,
-    open_features,
-    open_text_features,
-)
+from .annotations import SKIP_HINT, hold_out, load_annotations
+from .benchmarks import Benchmark
+from .dataset_card import dataset_card
+from .features import feature_size, name_of
+from .parquet import ANNOTATIONS_CONFIG, TEXT_COLUMN, VIDEOS_CONFIG, annotation_columns, video_columns, write_split
 
-NEWLINE = "\n"  # which Python 3.10 and 3.11 allow in no f-string's braces
-DTYPES = ("float16", "float32")
-MAX_FILE_BYTES, MAX_GROUP_BYTES = 500 << 20, 64 << 20  # as the Hub likes them; groups are what must fit in memory
-ANNOTATION_COLUMNS = {
-    "query": Value("string"),
-    "vid": Value("string"),
-    "duration": Value("float64"),
-    "relevant_windows": List(List(Value("float64"))),
-    "relevant_clip_ids": List(Value("int32")),
-    "saliency_scores": List(List(Value("float32"))),
-}
-VIDEO_COLUMNS = {"vid": Value("string"), "duration": Value("float64"), "clip_seconds": Value("float64")}
+WRITER_BATCH = 64  # videos in memory at once
+INT64 = range(-(2**63), 2**63)
 
 
-class MomentRetrievalBuilder(GeneratorBasedBuilder):
+def load_splits(
+    benchmark: Benchmark, folder: str | os.PathLike, skip_invalid: bool = False
+) -> dict[str, list[dict[str, Any]]]:
     """
-    A benchmark's builder: subclasses describe the release by the attributes below, and may override `splits`.
+    Load the annotations of each split of a release.
 
     Args:
-        config_name: `videos` or `annotations`, in this order where invalid rows are skipped.
-        source: what the release was read as.
-        kwargs: `GeneratorBasedBuilder`'s.
+        benchmark: which release it is.
+        folder: where its annotation files are.
+        skip_invalid: see `load_annotations`.
+
+    Raises:
+        FileNotFoundError: if the file of a split is missing.
+        ValueError: as `load_annotations`.
     """
-
-    FILES: Mapping[str, Sequence[str]]
-    """For each split the official names of its annotation file, of which the first one that is there is read."""
-    CLIP_SECONDS: float | None
-    """Of the released features; `None` where they cover the whole duration."""
-    TITLE: str
-    ABOUT: str
-    HOMEPAGE: str
-    LICENSE: str
-    CITATION: str
-
-    BUILDER_CONFIGS = [BuilderConfig(ANNOTATIONS_CONFIG), BuilderConfig(VIDEOS_CONFIG)]
-    DEFAULT_CONFIG_NAME = ANNOTATIONS_CONFIG
-    DEFAULT_WRITER_BATCH_SIZE = 64  # videos that are in memory at once
-
-    def __init__(self, source: "Source", **kwargs):
-        self.source = source
-        super().__init__(dataset_name=self.slug(), **kwargs)
-
-    @classmethod
-    def slug(cls) -> str:
-        """The name of the benchmark in file names."""
-        return cls.TITLE.lower().replace("-", "_")
-
-    @classmethod
-    def splits(cls, folder: Path, skip_invalid: bool) -> dict[str, list[dict[str, Any]]]:
-        """The rows of each split of the release whose annotation files lie in `folder`."""
-        rows = {}
-        for split, names in cls.FILES.items():
-            paths = [folder / name for name in names if (folder / name).exists()]
-            if not paths:
-                raise FileNotFoundError(f"{folder}: there is no {' or '.join(names)}, the {split} split of {cls.TITLE}")
-            rows[split] = load_annotations(paths[0], skip_invalid=skip_invalid)
+    rows = {}
+    for split, names in benchmark.files.items():
+        paths = [path for path in (Path(folder, name) for name in names) if path.exists()]
+        if not paths:
+            raise FileNotFoundError(f"{folder}: no {' or '.join(names)}, the {split} split of {benchmark.title}")
+        rows[split] = load_annotations(paths[0], skip_invalid=skip_invalid)
+    if benchmark.hold_out is None:
         return rows
-
-    def _info(self):
-        columns = self.source.columns(self.config.name)
-        return DatasetInfo(
-            description=self.ABOUT,
-            homepage=self.HOMEPAGE,
-            license=self.LICENSE,
-            citation=self.CITATION,
-            features=columns,
-        )
-
-    def _split_generators(self, dl_manager):
-        return [SplitGenerator(split, gen_kwargs={"split": split}) for split in self.source.rows]
-
-    def _generate_examples(self, split):
-        yield from enumerate(self.source.table(self.config.name, split))
+    train, val = hold_out(rows.pop("train"), benchmark.hold_out)
+    return {"train": train, "val": val, **rows}
 
 
 class Source:
     """
-    The rows of a release and the features of its videos and sentences, as the rows of the two tables.
+    The annotations and features of a release, as the rows of the two tables.
 
     Args:
-        rows: of each split.
-        video_features: stores by the names of their columns.
-        text_features: of the sentences.
-        clip_seconds: length of a clip; `None` where the features cover the whole duration.
+        rows: annotations of each split.
+        video_features: stores by backbone; the names become columns.
+        text_features: store of the sentences.
+        clip_seconds: length of a clip; `None` if the clips share the duration of the video.
         dtype: of the written features, "float16" or "float32".
-        skip_invalid: leave out the videos whose features cannot be used and their queries, and keep in `dropped`
-            which, and why.
+        skip_invalid: leave out videos with unusable features and their queries.
+
+    `columns` holds the columns of each table. `dropped` says what was left out, and why, as tables are read.
+
+    Raises:
+        ValueError: for a name that cannot be a column, an invalid `clip_seconds`, or a store without usable features.
     """
 
     def __init__(
@@ -134,11 +80,9 @@ class Source:
         dtype: str = "float16",
         skip_invalid: bool = False,
     ):
-        for name in video_features:
-            if name in (*VIDEO_COLUMNS, TEXT_COLUMN) or not name.isidentifier():
-                raise ValueError(f"{name!r} cannot be the name of a column of features: give NAME=PATH")
-        if clip_seconds is not None and not 0 < clip_seconds < math.inf:
-            raise ValueError(f"`clip_seconds` must be a number of seconds above 0, got {clip_seconds}")
+        video_columns(dict.fromkeys(video_features, 1), dtype)  # refuses a name before any features are read
+        if clip_seconds is not None:
+            check_positive(clip_seconds, "`clip_seconds`")
         self.rows = rows
         self.video_features = video_features
         self.text_features = text_features
@@ -149,41 +93,49 @@ class Source:
         self._dropped_videos: set[str] = set()
         self.sizes = {name: self._size(store, "vid") for name, store in video_features.items()}
         self.text_size = self._size(text_features, "qid")
+        qids = [row["qid"] for split_rows in rows.values() for row in split_rows]
+        are_numbers = all(isinstance(qid, int) and qid in INT64 for qid in qids)
+        self.columns: dict[str, Columns] = {
+            VIDEOS_CONFIG: video_columns(self.sizes, dtype),
+            ANNOTATIONS_CONFIG: annotation_columns("int64" if are_numbers else "string", self.text_size, dtype),
+        }
 
     def _size(self, store: Mapping, key: str) -> int:
         identifiers = dict.fromkeys(row[key] for rows in self.rows.values() for row in rows)
         size = feature_size(store, (identifier for identifier in identifiers if identifier in store))
         if size is None:
-            raise ValueError(f"{name_of(store)}: has usable features for no {key} of the annotations")
+            raise ValueError(f"{name_of(store)}: has no usable features for any {key} of the annotations")
         return size
 
-    def columns(self, config_name: str) -> Columns:
-        """The types of a table's columns."""
-        if config_name == VIDEOS_CONFIG:
-            features = {name: Array2D((None, size), self.dtype) for name, size in self.sizes.items()}
-            return Columns({**VIDEO_COLUMNS, **features})
-        numbers = all(isinstance(row["qid"], int) for rows in self.rows.values() for row in rows)
-        qid = Value("int64" if numbers else "string")
-        return Columns({"qid": qid, **ANNOTATION_COLUMNS, TEXT_COLUMN: Array2D((None, self.text_size), self.dtype)})
-
     def table(self, config_name: str, split: str) -> Iterator[dict[str, Any]]:
-        """The rows of a table. Raises `ValueError` for features that cannot be used, or leaves them out."""
+        """
+        Yield the rows of a table. The table `videos` comes first: the queries of a dropped video are dropped after it.
+
+        Raises:
+            ValueError: for unusable features, unless they are skipped, and if no row is usable.
+        """
         if config_name == VIDEOS_CONFIG:
-            videos = {row["vid"]: row for row in self.rows[split]}
-            make, items, what = self._video, videos.values(), "vid"
+            key, make = "vid", self._video
+            rows = list({row["vid"]: row for row in self.rows[split]}.values())
         else:
-            make, items, what = self._annotation, self.rows[split], "qid"
-        for row in items:
+            key, make = "qid", self._annotation
+            rows = list(self.rows[split])
+        num_usable = 0
+        for row in rows:
+            where = f"{split}, {key} {row[key]}"
             try:
                 made = make(row)
             except (KeyError, ValueError) as error:
                 if not self.skip_invalid:
-                    raise ValueError(f"{split}, {what} {row[what]}: {error.args[0]}") from None
-                self.dropped[f"{split}, {what} {row[what]}"] = error.args[0]
-                if what == "vid":
+                    raise ValueError(f"{where}: {error.args[0]} {SKIP_HINT}") from None
+                self.dropped[where] = error.args[0]
+                if key == "vid":
                     self._dropped_videos.add(row["vid"])
             else:
+                num_usable += 1
                 yield made
+        if not num_usable:
+            raise ValueError(f"the {split} split has no {config_name} with usable features")
 
     def _video(self, row: Mapping[str, Any]) -> dict[str, Any]:
         arrays = {
@@ -197,7 +149,8 @@ class Source:
         if row["vid"] in self._dropped_videos:
             raise ValueError(f"video {row['vid']} was dropped")
         tokens = self._converted(self.text_features[row["qid"]], self.text_size, TEXT_COLUMN)
-        return {"qid": row["qid"], **{name: row.get(name) for name in ANNOTATION_COLUMNS}, TEXT_COLUMN: tokens}
+        fields = {name: row.get(name) for name in self.columns[ANNOTATIONS_CONFIG]}
+        return {**fields, TEXT_COLUMN: tokens}
 
     def _converted(self, array: np.ndarray, size: int, name: str) -> np.ndarray:
         if array.shape[1] != size:
@@ -205,198 +158,87 @@ class Source:
         with np.errstate(over="ignore"):
             converted = array.astype(self.dtype)
         if not np.isfinite(converted).all():
-            raise ValueError(f"{name}: has values beyond what {self.dtype} holds; float32 would hold them")
+            raise ValueError(f"{name}: has values beyond the range of {self.dtype}; float32 can hold them")
         return converted
 
 
-def convert(
-    builder: type[MomentRetrievalBuilder], source: Source, output: str | os.PathLike
-) -> dict[str, dict[str, int]]:
+def convert(benchmark: Benchmark, source: Source, output: str | os.PathLike) -> dict[str, dict[str, int]]:
     """
-    Writes the folder, whole or not at all.
+    Write the folder, atomically.
 
     Returns:
-        For each table the rows of its splits.
+        The number of rows, by table and split.
 
     Raises:
-        FileExistsError: when there is something at `output`.
-        ValueError: for features that cannot be used, unless they are skipped.
+        FileExistsError: if `output` exists.
+        ValueError: for unusable features, unless they are skipped, and if a split has no usable rows.
     """
     output = Path(output)
     if output.exists():
-        raise FileExistsError(f"{output}: is there already; remove it, or give another name")
-    counts, files = {}, {}
-    around = next(parent for parent in output.absolute().parents if parent.exists())
-    with TemporaryDirectory(dir=around, prefix=f".{output.name}.") as work:
+        raise FileExistsError(f"{output}: exists already; remove it, or give another name")
+    counts: dict[str, dict[str, int]] = {VIDEOS_CONFIG: {}, ANNOTATIONS_CONFIG: {}}
+    files: dict[str, dict[str, list[str]]] = {VIDEOS_CONFIG: {}, ANNOTATIONS_CONFIG: {}}
+    existing_parent = next(parent for parent in output.absolute().parents if parent.exists())
+    with TemporaryDirectory(dir=existing_parent, prefix=f".{output.name}.") as work:
         folder = Path(work) / "folder"
-        for config_name in (VIDEOS_CONFIG, ANNOTATIONS_CONFIG):  # the queries of a dropped video are dropped after it
-            table = builder(source, config_name=config_name, cache_dir=f"{work}/cache")
-            try:
-                table.download_and_prepare()
-            except DatasetGenerationError as error:
-                raise error.__cause__ from None  # the line that says what is wrong
-            counts[config_name], files[config_name] = {}, {}
-            for split, info in table.info.splits.items():
-                if not info.num_examples:
-                    raise ValueError(f"the {split} split has no {config_name} whose features can be used")
-                paths = _write_parquet(table.as_dataset(split), folder / config_name, f"{builder.slug()}-{split}")
+        for config_name in counts:
+            for split in source.rows:
+                table = _generate(source, config_name, split, f"{work}/cache")
+                paths = write_split(table, folder / config_name, f"{benchmark.name}-{split}")
                 files[config_name][split] = [f"{config_name}/{path.name}" for path in paths]
-                counts[config_name][split] = info.num_examples
-        DatasetCard(_card(builder, source, counts, files)).save(folder / "README.md")
+                counts[config_name][split] = len(table)
+        card = dataset_card(
+            benchmark,
+            files,
+            counts,
+            source.sizes,
+            source.text_size,
+            source.clip_seconds,
+            source.dtype,
+            source.dropped,
+        )
+        card.save(folder / "README.md")
         output.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(output)
+    if source.dropped:
+        lines = "\n  ".join(f"{what}: {why}" for what, why in source.dropped.items())
+        warnings.warn(f"left out {len(source.dropped)} rows with unusable features:\n  {lines}", stacklevel=2)
     return counts
 
 
-def _write_parquet(dataset: Dataset, folder: Path, name: str) -> list[Path]:
-    # Not `Dataset.to_parquet`: it looks for repeated values and repeated chunks, which features do not have, and took
-    # 4 times as long here
-    folder.mkdir(parents=True, exist_ok=True)
-    table = dataset.data.table
-    row_bytes = table.nbytes / len(table)
-    in_file, in_group = (max(1, int(limit / row_bytes)) for limit in (MAX_FILE_BYTES, MAX_GROUP_BYTES))
-    num_files = math.ceil(len(table) / in_file)
-    paths = []
-    for index in range(num_files):
-        path = folder / f"{name}-{index:05d}-of-{num_files:05d}"
-        part = table.slice(index * in_file, in_file)
-        pyarrow.parquet.write_table(part, path, row_group_size=in_group, compression="zstd", use_dictionary=False)
-        # `load_dataset` tells two local folders of one name apart by the names of their files alone
-        digest = hashlib.blake2b(digest_size=4)
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        paths.append(path.rename(f"{path}-{digest.hexdigest()}.parquet"))
-    return paths
-
-
-def _card(
-    builder: type[MomentRetrievalBuilder],
-    source: Source,
-    counts: Mapping[str, Mapping[str, int]],
-    files: Mapping[str, Mapping[str, list[str]]],
-) -> str:
-    data = DatasetCardData(
-        pretty_name=builder.TITLE,
-        language=["en"],
-        license=builder.LICENSE,
-        tags=["video-moment-retrieval", "temporal-grounding", "video"],
-        configs=[
-            {
-                "config_name": name,
-                **({"default": True} if name == ANNOTATIONS_CONFIG else {}),
-                "data_files": [{"split": split, "path": paths} for split, paths in files[name].items()],
-            }
-            for name in (ANNOTATIONS_CONFIG, VIDEOS_CONFIG)
-        ],
-    )
-    splits = [
-        f"| {split} | {counts[ANNOTATIONS_CONFIG][split]} | {counts[VIDEOS_CONFIG][split]} |" for split in source.rows
-    ]
-    columns = [f"| `{VIDEOS_CONFIG}` | `{name}` | clips x {size} |" for name, size in source.sizes.items()]
-    columns.append(f"| `{ANNOTATIONS_CONFIG}` | `{TEXT_COLUMN}` | tokens x {source.text_size} |")
-    clip = "The clips share the duration" if source.clip_seconds is None else f"A clip has {source.clip_seconds:g} s"
-    dropped = "".join(f"- {what}\n" for what in source.dropped)
-    return f"""---
-{data.to_yaml()}
----
-# {builder.TITLE}
-
-{builder.ABOUT} [Homepage]({builder.HOMEPAGE}).
-
-| split | queries | videos |
-| --- | ---: | ---: |
-{NEWLINE.join(splits)}
-
-```python
-load_dataset(folder, split="train")            # one row a query
-load_dataset(folder, "{VIDEOS_CONFIG}", split="train")  # one row a video
-```
-
-Times are seconds. {clip}. Features ({source.dtype}) are as released, not normalised:
-
-| table | column | features |
-| --- | --- | --- |
-{NEWLINE.join(columns)}
-
-{"Left out, since features could not be used:" if dropped else "No query was left out for its features."}
-
-{dropped}
-The licence is that of the annotations, by their authors; cite them:
-
-```bibtex
-{builder.CITATION.strip()}
-```
-"""
-
-
-def main(builder: type[MomentRetrievalBuilder]) -> None:
-    """The command of a benchmark's script."""
-    parser = argparse.ArgumentParser(
-        description=f"{builder.TITLE}, as released -> a folder that datasets.load_dataset opens. {builder.ABOUT}"
-    )
-    parser.add_argument("output", help="folder to write; nothing may be there")
-    files = ", ".join(" or ".join(names) for names in builder.FILES.values())
-    parser.add_argument("--annotations", required=True, type=Path, metavar="DIR", help=f"folder of {files}")
-    parser.add_argument(
-        "--video_features",
-        required=True,
-        nargs="+",
-        metavar="[NAME=]PATH",
-        help="one a backbone, in the order of concatenation: folder of .npz or .npy, or HDF5 file; NAME is its column",
-    )
-    parser.add_argument("--text_features", required=True, help="folder of qid*.npz, HDF5 file, or GloVe's .txt")
-    parser.add_argument(
-        "--clip_seconds",
-        type=float,
-        help="length of a clip (default: what the features say, "
-        + ("or else duration / clips)" if builder.CLIP_SECONDS is None else f"or else {builder.CLIP_SECONDS:g})"),
-    )
-    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the features (default: float16)")
-    parser.add_argument("--skip_invalid", action="store_true", help="leave out what cannot be used, and say what")
-    parser.add_argument("--push_to_hub", metavar="REPO_ID", help="send the folder to the Hub")
-    parser.add_argument("--private", action="store_true", help="to a private repository")
-    run_safely(partial(_run, builder), parser.parse_args())
-
-
-def _run(builder: type[MomentRetrievalBuilder], arguments: argparse.Namespace) -> None:
-    rows = builder.splits(arguments.annotations, arguments.skip_invalid)
-    stores = {}
-    for given in arguments.video_features:
-        name, _, path = given.partition("=")
-        if not path or not name.isidentifier():
-            name, path = Path(given).stem, given
-        if name in stores:
-            raise ValueError(f"two backbones are called {name}: give NAME=PATH")
-        stores[name] = open_features(path)
-    clip_seconds = arguments.clip_seconds
-    if clip_seconds is None:
-        clip_seconds = common_clip_seconds(list(stores.values())) or builder.CLIP_SECONDS
-    every_row = [row for split in rows.values() for row in split]
-    source = Source(
-        rows,
-        stores,
-        open_text_features(arguments.text_features, every_row),
-        clip_seconds,
-        arguments.dtype,
-        arguments.skip_invalid,
-    )
-    counts = convert(builder, source, arguments.output)
-    if source.dropped:
-        lines = "\n  ".join(f"{what}: {why}" for what, why in source.dropped.items())
-        warnings.warn(f"{len(source.dropped)} rows were left out for their features:\n  {lines}", stacklevel=2)
-    for split in rows:
-        print(f"{split}: {counts[ANNOTATIONS_CONFIG][split]} queries, {counts[VIDEOS_CONFIG][split]} videos")
-    print(f"wrote {arguments.output}")
-    if arguments.push_to_hub:
-        api = HfApi()
-        repository = api.create_repo(
-            arguments.push_to_hub, repo_type="dataset", private=arguments.private, exist_ok=True
+def _generate(source: Source, config_name: str, split: str, cache: str) -> Dataset:
+    """Return a split of a table, memory-mapped from Arrow files in `cache`."""
+    try:
+        return Dataset.from_generator(
+            partial(source.table, config_name, split),
+            features=source.columns[config_name],
+            cache_dir=cache,
+            split=split,
+            fingerprint=f"{config_name}-{split}",  # otherwise `datasets` would hash all annotations
+            writer_batch_size=WRITER_BATCH,
         )
-        api.upload_folder(
-            repo_id=repository.repo_id,
-            folder_path=arguments.output,
-            repo_type="dataset",
-            delete_patterns="*.parquet",  # of an earlier conversion, whose names differ
-        )
-        print(f"sent to {repository}")
+    except DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OverflowError):  # a number that its column cannot hold
+            raise ValueError(f"the {split} split of {config_name} cannot be written ({cause})") from None
+        raise cause from None  # the line that says what is wrong
+
+
+def push_folder(folder: str | os.PathLike, repo_id: str, private: bool = False) -> str:
+    """
+    Upload a converted folder to the Hub and return its URL.
+
+    Args:
+        folder: a converted folder.
+        repo_id: `USER/NAME` of the dataset, created if missing.
+        private: create a private dataset.
+    """
+    api = HfApi()
+    url = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+    api.upload_folder(
+        repo_id=url.repo_id,
+        folder_path=os.fspath(folder),
+        repo_type="dataset",
+        delete_patterns="*.parquet",  # files of an earlier conversion have other names
+    )
+    return str(url)
