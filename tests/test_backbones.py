@@ -115,8 +115,8 @@ def test_truncation_keeps_the_ids_that_the_tokenizer_keeps(clip, monkeypatch, se
 def test_encoding_text_changes_no_shared_state(tmp_path):
     clip = tiny_clip()
     sentences = ["a red dog runs " * 5, "dog", "a red dog runs fast"]
-    expected = clip.encode_text(sentences, 5)
     clip.save_pretrained(tmp_path / "before")
+    expected = clip.encode_text(sentences, 5)
 
     def encode(index):
         return [clip.encode_text(sentences[::step], limit) for step in (1, -1) for limit in (5, 10)]
@@ -131,7 +131,6 @@ def test_encoding_text_changes_no_shared_state(tmp_path):
     clip.save_pretrained(tmp_path / "after")
     before, after = (tmp_path / name / "tokenizer.json" for name in ("before", "after"))
     assert before.read_bytes() == after.read_bytes()
-    assert tiny_clip().tokenizer.backend_tokenizer.to_str(pretty=True) == after.read_text()
 
 
 @pytest.mark.filterwarnings("ignore:query truncated")

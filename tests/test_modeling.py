@@ -83,15 +83,8 @@ def close(actual, expected, atol=1e-5):
 def test_names_and_shapes(model, inputs, labels, negative):
     model.set_attn_implementation("eager")  # the only one that returns attentions
     output = model(**inputs, **negative, labels=labels, output_attentions=True, output_hidden_states=True)
-    batch, clips, length, proposals, layers, heads, size = (
-        3,
-        9,
-        9 + 7,
-        5,
-        2,
-        4,
-        32,
-    )  # the negative sentence is the longest
+    batch, clips, proposals, layers, heads, size = 3, 9, 5, 2, 4, 32
+    length = clips + 7  # the negative sentence is the longest
     shapes = {
         "loss": (),
         "logits": (batch, proposals, 2),
@@ -555,8 +548,9 @@ def test_loaded_in_bfloat16(model, inputs, tmp_path, device):
         close(windows_in_video(loaded(**given)), windows_in_video(exact), tolerance)
 
 
+@torch.no_grad()
 def test_compiled_in_one_graph(make_model, inputs):
-    # Slow, even without code generation: one layer of each kind is enough to trace
+    # Slow, even without code generation. One layer of each kind is enough to trace
     model = make_model(encoder_layers=1, decoder_layers=1)
     eager = model(**inputs, num_sampling_steps=2)
     torch.compiler.reset()

@@ -67,20 +67,13 @@ def test_imports_are_found(tmp_path, monkeypatch):
     path = tmp_path / "modeling_diffusionvmr" / "data" / "module.py"
     path.parent.mkdir(parents=True)
     lines = [
-        *(
-            "import os",
-            "import modeling_diffusionvmr.a",
-            "from modeling_diffusionvmr.b import x",
-            "from json import dumps",
-        ),
-        *(
-            "from .c import x",
-            "from ..d import x",
-            "from .. import e",
-            "from . import f",
-            "def g():\n    from ..h.i import x",
-        ),
+        "import os",
+        "from json import x",
+        "import modeling_diffusionvmr.a",
+        "from modeling_diffusionvmr.b import x",
     ]
+    lines += ["from .c import x", "from ..d import x", "from .. import e", "from . import f"]
+    lines += ["def g():", "    from ..h.i import x"]
     path.write_text("\n".join(lines))
     found = {name.removesuffix(".x") for name in modules_imported_by(path)}
     assert found == {"a", "b", "data.c", "d", "", "e", "data", "data.f", "h.i"}

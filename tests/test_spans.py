@@ -149,9 +149,8 @@ def test_roi_align_beyond_the_video():
     spans = torch.tensor([[[0.125, 0.5], [1.0, 0.5], [0.5, 4.0]]])  # -1/8 to 3/8, 3/4 to 5/4, -3/2 to 5/2
     beyond = torch.tensor([-1.0, 0.0])
     result = roi_align(features, num_clips, spans, 4, beyond)
-    share = torch.tensor([[0.0, 1, 1, 1], [1, 1, 0, 0], [0, 0.5, 0.5, 0]])[
-        None, ..., None
-    ]  # fraction of each bin inside
+    inside = torch.tensor([[0.0, 1, 1, 1], [1, 1, 0, 0], [0, 0.5, 0.5, 0]])  # fraction of each bin
+    share = inside[None, ..., None]
     torch.testing.assert_close(result, share * 3 + (1 - share) * beyond)
     torch.testing.assert_close(roi_align(features, num_clips, spans, 4), share * features[:, :1, None])
     # No jump where a span just reaches an end

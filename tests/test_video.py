@@ -115,9 +115,7 @@ def test_other_file_objects(tmp_path, make):
     ],
 )
 def test_values_that_are_not_videos(video, message):
-    with pytest.raises(
-        TypeError, match=rf"^a video must be a path, a binary file object or \(frames, fps\), {message}"
-    ):
+    with pytest.raises(TypeError, match=rf"^a video must be a path, a binary file .* or \(frames, fps\), {message}"):
         open_video(video, 2.0)
 
 
@@ -230,7 +228,7 @@ def test_files_that_are_not_videos(tmp_path):
         open_video(tmp_path / "nothing.mp4", 2.0)
     for name in ("notes.txt", "notes.mp4"):
         (tmp_path / name).write_text("no video\n" * 100)
-        with pytest.raises(ValueError, match=f"{name}: not a readable video"):
+        with pytest.raises(ValueError, match=f"{name}: not a (readable )?video"):
             open_video(tmp_path / name, 2.0)
     with open(tmp_path / "notes.txt") as text, pytest.raises(ValueError, match="notes.txt: not a readable video"):
         open_video(text, 2.0)

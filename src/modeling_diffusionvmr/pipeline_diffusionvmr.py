@@ -1,6 +1,7 @@
 """`pipeline("video-moment-retrieval")`: find moments in a video from sentences."""
 
 import os
+import reprlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -73,8 +74,6 @@ class VideoMomentRetrievalPipeline(Pipeline):
             TypeError, ValueError: if the input is not a readable video or not a sentence. The message names the input.
         """
         if query is not None:
-            if isinstance(video, (list, Mapping)):
-                raise ValueError('for many videos, pass a list of {"video": ..., "query": ...} and no `query`')
             return super().__call__({"video": video, "query": query}, **kwargs)
         if isinstance(video, tuple) and all(isinstance(row, Mapping) for row in video):
             video = list(video)
@@ -101,7 +100,7 @@ class VideoMomentRetrievalPipeline(Pipeline):
     def preprocess(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Open the video and check the sentences. Frames are decoded later, while `_forward` encodes them."""
         if not isinstance(inputs, Mapping) or inputs.keys() != {"video", "query"}:
-            raise ValueError(f"each input must be a dict with 'video' and 'query', got {inputs!r}")
+            raise ValueError(f"each input must be a dict with 'video' and 'query', got {reprlib.repr(inputs)}")
         query = inputs["query"]
         queries = list(query) if isinstance(query, Sequence) and not isinstance(query, (str, bytes)) else [query]
         for sentence in queries:
