@@ -607,8 +607,8 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
             num_sampling_steps: number of DDIM steps (S). Default: the configuration's value.
             labels: B dicts with `spans`, float (n, 2), n from 0 up; and optionally `saliency_pos` and `saliency_neg`,
                 long (p,), pairs of clips of which the first fits better (hinge term).
-            negative_text_features, negative_text_mask: for each video a sentence of another one, (B, L, Dt) and
-                (B, L), for the contrastive term.
+            negative_text_features, negative_text_mask: a sentence of another video for each video, (B, L, Dt) and
+                (B, L) (contrastive term).
 
         Raises:
             ValueError: if a shape is wrong, the number of labels is not B, N is below 1, or S is not in [1, T].
