@@ -247,7 +247,7 @@ def test_device_that_is_not_there(world, extract):
 
 
 def test_backbones_that_cannot_be_loaded(world, extract, tmp_path):
-    with pytest.raises(ValueError, match="model type diffusionvmr is not supported as a backbone"):
+    with pytest.raises(ValueError, match="its type is diffusionvmr; backbones are of clip"):
         extract("--annotations", world.annotations, backbone=DEFAULT_MODEL)
     shutil.copytree(CLIP, tmp_path / "clip")
     with open(tmp_path / "clip" / "model.safetensors", "r+b") as file:
