@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Shared fixtures."""
 
 from pathlib import Path
 
@@ -10,22 +10,22 @@ from modeling_diffusionvmr import DiffusionVMRConfig
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of official files beside the repository; a test that needs it is skipped where it is absent."""
+    """The folder of official files beside the repository. Tests that need it are skipped if it is absent."""
     folder = Path(__file__).resolve().parents[2] / "shared"
     if not folder.is_dir():
-        pytest.skip("there is no folder of official files beside the repository")
+        pytest.skip("no folder of official files beside the repository")
     return folder
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """A GPU where there is one."""
+    """A GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="session")
 def tiny_config():
-    """Makes the configuration of a tiny model; arguments replace its fields."""
+    """Return a function that creates the configuration of a tiny model. Arguments override its fields."""
 
     def make(**changes) -> DiffusionVMRConfig:
         fields = {

@@ -1,8 +1,8 @@
 """
-Fetches the tests that `transformers` holds every model of its own to. Its wheel lacks them, its source distribution
-has them; `test_transformers_common.py` runs them on our models.
+Fetch the common model tests of `transformers`, which are in its source distribution but not in its wheel.
+`test_transformers_common.py` runs them on our models.
 
-Run once, at set-up: `python tests/fetch_transformers_tests.py`. It does nothing where they are already there.
+Run once during setup: `python tests/fetch_transformers_tests.py`. It does nothing if the tests are already there.
 """
 
 import os
@@ -19,20 +19,20 @@ TESTS_DIR = CACHE / f"transformers-{VERSION}-tests"
 
 
 def download_source(folder: Path) -> Path:
-    """The source distribution of the installed `transformers`, as pip gets it (index, proxy and hashes are pip's)."""
-    # pip runs the distribution's build for its metadata, a matter of seconds; only its dependencies may be wheels
+    """Download the source distribution of the installed `transformers` with pip, and so with pip's index and proxy."""
+    # pip builds the metadata of the distribution, which takes seconds. Build dependencies may be wheels
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "transformers"]
     command += ["--dest", str(folder), f"transformers=={VERSION}"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     archives = list(folder.glob("*.tar.gz"))
     if done.returncode or not archives:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        raise RuntimeError(lines[-1].removeprefix("ERROR: ") if lines else "pip gave no archive")
+        raise RuntimeError(lines[-1].removeprefix("ERROR: ") if lines else "pip downloaded no archive")
     return archives[0]
 
 
 def unpack_tests(archive: Path, folder: Path) -> Path:
-    """The archive's `tests/`, made a package; nothing else is written."""
+    """Unpack only `tests/` of the archive, and make it a package."""
     prefix = f"transformers-{VERSION}/tests/"
     with tarfile.open(archive) as tar:
         members = [member for member in tar if member.name.startswith(prefix)]
@@ -45,7 +45,7 @@ def unpack_tests(archive: Path, folder: Path) -> Path:
 
 
 def fetch() -> None:
-    """Leaves the tests in `TESTS_DIR`, whole or not at all."""
+    """Put the tests into `TESTS_DIR`, all or none of them."""
     if TESTS_DIR.is_dir():
         return
     CACHE.mkdir(exist_ok=True)
@@ -55,7 +55,7 @@ def fetch() -> None:
         try:
             os.rename(tests, TESTS_DIR)
         except OSError:
-            if not TESTS_DIR.is_dir():  # else another process was first
+            if not TESTS_DIR.is_dir():  # otherwise another process was faster
                 raise
 
 

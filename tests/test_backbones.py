@@ -1,4 +1,5 @@
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ WORDS = ["a", "red", "dog", "runs", "fast"]
 
 
 def tiny_clip(seed=0, projection_dim=12) -> ClipBackbone:
-    """A random CLIP that knows five words, and every letter."""
+    """A random CLIP whose vocabulary has five words and their letters."""
     letters = sorted(set("".join(WORDS)))
     vocab = ["<|startoftext|>", "<|endoftext|>"] + letters + [letter + "</w>" for letter in letters]
     merges = []
@@ -51,7 +52,7 @@ def description(**changes) -> dict:
     return {"name": "clip", "id": "clip", "feature_size": 12, "text_feature_size": 8, "clip_seconds": 2.0, **changes}
 
 
-@pytest.mark.parametrize("height", [24, 3])  # three rows are not three colours
+@pytest.mark.parametrize("height", [24, 3])  # three rows are not three color channels
 def test_video_features_are_projected_embeddings(clip, frames, height):
     frames = frames[:, :height]
     features = clip.encode_video(iter(frames), batch_size=3)
@@ -59,7 +60,7 @@ def test_video_features_are_projected_embeddings(clip, frames, height):
     assert features.dtype == np.float32
     mean, std = np.array(clip.image_processor.image_mean), np.array(clip.image_processor.image_std)
     for frame, feature in zip(frames, features):
-        # CLIP's own transform: shortest side to 16, bicubic by Pillow, the middle, normalised
+        # CLIP's own transform: shortest side to 16, bicubic by Pillow, the middle, normalized
         width = 16 * 40 // height
         left = (width - 16) // 2
         middle = Image.fromarray(frame).resize((width, 16), Image.Resampling.BICUBIC).crop((left, 0, left + 16, 16))
@@ -88,19 +89,65 @@ def test_text_features_are_hidden_states_of_all_tokens(clip):
     np.testing.assert_allclose(features[0], wanted, atol=1e-6)
 
 
-def test_long_sentence_keeps_its_end(clip):
+def test_long_sentence_keeps_its_end_token(clip):
     sentence = "a red dog runs " * 5
-    with pytest.warns(UserWarning, match="22 tokens is cut to 10"):
+    with pytest.warns(UserWarning, match="truncated from 22 tokens to 10"):
         (features,) = clip.encode_text([sentence])
-    with pytest.warns(UserWarning, match="22 tokens is cut to 5"):
+    with pytest.warns(UserWarning, match="truncated from 22 tokens to 5"):
         (cut,) = clip.encode_text([sentence], max_tokens=5)
     assert features.shape == (10, 8)
     np.testing.assert_allclose(cut, clip.encode_text(["a red dog"])[0], atol=1e-6)
 
 
-@pytest.mark.parametrize("sentence", ["", " \n", None])
-def test_no_sentence(clip, sentence):
-    with pytest.raises(ValueError, match="must be a sentence"):
+@pytest.mark.parametrize("limit", [2, 3, 5, 8, 9, 10])
+@pytest.mark.parametrize("sentence", ["a red dog runs " * 5, "a red dog runs fast a red dog", "dog"])
+@pytest.mark.filterwarnings("ignore:query truncated")
+def test_truncation_keeps_the_ids_that_the_tokenizer_keeps(clip, monkeypatch, sentence, limit):
+    seen, text_model = [], clip.model.text_model.forward
+    monkeypatch.setattr(
+        clip.model.text_model, "forward", lambda input_ids: seen.append(input_ids.tolist()) or text_model(input_ids)
+    )
+    clip.encode_text([sentence], limit)
+    assert seen == [[tiny_clip().tokenizer(sentence, truncation=True, max_length=limit)["input_ids"]]]
+
+
+@pytest.mark.filterwarnings("ignore:query truncated")
+def test_encoding_text_changes_no_shared_state(tmp_path):
+    clip = tiny_clip()
+    sentences = ["a red dog runs " * 5, "dog", "a red dog runs fast"]
+    clip.save_pretrained(tmp_path / "before")
+    expected = clip.encode_text(sentences, 5)
+
+    def encode(index):
+        return [clip.encode_text(sentences[::step], limit) for step in (1, -1) for limit in (5, 10)]
+
+    with ThreadPoolExecutor(8) as pool:
+        for short, full, short_reversed, full_reversed in pool.map(encode, range(80)):
+            assert [len(array) for array in short] == [5, 3, 5] and [len(array) for array in full] == [10, 3, 7]
+            for arrays in (short, short_reversed[::-1]):
+                for array, wanted in zip(arrays, expected):
+                    np.testing.assert_allclose(array, wanted, atol=1e-6)
+            assert [len(array) for array in full_reversed] == [7, 3, 10]
+    clip.save_pretrained(tmp_path / "after")
+    before, after = (tmp_path / name / "tokenizer.json" for name in ("before", "after"))
+    assert before.read_bytes() == after.read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:query truncated")
+def test_truncation_and_padding_of_a_loaded_tokenizer_are_turned_off(clip):
+    other = tiny_clip()
+    other.tokenizer(["a red dog", "dog"], truncation=True, max_length=4, padding="max_length")
+    assert other.tokenizer.backend_tokenizer.truncation and other.tokenizer.backend_tokenizer.padding
+    loaded = ClipBackbone(other.model, other.image_processor, other.tokenizer)
+    backend = loaded.tokenizer.backend_tokenizer
+    assert backend.truncation is None and backend.padding is None
+    for sentence in ("dog", "a red dog runs " * 5):
+        np.testing.assert_array_equal(loaded.encode_text([sentence])[0], clip.encode_text([sentence])[0])
+
+
+@pytest.mark.parametrize("sentence", ["", " \n", None, b"a dog", "a \ud83d dog"])
+def test_invalid_sentence(clip, sentence):
+    with pytest.raises(ValueError, match="^a query (must be a string that is not blank|cannot be encoded)"):
         clip.encode_text(["a dog", sentence])
 
 
@@ -139,10 +186,10 @@ def test_one_pass_for_all_backbones(clip, frames):
     assert two_texts.clip_seconds is None
 
 
-def test_descriptions_that_do_not_fit(clip):
-    with pytest.raises(ValueError, match="backbone clip: its `feature_size` is 12, but the config says 512"):
+def test_invalid_descriptions(clip):
+    with pytest.raises(ValueError, match="backbone clip: `feature_size` is 12, but 512 in the config"):
         Backbones([description(feature_size=512)], [clip])
-    with pytest.raises(ValueError, match=r"clips of \[1.0, 2.0\] seconds"):
+    with pytest.raises(ValueError, match=r"same `clip_seconds`, got \[1.0, 2.0\]"):
         Backbones([description(), description(name="slow", clip_seconds=1.0)], [clip, clip])
 
 
@@ -156,7 +203,7 @@ def test_saved_with_a_checkpoint(clip, frames, tmp_path):
 
 
 def put_on_hub(clip, cache, name, subfolder=""):
-    """A Hub repository as it lies in the cache, where refs/main names the snapshot."""
+    """Save a backbone as a Hub repository in the cache, where refs/main names the snapshot."""
     repository, commit = cache / f"models--{name.replace('/', '--')}", "0" * 40
     clip.save_pretrained(repository / "snapshots" / commit / subfolder)
     (repository / "refs").mkdir()
@@ -188,9 +235,9 @@ def test_backbones_that_cannot_be_run_are_named(clip, tmp_path):
         description(),
         {"name": "bert", "id": "bert", "text_feature_size": 768},
     ]
-    with pytest.raises(ValueError, match=r"cannot be run here: slowfast \(no `id`\), bert \(bert\);"):
+    with pytest.raises(ValueError, match=r"cannot be run: slowfast \(no `id`\), bert \(bert\);"):
         load_backbones(SimpleNamespace(backbones=backbones), tmp_path)
-    with pytest.raises(ValueError, match="names no `backbones`"):
+    with pytest.raises(ValueError, match="has no `backbones`"):
         load_backbones(SimpleNamespace(backbones=None), tmp_path)
 
 
@@ -201,11 +248,11 @@ def test_one_backbone_alone(clip, frames, tmp_path):
     for loaded in (from_hub, load_backbone(tmp_path / "clip", "cpu", torch.float32)):
         np.testing.assert_array_equal(loaded.encode_video(frames), clip.encode_video(frames))
     BertConfig().save_pretrained(tmp_path / "bert")
-    with pytest.raises(ValueError, match="bert: its type is bert; backbones are of clip"):
+    with pytest.raises(ValueError, match=r"bert: model type bert is not supported as a backbone \(supported: clip\)"):
         load_backbone(tmp_path / "bert")
     for name in ("no/model", str(tmp_path / "absent")):
         with pytest.raises(
-            OSError, match=f"^{name}: neither a checkpoint's folder nor a model that can be had"
+            OSError, match=f"^{name}: not a checkpoint folder, and it could not be loaded from the Hub"
         ) as caught:
             load_backbone(name, local_files_only=True)
         assert "\n" not in str(caught.value)

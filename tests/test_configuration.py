@@ -6,9 +6,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from modeling_diffusionvmr import DiffusionVMRConfig
-from modeling_diffusionvmr.cli.options import run
+from modeling_diffusionvmr.cli.options import run_safely
 
-# The paper's setting for QVHighlights, and Moment-DETR's where the paper is silent; what a span is read with is ours
+# The paper's QVHighlights setting, and Moment-DETR's where the paper gives no value. The RoI fields are our own.
 DEFAULTS = {
     "d_model": 512,
     "encoder_layers": 6,
@@ -72,7 +72,7 @@ def test_common_names():
     assert (config.num_hidden_layers, config.num_attention_heads) == (6, 8)
 
 
-def test_whole_numbers_for_fractions():
+def test_integers_for_float_fields():
     fields = dict.fromkeys([*WEIGHTS, "dropout", "input_dropout"], 0) | {"signal_scale": 2, "roi_context": 1}
     config = DiffusionVMRConfig(**fields)
     assert {name: getattr(config, name) for name in fields} == fields
@@ -93,7 +93,7 @@ def test_whole_numbers_for_fractions():
         ("backbones", ["clip"]),
     ],
 )
-def test_impossible_values_name_the_field(field, value):
+def test_invalid_values_name_the_field(field, value):
     with pytest.raises(StrictDataclassError, match=field):
         DiffusionVMRConfig(**{field: value})
 
@@ -106,7 +106,7 @@ def test_odd_size():
 def test_backbones():
     config = DiffusionVMRConfig(backbones=[slowfast(), clip()])
     assert [backbone["name"] for backbone in config.backbones] == ["slowfast", "clip"]
-    # Features of one kind only: text comes from GloVe, say
+    # Backbones for one modality only, such as GloVe
     glove = {"name": "glove", "id": None, "text_feature_size": 300}
     DiffusionVMRConfig(backbones=[slowfast(), glove], video_feature_size=2304, text_feature_size=300)
 
@@ -119,15 +119,15 @@ def test_backbones():
         ([slowfast(), clip(), {"name": "glove"}], r"`backbones\[2\]` needs `feature_size`, `text_feature_size`"),
         ([slowfast(clip_seconds=0), clip()], r"`backbones\[0\]`.*`clip_seconds`"),
         ([slowfast(), clip(id="x/y", clip_seconds=None)], r"`backbones\[1\]`.*clip_sec"),
-        ([clip()], "`video_feature_size` is 2816, but the `feature_size` of `backbones` add up to 512"),
+        ([clip()], "`video_feature_size` is 2816, but the `feature_size` values in `backbones` add up to 512"),
         ([slowfast(feature_size=2816)], "`text_feature_size` is 512, but .* add up to 0"),
         ([slowfast(feature_size="2304"), clip()], r"backbones\[0\]"),
         ([slowfast(clip_seconds="2"), clip()], r"backbones\[0\]"),
         # Each is saved in a folder of its name
-        ([slowfast(name="clip"), clip()], r"`backbones\[1\]`.*name"),
+        ([slowfast(name="clip"), clip()], r"`backbones\[1\]` repeats the name"),
     ],
 )
-def test_backbones_that_do_not_fit(backbones, message):
+def test_invalid_backbones(backbones, message):
     with pytest.raises(StrictDataclassError, match=message):
         DiffusionVMRConfig(backbones=backbones)
 
@@ -142,16 +142,16 @@ def test_json_round_trip(tmp_path):
         assert {**loaded.to_dict(), "_name_or_path": ""} == {**config.to_dict(), "_name_or_path": ""}
 
 
-def test_a_file_is_checked_as_an_argument_is(tmp_path):
+def test_config_file_is_validated(tmp_path):
     DiffusionVMRConfig().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "roi_bins": 0}))
-    with pytest.raises(StrictDataclassError, match="`roi_bins` must be above 0.* got 0"):
+    with pytest.raises(StrictDataclassError, match="`roi_bins` must be a number above 0, got 0"):
         DiffusionVMRConfig.from_pretrained(tmp_path)
 
 
-def test_pipeline_entry_is_dropped_where_the_package_is_installed(tmp_path):
-    # Or `pipeline()` would ask for `trust_remote_code`
+def test_pipeline_entry_is_dropped_if_the_package_is_installed(tmp_path):
+    # Otherwise `pipeline()` would ask for `trust_remote_code`
     DiffusionVMRConfig().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     entry = {"video-moment-retrieval": {"impl": "pipeline_diffusionvmr.VideoMomentRetrievalPipeline", "pt": []}}
@@ -160,8 +160,8 @@ def test_pipeline_entry_is_dropped_where_the_package_is_installed(tmp_path):
 
 
 @pytest.mark.parametrize(("field", "value"), [("roi_context", 0.5), ("roi_bins", 0), ("roi_bins", "half")])
-def test_commands_say_in_one_line_what_is_wrong(field, value):
+def test_commands_report_invalid_fields_in_one_line(field, value):
     with pytest.raises(SystemExit) as exit_:
-        run(lambda _: DiffusionVMRConfig(**{field: value}), None)
+        run_safely(lambda _: DiffusionVMRConfig(**{field: value}), None)
     assert exit_.value.code.startswith("error: ") and "\n" not in exit_.value.code
     assert field in exit_.value.code and str(value) in exit_.value.code

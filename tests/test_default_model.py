@@ -1,4 +1,4 @@
-"""The embedded checkpoint: what its README promises of it, on a small sample."""
+"""The embedded checkpoint: the claims of its README, on a small sample."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from modeling_diffusionvmr import (
 from modeling_diffusionvmr.modeling_diffusionvmr import TASK
 from modeling_diffusionvmr.synthetic.rendered_world import annotation_rows, plan_video, write_video
 
-FIRST_SEED = 55_000_000  # neither of training nor of the README's figures
+FIRST_SEED = 55_000_000  # used neither in training nor for the README's figures
 NUM_VIDEOS = 12
 
 
@@ -31,7 +31,7 @@ def test_size():
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".pkl")]
 
 
-def test_it_holds_weights_and_json_only():
+def test_contains_only_weights_and_json():
     suffixes = {path.suffix for path in Path(DEFAULT_MODEL).rglob("*") if path.is_file()}
     assert suffixes == {".json", ".safetensors"}
     assert not [path for path in Path(DEFAULT_MODEL).rglob("*") if path.is_symlink()]
@@ -58,7 +58,7 @@ def test_it_retrieves(retrieve, tmp_path, unseen_pairs):
             windows = [[moment["start"], moment["end"], moment["score"]] for moment in moments]
             predictions.append({**row, "pred_relevant_windows": windows})
         rows += of_video
-    # About 50 sentences a side, so the bars stand well below the README's figures
+    # About 50 sentences per side, so the bars are well below the README's figures
     assert evaluate_predictions(predictions, rows)["brief"]["MR-full-R1@0.5"] >= 65
 
 
@@ -67,10 +67,10 @@ def test_saliency_ranks_the_clips(retrieve, tmp_path):
     write_video(plan, tmp_path / "video.mp4")
     query = plan.queries[0]
     result = retrieve(tmp_path / "video.mp4", query.text, return_saliency=True)
-    centres = (torch.arange(len(result["saliency"])) + 0.5) * result["clip_seconds"]
-    inside = torch.zeros(len(centres), dtype=torch.bool)
+    centers = (torch.arange(len(result["saliency"])) + 0.5) * result["clip_seconds"]
+    inside = torch.zeros(len(centers), dtype=torch.bool)
     for start, end in query.windows:
-        inside |= (start <= centres) & (centres < end)
+        inside |= (start <= centers) & (centers < end)
     scores = torch.tensor(result["saliency"])
     assert (scores[inside][:, None] > scores[~inside]).float().mean() > 0.8
 

@@ -1,4 +1,4 @@
-"""The model against the interface that it promises; formulas are written out here once more, by hand."""
+"""The model's interface. Formulas are written out again here, independently of the model's code."""
 
 import math
 
@@ -32,7 +32,7 @@ def model(make_model):
 
 @pytest.fixture
 def inputs(device) -> dict:
-    """Three pairs of different lengths; what lies in the padding is no zero."""
+    """Three pairs of different lengths, with nonzero values in the padding."""
     random = torch.Generator().manual_seed(1)
     return {
         "video_features": torch.randn(3, 9, 12, generator=random).to(device),
@@ -44,7 +44,7 @@ def inputs(device) -> dict:
 
 @pytest.fixture
 def labels(device) -> list:
-    """Two windows, one, none; pairs of clips for the first two."""
+    """Two windows, one window and none, with saliency pairs for the first two samples."""
     labels = [
         {
             "spans": torch.tensor([[0.25, 0.3], [0.7, 0.2]]),
@@ -59,7 +59,7 @@ def labels(device) -> list:
 
 @pytest.fixture
 def negative(inputs) -> dict:
-    """Other sentences, of other lengths."""
+    """Sentences of other samples, with other lengths."""
     return {
         "negative_text_features": torch.nn.functional.pad(inputs["text_features"].roll(1, 0), (0, 0, 0, 2), value=3.0),
         "negative_text_mask": torch.nn.functional.pad(inputs["text_mask"].roll(1, 0), (0, 2)),
@@ -67,7 +67,7 @@ def negative(inputs) -> dict:
 
 
 def calls_of(module) -> list:
-    """A list that grows with every call of a module."""
+    """Return a list that grows by one element with each call of a module."""
     calls = []
     module.register_forward_hook(lambda *_: calls.append(1))
     return calls
@@ -81,9 +81,10 @@ def close(actual, expected, atol=1e-5):
 
 
 def test_names_and_shapes(model, inputs, labels, negative):
-    model.set_attn_implementation("eager")  # the one that gives attentions
+    model.set_attn_implementation("eager")  # the only one that returns attentions
     output = model(**inputs, **negative, labels=labels, output_attentions=True, output_hidden_states=True)
-    batch, clips, length, proposals, layers, heads, size = 3, 9, 9 + 7, 5, 2, 4, 32  # the negative is the longest
+    batch, clips, proposals, layers, heads, size = 3, 9, 5, 2, 4, 32
+    length = clips + 7  # the negative sentence is the longest
     shapes = {
         "loss": (),
         "logits": (batch, proposals, 2),
@@ -129,7 +130,7 @@ def test_model_is_encode_then_denoise(tiny_config, device, inputs):
 
 
 def test_each_input_matters(model, inputs):
-    model = model.model  # its spans are not cut to the video, where those of random weights may all end as one
+    model = model.model  # not clipped to the video: with random weights, clipped spans may all be equal
     base = model(**inputs)
     other_text = model(**{**inputs, "text_features": inputs["text_features"].roll(1, 0)})
     other_video = model(**{**inputs, "video_features": inputs["video_features"].flip(0)})
@@ -149,7 +150,7 @@ def test_clip_positions_from_the_mask(model, inputs):
     for row, clips in enumerate(CLIPS):
         wanted = [[index / clips, (index + 1) / clips] for index in range(clips)] + [[0, 0]] * (9 - clips)
         close(seen[0][row, :, 12:].cpu(), torch.tensor(wanted), 1e-6)
-    # Without a mask every clip is real
+    # Without a mask, all clips are real
     model(inputs["video_features"][:, :4], inputs["text_features"])
     close(seen[1][0, :, 12:].cpu(), torch.tensor([[0, 0.25], [0.25, 0.5], [0.5, 0.75], [0.75, 1]]), 1e-6)
 
@@ -199,7 +200,7 @@ def test_starts_from_one_fixed_noise(model, make_model, inputs):
     wanted = (fixed_noise(1500).clamp(-2, 2) / 2 + 1) / 2
     for row in starts[1500].cpu():
         close(row, wanted, 1e-6)
-    torch.manual_seed(5)  # another model, another state of the random numbers
+    torch.manual_seed(5)  # another model and another random state
     close(make_model(encoder_layers=1)(**inputs, num_proposals=40).intermediate_spans[:, 0], starts[40], 0)
 
 
@@ -212,7 +213,7 @@ def test_noise_of_the_caller(model, inputs):
     close(one.intermediate_spans[0, 0], (noisy[0].clamp(-2, 2) / 2 + 1) / 2, 1e-6)
     first = model(**inputs, noisy_spans=noisy, num_proposals=2)
     close(first.intermediate_spans[:, 0], one.intermediate_spans[:, 0, :2], 0)
-    # The same as the default, when it is the default that is given
+    # Passing the default noise gives the default output
     close(model(**inputs, noisy_spans=fixed_noise(5)[None].to(model.device)).pred_spans, model(**inputs).pred_spans, 0)
 
 
@@ -221,7 +222,7 @@ def test_noise_of_the_caller(model, inputs):
 
 @pytest.mark.parametrize("steps", [1, 4, 7])
 def test_sampler_is_ddim(model, inputs, steps):
-    """eta = 0, from T - 1 to the clean signal in equal steps, on the model's own encoder and decoder."""
+    """DDIM with eta = 0, from T - 1 to the clean signal in equal steps, around the model's encoder and decoder."""
     output = model(**inputs, num_sampling_steps=steps)
     memory = model.model.encode(**inputs)
     alphas = cosine_alphas_cumprod(100).float()
@@ -271,13 +272,13 @@ def test_training_draws_from_the_labels(make_model, inputs, labels, monkeypatch)
     for _ in range(2):
         output = model(**inputs, labels=labels)
     assert output.pred_spans.shape == (3, 6, 2)  # max_training_proposals
-    assert len(calls) == 2  # one a call of the model
+    assert len(calls) == 2  # one per call of the model
     assert model(**inputs, labels=labels, num_proposals=4, num_sampling_steps=9).pred_spans.shape == (3, 4, 2)
     assert len(calls) == 3
     assert (seen[0]["noisy_spans"] != seen[1]["noisy_spans"]).all()
     steps = torch.stack([model(**inputs, labels=labels) and seen[-1]["timesteps"] for _ in range(20)])
     assert steps.unique().numel() > 20 and steps.min() >= 0 and steps.max() < 100
-    # Around the true spans, where there is little noise
+    # With little noise, the drawn spans are near the true ones
     monkeypatch.setattr(
         torch, "randint", lambda high, size, **options: torch.zeros(size, dtype=torch.long, device=model.device)
     )
@@ -296,7 +297,7 @@ def test_training_with_draws(make_model, inputs, labels):
     close(output.intermediate_spans[:, 1:], keep_inside(decoded.intermediate_spans[:, 1:], 0.0))
     fewer = model(**inputs, **draws, labels=labels, num_proposals=2)
     close(fewer.intermediate_spans[:, 0], output.intermediate_spans[:, 0, :2], 0)
-    # One noise for the whole batch
+    # The same noise for the whole batch
     one = model(**inputs, noisy_spans=noisy[:1], timesteps=timesteps, labels=labels)
     same = model(**inputs, noisy_spans=noisy[:1].expand(3, -1, -1), timesteps=timesteps, labels=labels)
     close(one.loss, same.loss, 1e-6)
@@ -313,7 +314,7 @@ def test_train_mode_without_labels_samples(make_model, inputs):
 
 def test_eval_mode_with_labels_has_the_loss_of_the_last_step(model, inputs, labels, negative):
     output = model(**inputs, **negative, labels=labels, num_sampling_steps=3)
-    raw = []  # the loss reads spans before they are cut to the video
+    raw = []  # the loss reads spans before they are clipped to the video
     model.model.decoder.register_forward_hook(lambda _, arguments, decoded: raw.append(decoded.intermediate_spans))
     plain = model(**inputs, num_sampling_steps=3)
     last = raw[-1][:, 1:]
@@ -374,11 +375,11 @@ def test_any_number_of_windows(make_model, inputs, device, train, proposals):
 
 
 def test_every_parameter_learns(make_model, inputs, labels, negative):
-    # One that did not would stop distributed training, too
+    # Parameters without gradients would also stop distributed training
     model = make_model(train=True)
     model(**inputs, **negative, labels=labels).loss.backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    # A constant shift of all keys leaves the softmax as it is
+    # The softmax does not change if all keys shift by a constant
     assert [name for name in without if not name.endswith("k_proj.bias")] == []
 
 
@@ -392,13 +393,13 @@ def test_gradients_flow_in_every_mode(make_model, inputs, labels):
                 continue
             (gradient,) = torch.autograd.grad(value.square().sum(), video, retain_graph=True)
             assert gradient.isfinite().all() and gradient.abs().sum() > 0
-            assert (gradient[1, CLIPS[1] :] == 0).all()  # padding has no say
+            assert (gradient[1, CLIPS[1] :] == 0).all()  # padding has no effect
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(make_model, inputs, labels, negative):
     gradients, passes = [], []
     for checkpointing in (False, True):
-        model = make_model(train=True)  # with dropout, which has to be repeated, too
+        model = make_model(train=True)  # with dropout, which the second pass must repeat
         if checkpointing:
             model.activation_checkpointing_enable()
         calls = [calls_of(layer.feed_forward) for layer in (model.model.encoder.layers[0], *model.model.decoder.layers)]
@@ -422,20 +423,20 @@ def check_low_precision(output, exact, tolerance):
     for name in ("pred_spans", "intermediate_spans"):
         assert output[name].dtype == torch.float32
     close(windows_in_video(output), windows_in_video(exact), tolerance)
-    # Finer than the type of the features could say, but for those that were cut to the video
+    # Spans are finer than the dtype of the features, except where they were clipped to the video
     spans = output.intermediate_spans[:, 1:].flatten(0, -2)
     spans = spans[((span_to_window(spans) > 0) & (span_to_window(spans) < 1)).all(-1)]
     assert len(spans) > 3 and (spans != spans.to(torch.bfloat16).float()).any(-1).float().mean() > 0.9
 
 
 @pytest.mark.parametrize(("context", "seen"), [(1.0, {3, 4, 5, 6}), (2, set(range(2, 8))), (3.0, set(range(1, 9)))])
-def test_a_proposal_sees_its_span_and_what_is_around(make_model, device, context, seen):
+def test_a_proposal_reads_its_span_and_its_surroundings(make_model, device, context, seen):
     model = make_model(roi_context=context, decoder_layers=1).model
     memory = DiffusionVMRMemory(
         video=torch.randn(1, 10, 32, generator=torch.Generator().manual_seed(0)).to(device),
         video_mask=torch.ones(1, 10, dtype=torch.bool, device=device),
     )
-    # Clips 4 and 5, and by the interpolant half of their neighbours
+    # Clips 4 and 5, and their neighbors by interpolation
     spans = torch.tensor([[[0.5, 0.2]]], device=device)
     arguments = (spans_to_signal(spans, model.config.signal_scale), torch.tensor([50], device=device))
     base = model.denoise(memory, *arguments).intermediate_logits
@@ -449,8 +450,8 @@ def test_a_proposal_sees_its_span_and_what_is_around(make_model, device, context
     assert matter == seen
 
 
-def test_proposals_know_where_they_lie(model, device):
-    """Two halves of equal clips: where in its half a proposal lies changes nothing but the place that others see."""
+def test_proposals_know_their_position(model, device):
+    """Each half of the video has equal clips, so moving a proposal within its half changes only its position."""
     halves = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0)).to(device).repeat_interleave(10, dim=1)
     memory = DiffusionVMRMemory(video=halves, video_mask=torch.ones(1, 20, dtype=torch.bool, device=device))
     timesteps = torch.tensor([50], device=device)
@@ -466,7 +467,7 @@ def test_proposals_know_where_they_lie(model, device):
 
 @pytest.fixture
 def roi_calls(monkeypatch) -> list:
-    """What each RoI-align was given."""
+    """Record the arguments of each call of `roi_align`."""
     calls, roi_align = [], modeling_diffusionvmr.roi_align
     monkeypatch.setattr(
         modeling_diffusionvmr, "roi_align", lambda *arguments: calls.append(arguments) or roi_align(*arguments)
@@ -474,7 +475,7 @@ def roi_calls(monkeypatch) -> list:
     return calls
 
 
-def test_pooled_feature_is_of_the_span_alone(make_model, inputs, roi_calls):
+def test_pooled_feature_covers_the_span_only(make_model, inputs, roi_calls):
     model = make_model(roi_context=3)
     model(**inputs)
     for (_, _, spans, bins, *beyond), (_, _, around, all_bins, vector) in zip(roi_calls[::2], roi_calls[1::2]):
@@ -516,7 +517,7 @@ def test_whole_model_in_bfloat16(make_model, inputs, labels, negative, roi_calls
     check_low_precision(output, exact, 0.06)
     assert all(spans.dtype == torch.float32 for _, _, spans, *_ in roi_calls) and len(roi_calls) == 12
     assert output.logits.dtype == torch.bfloat16
-    # The loss is the one of these outputs in float32
+    # The loss equals the float32 loss of these outputs
     raw = []
     model.model.decoder.register_forward_hook(lambda _, arguments, decoded: raw.append(decoded.intermediate_spans))
     output = model(**half, labels=labels)
@@ -547,9 +548,10 @@ def test_loaded_in_bfloat16(model, inputs, tmp_path, device):
         close(windows_in_video(loaded(**given)), windows_in_video(exact), tolerance)
 
 
+@torch.no_grad()
 def test_compiled_in_one_graph(make_model, inputs):
-    # Slow: tracing takes most of the time (and code generation, which this leaves out, several times as much)
-    model = make_model()
+    # Slow, even without code generation. One layer of each kind is enough to trace
+    model = make_model(encoder_layers=1, decoder_layers=1)
     eager = model(**inputs, num_sampling_steps=2)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs, num_sampling_steps=2)
@@ -588,14 +590,14 @@ def test_compiled_in_one_graph(make_model, inputs):
             {"negative_text_features": torch.zeros(3, 5, 8), "negative_text_mask": torch.ones(3, 4)},
             r"`negative_text_mask` must be \(3, 5\)",
         ),
-        # A negative sentence does not hide what is wrong with the others
+        # A negative sentence does not hide an error in the others
         (
             {"negative_text_features": torch.zeros(3, 7, 8), "text_mask": torch.ones(3, 4)},
             r"`text_mask` must be \(3, 5\)",
         ),
     ],
 )
-def test_inputs_that_do_not_fit(model, inputs, changes, message):
+def test_invalid_inputs(model, inputs, changes, message):
     changes = {n: v.to(model.device) if isinstance(v, torch.Tensor) else v for n, v in changes.items()}
     with pytest.raises(ValueError, match=message):
         model(**{**inputs, **changes})
@@ -606,11 +608,11 @@ def test_inputs_that_do_not_fit(model, inputs, changes, message):
     [
         ({"num_proposals": 0}, "`num_proposals` must be at least 1, got 0"),
         ({"num_proposals": -2}, "`num_proposals` must be at least 1, got -2"),
-        ({"noisy_spans": torch.zeros(3, 5, 2)}, "`noisy_spans` and `timesteps` are given together"),
-        ({"timesteps": torch.zeros(3, dtype=torch.long)}, "`noisy_spans` and `timesteps` are given together"),
+        ({"noisy_spans": torch.zeros(3, 5, 2)}, "`noisy_spans` and `timesteps` must be given together"),
+        ({"timesteps": torch.zeros(3, dtype=torch.long)}, "`noisy_spans` and `timesteps` must be given together"),
     ],
 )
-def test_draws_that_do_not_fit(make_model, inputs, labels, changes, message):
+def test_invalid_draws(make_model, inputs, labels, changes, message):
     model = make_model(train=True)
     changes = {n: v.to(model.device) if isinstance(v, torch.Tensor) else v for n, v in changes.items()}
     with pytest.raises(ValueError, match=message):
@@ -620,8 +622,8 @@ def test_draws_that_do_not_fit(make_model, inputs, labels, changes, message):
 # Learning
 
 
-def test_learns_eight_samples_by_heart(make_model, device):
-    # Slow: several seconds of training
+def test_overfits_eight_samples(make_model, device):
+    # Slow: trains for several seconds
     random = torch.Generator().manual_seed(0)
     text = torch.randn(8, 3, 8, generator=random)
     video = 0.3 * torch.randn(8, 20, 12, generator=random)
@@ -631,7 +633,7 @@ def test_learns_eight_samples_by_heart(make_model, device):
     inside = (clips >= first[:, None]) & (clips < (first + length)[:, None])
     video[..., :8] += inside[..., None] * text.mean(1, keepdim=True) * 2
     truth = torch.stack(((first + length / 2) / 20, length / 20), dim=-1)
-    # Several draws of noise for each in a batch: the size of a batch costs nothing here
+    # Several noise samples per window and batch: a larger batch is almost free at this size
     truth = truth.repeat(4, 1).to(device)
     inputs = {
         "video_features": video.repeat(4, 1, 1).to(device),

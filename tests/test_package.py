@@ -1,5 +1,4 @@
-import json
-import subprocess
+import ast
 import sys
 from pathlib import Path
 
@@ -14,30 +13,70 @@ CONTRACT = [
     *("VideoMomentRetrievalPipeline", "MomentRetrievalDataset", "DiffusionVMRDataCollator", "DiffusionVMRTrainer"),
     *("open_features", "load_annotations", "evaluate_predictions", "DEFAULT_MODEL"),
 ]
-NOT_LOADED = {"datasets", "pandas", "av", "evaluate", "matplotlib", "h5py", "gradio"}
-# What the package asks of transformers. It may load what it likes
-TRANSFORMERS = """
-from transformers import AutoConfig, AutoModel, AutoProcessor, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
-from transformers import Pipeline, PreTrainedConfig
-from transformers.feature_extraction_utils import BatchFeature
-from transformers.modeling_utils import PreTrainedModel
-from transformers.pipelines import PIPELINE_REGISTRY
-from transformers.processing_utils import ProcessorMixin
-"""
+# What each folder must not import from
+FORBIDDEN = {
+    "data": {"training", "synthetic", "cli"},
+    "training": {"synthetic", "cli"},
+    "synthetic": {"training", "cli"},
+}
+PACKAGE = Path(modeling_diffusionvmr.__file__).parent
 
 
-def loaded_by(code: str) -> set[str]:
-    """The packages that a fresh process has loaded when it has run `code`."""
-    code = f"{code}\nimport json, sys\nprint(json.dumps([name.split('.')[0] for name in sys.modules]))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(json.loads(done.stdout.splitlines()[-1]))
+def modules_imported_by(path: Path) -> set[str]:
+    """Return the modules of the package that a file imports anywhere, as dotted names inside the package."""
+    package = [PACKAGE.name, *path.relative_to(PACKAGE).parent.parts]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            origin = package[: len(package) + 1 - node.level] if node.level else []
+            origin = [*origin, *(node.module.split(".") if node.module else [])]
+            # `from .data import files` may name a module, too
+            names |= {".".join([*origin, alias.name]) for alias in node.names} | {".".join(origin)}
+    return {name.partition(".")[2] for name in names if name.split(".")[0] == PACKAGE.name}
 
 
-def test_import_is_light():
-    allowed = loaded_by(TRANSFORMERS)
-    loaded = loaded_by("import modeling_diffusionvmr")
-    assert "modeling_diffusionvmr" in loaded
-    assert (loaded - allowed) & NOT_LOADED == set()
+@pytest.fixture
+def core(tiny_config, tmp_path) -> set[str]:
+    """The names of the modules that a saved checkpoint contains."""
+    modeling_diffusionvmr.DiffusionVMRForMomentRetrieval(tiny_config()).save_pretrained(tmp_path)
+    modeling_diffusionvmr.DiffusionVMRProcessor([12], 8).save_pretrained(tmp_path)
+    return {path.stem for path in tmp_path.glob("*.py")}
+
+
+def test_core_imports_only_itself(core):
+    assert {"modeling_diffusionvmr", "processing_diffusionvmr", "pipeline_diffusionvmr", "video", "checks"} <= core
+    for name in core:
+        # The package itself is not part of a checkpoint either
+        imported = modules_imported_by(PACKAGE / f"{name}.py")
+        assert {module.split(".")[0] for module in imported} <= core, name
+
+
+def test_folders_import_in_one_direction():
+    for folder, forbidden in FORBIDDEN.items():
+        paths = list((PACKAGE / folder).rglob("*.py"))
+        assert len(paths) > 1
+        for path in paths:
+            imported = {module.split(".")[0] for module in modules_imported_by(path)}
+            assert imported & forbidden == set(), path
+
+
+def test_imports_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path / "modeling_diffusionvmr")
+    path = tmp_path / "modeling_diffusionvmr" / "data" / "module.py"
+    path.parent.mkdir(parents=True)
+    lines = [
+        "import os",
+        "from json import x",
+        "import modeling_diffusionvmr.a",
+        "from modeling_diffusionvmr.b import x",
+    ]
+    lines += ["from .c import x", "from ..d import x", "from .. import e", "from . import f"]
+    lines += ["def g():", "    from ..h.i import x"]
+    path.write_text("\n".join(lines))
+    found = {name.removesuffix(".x") for name in modules_imported_by(path)}
+    assert found == {"a", "b", "data.c", "d", "", "e", "data", "data.f", "h.i"}
 
 
 def test_names_of_the_contract():

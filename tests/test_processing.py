@@ -25,10 +25,10 @@ def sentence(tokens) -> np.ndarray:
     return RANDOM.normal(size=(tokens, 4)).astype(np.float32)
 
 
-# In
+# Inputs
 
 
-def test_each_backbone_and_each_token_is_normalised(processor):
+def test_each_backbone_and_each_token_is_normalized(processor):
     arrays = [np.array([[3, 4, 0], [0, 0, 0.5]]), np.array([[5, 12], [0, 0]])]
     wanted = [[0.6, 0.8, 0, 5 / 13, 12 / 13], [0, 0, 1, 0, 0]]
     torch.testing.assert_close(processor.prepare_video(arrays), torch.tensor(wanted), atol=1e-4, rtol=0)
@@ -47,7 +47,8 @@ def test_cut_to_the_shortest(processor, lengths):
 
 @pytest.mark.parametrize("lengths", [(4, 7), (7, 4), (20, 1)])
 def test_a_gap_of_more_than_two_clips(processor, lengths):
-    with pytest.raises(ValueError, match=rf"video v7: its backbones have \[{lengths[0]}, {lengths[1]}\] clips"):
+    message = rf"^video v7: clip counts \[{lengths[0]}, {lengths[1]}\] differ by more than 2; are they from the same"
+    with pytest.raises(ValueError, match=message):
         processor.prepare_video(video(*lengths), "video v7")
 
 
@@ -55,14 +56,14 @@ def test_a_gap_of_more_than_two_clips(processor, lengths):
 def test_average_down_is_the_integral_of_the_step_function(length, parts):
     features = RANDOM.normal(size=(length, 3)).astype(np.float32)
     averaged = average_down(torch.from_numpy(features), parts).numpy()
-    # On a grid so fine that both a clip and a part are a whole number of its cells
+    # On a grid that both the clips and the parts divide evenly
     wanted = features.astype(np.float64).repeat(parts, axis=0).reshape(parts, length, 3).mean(axis=1)
     assert averaged.shape == (parts, 3) and averaged.dtype == np.float32
     np.testing.assert_allclose(averaged, wanted, atol=1e-5)
     np.testing.assert_allclose(averaged.mean(axis=0), features.mean(axis=0), atol=1e-6)
 
 
-def test_a_long_video_is_averaged_after_it_is_normalised(processor):
+def test_a_long_video_is_averaged_after_normalization(processor):
     arrays = [100 * array for array in video(20, 21)]
     units = [array[:20] / np.linalg.norm(array[:20], axis=1, keepdims=True) for array in arrays]
     wanted = average_down(torch.from_numpy(np.concatenate(units, axis=1)), 8).numpy()
@@ -70,7 +71,7 @@ def test_a_long_video_is_averaged_after_it_is_normalised(processor):
     assert processor.prepare_video(video(8, 9)).shape == (8, 5)
 
 
-def test_a_long_sentence_is_cut(processor):
+def test_a_long_sentence_is_truncated(processor):
     array = sentence(9)
     torch.testing.assert_close(processor.prepare_text(array), processor.prepare_text(array[:5]), atol=0, rtol=0)
 
@@ -108,12 +109,12 @@ def poisoned(array, row, value):
         (video(4, 4)[::-1], r"video v7, backbone 0: features must be \(length, 3\), got \(4, 2\)"),
         ([video(4, 4)[0], np.zeros((4, 5))], r"video v7, backbone 1: features must be \(length, 2\), got \(4, 5\)"),
         ([np.zeros(3), np.zeros((1, 2))], r"video v7, backbone 0: features must be \(length, 3\), got \(3,\)"),
-        ([video(4, 4)[0], np.zeros((0, 2))], "video v7, backbone 1: there are no features"),
+        ([video(4, 4)[0], np.zeros((0, 2))], "video v7, backbone 1: no features"),
         ([video(4, 4)[0], poisoned(video(4, 4)[1], 2, np.nan)], "video v7, backbone 1: .*NaN or infinity in row 2"),
         ([poisoned(video(4, 4)[0], 3, np.inf), video(4, 4)[1]], "video v7, backbone 0: .*NaN or infinity in row 3"),
     ],
 )
-def test_video_features_that_are_refused(processor, arrays, message):
+def test_invalid_video_features(processor, arrays, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         processor.prepare_video(arrays, "video v7")
     with pytest.raises(ValueError):
@@ -124,29 +125,29 @@ def test_video_features_that_are_refused(processor, arrays, message):
     ("array", "message"),
     [
         (np.zeros((3, 5)), r"qid 9: features must be \(length, 4\), got \(3, 5\)"),
-        (np.zeros((0, 4)), "qid 9: there are no features"),
-        # Beyond what is read, too: the file is broken
+        (np.zeros((0, 4)), "qid 9: no features"),
+        # Also beyond `max_tokens`: the file is damaged
         (poisoned(sentence(9), 7, np.nan), "qid 9: .*NaN or infinity in row 7"),
         (poisoned(sentence(3), 0, -np.inf), "qid 9: .*NaN or infinity in row 0"),
     ],
 )
-def test_text_features_that_are_refused(processor, array, message):
+def test_invalid_text_features(processor, array, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         processor.prepare_text(array, "qid 9")
 
 
-def test_other_arguments_that_are_refused(processor):
+def test_other_invalid_arguments(processor):
     with pytest.raises(ValueError, match="2 videos but 1 sentences"):
         processor([video(4, 4), video(4, 4)], [sentence(3)])
     with pytest.raises(ValueError, match="`return_tensors` must be 'pt', got 'np'"):
         processor([video(4, 4)], [sentence(3)], return_tensors="np")
 
 
-# Back
+# Outputs
 
 
 def outputs(*rows, dtype=torch.float32) -> SimpleNamespace:
-    """What a model gives for proposals (start, end, score), in [0, 1] all three; one list a sample."""
+    """Return model outputs for proposals (start, end, score), all in [0, 1]; one list per sample."""
     rows = torch.tensor(rows)
     spans = torch.stack((rows[..., :2].mean(-1), rows[..., 1] - rows[..., 0]), dim=-1)
     logit = rows[..., 2].logit()
@@ -160,7 +161,7 @@ def as_rows(moments, digits=3) -> list[tuple]:
 PROPOSALS = [[0.1, 0.3, 0.2], [0.5, 0.9, 0.8], [0.12, 0.32, 0.6], [0.9, 0.95, 0.4]]
 
 
-def test_moments_by_falling_score_in_seconds(processor):
+def test_moments_by_descending_score_in_seconds(processor):
     found = processor.post_process_moment_retrieval(outputs(PROPOSALS, PROPOSALS[::-1]), [100.0, 10.0])
     assert as_rows(found[0]) == [(50, 90, 0.8), (12, 32, 0.6), (90, 95, 0.4), (10, 30, 0.2)]
     assert as_rows(found[1]) == [(5, 9, 0.8), (1.2, 3.2, 0.6), (9, 9.5, 0.4), (1, 3, 0.2)]
@@ -178,7 +179,7 @@ def test_moments_lie_in_the_video(processor, round_to):
         assert 0 <= moment["start"] <= moment["end"] <= 147.5
     assert found[0]["start"] == 0 and found[0]["end"] == pytest.approx(60 if round_to else 60.8)
     assert found[1]["start"] == pytest.approx(106 if round_to else 106.4) and found[1]["end"] == 147.5
-    # Without durations, to what the features cover
+    # Without durations, moments end with the time that the features cover
     (found,) = processor.post_process_moment_retrieval(outputs(beyond), [152.0], round_to=round_to)
     assert found[1]["end"] == 152
 
@@ -229,15 +230,15 @@ def test_saved_with_the_processor(processor, tmp_path):
     "option",
     [{"top_k": -1}, {"round_to": 0}, {"threshold": float("nan")}, {"nms_threshold": 1.5}, {"nms_threshold": -1}],
 )
-def test_options_that_make_no_sense(option):
+def test_invalid_options(option):
     with pytest.raises(ValueError, match=f"`{next(iter(option))}` must be"):
         DiffusionVMRProcessor([12], 8, **option)
 
 
 @pytest.mark.parametrize("duration", [30.1, 12.3, 99.9])
-def test_end_is_never_beyond_the_duration(duration):
+def test_end_is_never_after_the_duration(duration):
     outputs = DiffusionVMRMomentRetrievalOutput(logits=torch.zeros(1, 1, 2), pred_spans=torch.tensor([[[0.5, 1.0]]]))
     (moment,) = DiffusionVMRProcessor([12], 8).post_process_moment_retrieval(outputs, [duration])[0]
     assert moment["end"] <= duration
-    with pytest.raises(ValueError, match="`covered_durations` has 2 entries for 1 samples"):
+    with pytest.raises(ValueError, match=r"`covered_durations` must have one entry per sample \(1\), got 2"):
         DiffusionVMRProcessor([12], 8).post_process_moment_retrieval(outputs, [duration, duration])

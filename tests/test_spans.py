@@ -1,4 +1,4 @@
-"""Geometry of spans against hand-made numbers and numerical integrals."""
+"""Span geometry, compared with numbers worked out by hand and with numerical integrals."""
 
 import itertools
 import math
@@ -20,7 +20,7 @@ from modeling_diffusionvmr.spans import (
 
 
 def random_spans(*shape: int, least_width: float = 0.02, seed: int = 0) -> torch.Tensor:
-    """Spans (*shape, 2) that lie inside [0, 1], float64."""
+    """Return random spans (*shape, 2) inside [0, 1], float64."""
     random = torch.Generator().manual_seed(seed)
     width = least_width + (0.95 - least_width) * torch.rand(shape, generator=random, dtype=torch.float64)
     center = width / 2 + (1 - width) * torch.rand(shape, generator=random, dtype=torch.float64)
@@ -44,7 +44,7 @@ def test_spans_and_windows():
         ((0.0, 1.0), (0.4, 0.5), 0.1, 0.1),
         ((0.0, 0.2), (0.2, 0.5), 0.0, 0.0),  # they touch
         ((0.0, 0.2), (0.6, 0.8), 0.0, -0.4 / 0.8),  # a gap of half the hull
-        ((0.1, 0.1), (0.3, 0.9), 0.0, -0.2 / 0.8),  # a width of 0
+        ((0.1, 0.1), (0.3, 0.9), 0.0, -0.2 / 0.8),  # width 0
         ((0.3, 0.3), (0.3, 0.3), 0.0, 0.0),
     ],
 )
@@ -69,7 +69,7 @@ def test_iou_broadcasts():
 def test_iou_gradients():
     spans, others = random_spans(8).requires_grad_(), random_spans(8, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(iou_and_generalized_iou, (spans, others))
-    # Apart, the IoU has no gradient and the generalised one pulls
+    # Without overlap, only the generalized IoU has a gradient
     apart = window_to_span(torch.tensor([0.0, 0.2], dtype=torch.float64)).requires_grad_()
     _, generalized = iou_and_generalized_iou(apart, window_to_span(torch.tensor([0.6, 0.8], dtype=torch.float64)))
     (gradient,) = torch.autograd.grad(generalized, apart)
@@ -81,8 +81,8 @@ def test_iou_gradients():
 
 def mean_by_integration(features: np.ndarray, window: tuple[float, float], bins: int, samples: int = 4000):
     """
-    The midpoint rule on the linear interpolant of clips (L, D) centred at (i + 0.5) / L, constant beyond the outermost
-    centres: the mean in each of `bins` parts, (bins, D).
+    Average the linear interpolant of clips (L, D) with centers (i + 0.5) / L, constant before the first and after the
+    last center, over each of `bins` parts by the midpoint rule. Return (bins, D).
     """
     centers = (np.arange(len(features)) + 0.5) / len(features)
     edges = np.linspace(*window, bins + 1)
@@ -117,10 +117,10 @@ def test_roi_align_is_the_mean_of_the_interpolant(bins):
 def test_roi_align_by_hand():
     features = torch.tensor([[[1.0], [3.0], [7.0], [100.0]]], dtype=torch.float64)
     num_clips = torch.tensor([3])
-    # Clips 1 and 2 are centred at 1/6 and 1/2; between them runs a line from 1 to 3, before 1/6 all is 1
+    # Clips 1 and 2 have their centers at 1/6 and 1/2. The line between them runs from 1 to 3; before 1/6 it is 1
     windows = torch.tensor([[[1 / 6, 1 / 2], [0.0, 1 / 6], [5 / 6, 1.0], [0.0, 1 / 3]]], dtype=torch.float64)
     result = roi_align(features, num_clips, window_to_span(windows), 1)[0, :, 0, 0]
-    # The last: half of it is 1, the other half runs from 1 to 2
+    # The last window: half of it is 1, the other half runs from 1 to 2
     torch.testing.assert_close(result, torch.tensor([2.0, 1.0, 7.0, 1.25], dtype=torch.float64))
 
 
@@ -137,7 +137,7 @@ def test_roi_align_never_reads_padding():
 
 
 def test_roi_align_of_a_constant_is_that_constant():
-    # Exactly so for very narrow spans too, at which float32 has few digits left
+    # Also for very narrow spans, where float32 has few digits left
     features = torch.full((1, 75, 2), 3.0)
     widths = torch.tensor([1e-4, 1 / 75, 0.5, 1.0])
     spans = torch.stack((torch.full_like(widths, 0.5), widths), dim=-1)[None]
@@ -149,10 +149,11 @@ def test_roi_align_beyond_the_video():
     spans = torch.tensor([[[0.125, 0.5], [1.0, 0.5], [0.5, 4.0]]])  # -1/8 to 3/8, 3/4 to 5/4, -3/2 to 5/2
     beyond = torch.tensor([-1.0, 0.0])
     result = roi_align(features, num_clips, spans, 4, beyond)
-    share = torch.tensor([[0.0, 1, 1, 1], [1, 1, 0, 0], [0, 0.5, 0.5, 0]])[None, ..., None]  # inside, of each bin
+    inside = torch.tensor([[0.0, 1, 1, 1], [1, 1, 0, 0], [0, 0.5, 0.5, 0]])  # fraction of each bin
+    share = inside[None, ..., None]
     torch.testing.assert_close(result, share * 3 + (1 - share) * beyond)
     torch.testing.assert_close(roi_align(features, num_clips, spans, 4), share * features[:, :1, None])
-    # No step where a span just reaches an end
+    # No jump where a span just reaches an end
     steps = [roi_align(features, num_clips, spans[:, :1] + delta, 4, beyond) for delta in (0.0, 1e-6)]
     torch.testing.assert_close(*steps, rtol=0, atol=1e-4)
 
@@ -166,7 +167,7 @@ def test_roi_align_types():
     torch.testing.assert_close(result.float(), expected, rtol=0, atol=0.05)
     result = roi_align(features.bfloat16(), torch.tensor([8]), spans * 2, 4, torch.ones(3))
     assert result.dtype == torch.bfloat16
-    # bfloat16 counts in twos beyond 256
+    # Above 256, bfloat16 resolves only multiples of 2
     steps = torch.arange(300.0)[None, :, None] % 2
     alternating = roi_align(steps.bfloat16(), torch.tensor([300]), torch.tensor([[[299.5 / 300, 1 / 300]]]), 2)
     torch.testing.assert_close(alternating.float(), torch.tensor([0.75, 1.0]).reshape(1, 1, 2, 1))
@@ -190,7 +191,7 @@ def test_roi_align_gradients():
         ((0.5, 0.4), 0.1, (0.5, 0.4)),
         ((0.1, 0.4), 0.1, (0.15, 0.3)),  # from -0.1: cut at 0
         ((0.95, 0.2), 0.1, (0.925, 0.15)),  # to 1.05: cut at 1
-        ((0.5, 0.0), 0.1, (0.5, 0.1)),  # widened about its centre
+        ((0.5, 0.0), 0.1, (0.5, 0.1)),  # widened around its center
         ((0.99, 0.0), 0.1, (0.95, 0.1)),  # widened, and moved inside
         ((0.01, 0.0), 0.1, (0.05, 0.1)),
         ((0.3, 0.2), 1.0, (0.5, 1.0)),
@@ -201,7 +202,7 @@ def test_keep_inside(span, least_width, expected):
     torch.testing.assert_close(result, torch.tensor(expected, dtype=torch.float64))
 
 
-def test_keep_inside_takes_a_width_a_sample():
+def test_keep_inside_takes_one_width_per_sample():
     spans = torch.tensor([[[0.5, 0.0]], [[0.5, 0.0]]])
     result = keep_inside(spans, torch.tensor([[0.5], [0.1]]))
     torch.testing.assert_close(result[..., 1], torch.tensor([[0.5], [0.1]]))
@@ -210,19 +211,19 @@ def test_keep_inside_takes_a_width_a_sample():
 @pytest.mark.parametrize(
     ("windows", "num_clips", "expected"),
     [
-        # Of five clips, centred at 0.1, 0.3, 0.5, 0.7 and 0.9
+        # Five clips with centers 0.1, 0.3, 0.5, 0.7 and 0.9
         ([(0.25, 0.65), (0.85, 1.0)], 5, [1, 2, 4]),
         ([(0.35, 0.75)], 5, [2, 3]),
-        ([(0.32, 0.38)], 5, [1]),  # holds no centre: the clip in which it lies
+        ([(0.32, 0.38)], 5, [1]),  # contains no clip center: the clip that contains it
         ([(1.0, 1.0)], 5, [4]),
-        # Of four, centred at 0.125, 0.375, 0.625 and 0.875; the fifth is padding, however far a moment reaches
+        # Four clips with centers 0.125, 0.375, 0.625 and 0.875. The fifth is padding, however far a moment reaches
         ([(0.3, 0.32)], 4, [1]),
         ([(0.8, 1.3)], 4, [3]),
         ([], 5, []),
     ],
 )
 def test_relevant_clips_by_hand(windows, num_clips, expected):
-    # Two more windows that are padding, and a second sample, which changes nothing
+    # With two padding windows and a second sample, which change nothing
     padded = window_to_span(torch.tensor([*windows, (0.0, 1.0), (0.0, 1.0)]))
     mask = torch.arange(len(padded)) < len(windows)
     spans, mask = torch.stack((padded, padded)), torch.stack((mask, ~mask))
@@ -244,8 +245,8 @@ def test_nms_by_hand():
     assert nms(windows, 1.0).all()
 
 
-def test_nms_asks_only_what_remains():
-    # The second goes for the first; the third overlaps only the second, and stays
+def test_nms_compares_with_kept_windows_only():
+    # The first removes the second. The third overlaps only the second and is kept
     windows = torch.tensor([[0.0, 10.0], [4.0, 14.0], [8.0, 18.0]])
     assert nms(windows, 0.4).tolist() == [True, False, True]
     assert nms(torch.zeros(0, 2), 0.5).tolist() == []

@@ -1,8 +1,8 @@
 """
-What `transformers` tests of every model of its own, on ours.
+Run the common model tests of `transformers` on our models.
 
-`fetch_transformers_tests.py` puts those tests into the cache. They are imported as a package of another name than
-`tests`, with empty stand-ins for what they import from folders that the source distribution leaves out.
+`fetch_transformers_tests.py` puts these tests into the cache. They are imported under another package name than
+`tests`, with empty stand-ins for modules that the source distribution leaves out.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from modeling_diffusionvmr import DiffusionVMRConfig, DiffusionVMRForMomentRetri
 if not TESTS_DIR.is_dir():
     raise FileNotFoundError(f"{TESTS_DIR} is missing: run `python tests/fetch_transformers_tests.py` once")
 
-# Every common field of a configuration, away from its default
+# Every common field of a configuration, with a value that is not its default
 CONFIG_COMMON_KWARGS = {
     "architectures": ["DiffusionVMRModel"],
     "chunk_size_feed_forward": 5,
@@ -45,7 +45,7 @@ STAND_INS = {
 
 
 def import_transformers_tests(*names: str) -> list[types.ModuleType]:
-    """The named modules of the cached tests."""
+    """Import the named modules of the cached tests."""
     package = types.ModuleType("transformers_tests")
     package.__path__ = [str(TESTS_DIR)]
     sys.modules[package.__name__] = package
@@ -62,40 +62,40 @@ def import_transformers_tests(*names: str) -> list[types.ModuleType]:
 modeling_common, configuration_common = import_transformers_tests("test_modeling_common", "test_configuration_common")
 floats_tensor = modeling_common.floats_tensor
 
-# Why a test does not apply, on any machine
+# Tests that do not apply on any machine, and why
 SKIPPED = {
     "test_attn_implementation_composite_models": "no sub-configurations",
-    "test_can_load_from_already_mapped_keys": "checkpoints have the model's own names: nothing is converted",
+    "test_can_load_from_already_mapped_keys": "checkpoints use the model's parameter names, so nothing is converted",
     "test_can_set_attention_dynamically_composite_model": "no sub-configurations",
     "test_causal_lm_loss_honors_shift_labels": "no language modeling head",
     "test_eager_matches_batched_and_grouped_inference_0_fp16": "no mixture of experts",
     "test_eager_matches_batched_and_grouped_inference_1_fp32": "no mixture of experts",
     "test_eager_matches_batched_and_grouped_inference_2_bf16": "no mixture of experts",
     "test_encoder_decoder_loss_no_double_shift": "no language modeling head",
-    "test_inputs_embeds": "no token ids that embeddings could stand for",
-    "test_inputs_embeds_matches_input_ids": "no token ids that embeddings could stand for",
+    "test_inputs_embeds": "inputs are features, not token ids",
+    "test_inputs_embeds_matches_input_ids": "inputs are features, not token ids",
     "test_internal_model_config_and_subconfig_are_same": "no sub-configurations",
-    "test_keep_in_fp32_modules": "what stays in float32 is computed so, and holds no weights",
-    "test_keep_in_fp32_modules_exist": "what stays in float32 is computed so, and holds no weights",
-    "test_model_rope_scaling_frequencies": "positions are sines, not rotary",
-    "test_model_rope_scaling_from_config_0_linear": "positions are sines, not rotary",
-    "test_model_rope_scaling_from_config_1_dynamic": "positions are sines, not rotary",
-    "test_model_rope_scaling_from_config_2_yarn": "positions are sines, not rotary",
-    "test_model_rope_with_partial_rotation": "positions are sines, not rotary",
+    "test_keep_in_fp32_modules": "the parts that stay in float32 have no weights",
+    "test_keep_in_fp32_modules_exist": "the parts that stay in float32 have no weights",
+    "test_model_rope_scaling_frequencies": "sine positions, not rotary ones",
+    "test_model_rope_scaling_from_config_0_linear": "sine positions, not rotary ones",
+    "test_model_rope_scaling_from_config_1_dynamic": "sine positions, not rotary ones",
+    "test_model_rope_scaling_from_config_2_yarn": "sine positions, not rotary ones",
+    "test_model_rope_with_partial_rotation": "sine positions, not rotary ones",
     "test_moe_models_record_router_logits": "no mixture of experts",
     "test_output_router_logits_from_config": "no mixture of experts",
     "test_resize_embeddings_untied": "no vocabulary",
     "test_resize_embeddings_untied_no_reinit_on_post_init": "no vocabulary",
     "test_resize_position_vector_embeddings": "positions are computed, not learned",
     "test_resize_tokens_embeddings": "no vocabulary",
-    "test_reverse_loading_mapping": "checkpoints have the model's own names: nothing is converted",
+    "test_reverse_loading_mapping": "checkpoints use the model's parameter names, so nothing is converted",
     "test_sdpa_can_dispatch_composite_models": "no sub-configurations",
     "test_sliding_window_mask": "attention is over the whole input",
     "test_tied_head_has_a_tp_plan_entry": "no plan for tensor parallelism",
     "test_tp_plan_matches_params": "no plan for tensor parallelism",
-    "test_vision_axial_rope": "positions are sines, not rotary",
+    "test_vision_axial_rope": "sine positions, not rotary ones",
 }
-# What a test needs of the machine. Where that is there, it runs or finds another reason to skip
+# What a test needs on the machine. If that is there, the test runs or is skipped for another reason
 DEPENDS_ON_MACHINE = {
     "test_can_load_with_device_context_manager": "an accelerator",
     "test_can_load_with_global_device_set": "an accelerator",
@@ -132,14 +132,14 @@ DEPENDS_ON_MACHINE = {
 
 
 class SkipsAreAccountedFor:
-    """Fails a test that is skipped without an entry in the tables above, or runs in spite of one."""
+    """Fail tests that are skipped without an entry in the tables above, and tests that run despite one."""
 
     def run(self, result=None):
         return super().run(_CheckedResult(result))
 
 
 class _CheckedResult:
-    """The result of one test, which turns an unexpected skip or an unexpected run into a failure."""
+    """A test result that turns unexpected skips and unexpected runs into failures."""
 
     def __init__(self, result):
         self._result = result
@@ -154,7 +154,7 @@ class _CheckedResult:
             self._result.addFailure(test, sys.exc_info())
 
     def addSkip(self, test, reason):
-        name = getattr(test, "test_case", test)._testMethodName  # of a subtest, its test
+        name = getattr(test, "test_case", test)._testMethodName  # a subtest belongs to its test
         if name in SKIPPED or name in DEPENDS_ON_MACHINE:
             self._result.addSkip(test, reason)
         else:
@@ -162,18 +162,18 @@ class _CheckedResult:
 
     def addSuccess(self, test):
         if test._testMethodName in SKIPPED:
-            self._fail(test, "ran, although SKIPPED says that it does not apply; remove its entry")
+            self._fail(test, "ran despite its entry in SKIPPED; remove the entry")
         else:
             self._result.addSuccess(test)
 
 
 class ModelTester:
-    """A small model and inputs for it, under the names by which the common tests ask."""
+    """A small model and its inputs, under the names that the common tests use."""
 
     batch_size = 3
     is_training = True
     num_hidden_layers = 2
-    num_hidden_states_types = 2  # of the encoder and of the decoder
+    num_hidden_states_types = 2  # encoder and decoder
     num_attention_heads = 4
     hidden_size = 32
     video_length, text_length, num_proposals = 9, 5, 7
@@ -232,11 +232,11 @@ class DiffusionVMRCommonTest(SkipsAreAccountedFor, modeling_common.ModelTesterMi
     all_model_classes = (DiffusionVMRModel, DiffusionVMRForMomentRetrieval)
     additional_model_inputs = ("text_features", "noisy_spans", "timesteps")
     test_resize_embeddings = False
-    # The file's age is read from a copyright line; ours needs none to be held to this
+    # Otherwise decided by the year in a copyright line, which our files do not have
     test_can_init_all_missing_weights_before_2023 = True
 
     def setUp(self):
-        # By this name the tests tell the model that has no loss
+        # The tests use this mapping to recognize the model without a loss
         known = unittest.mock.patch.dict(modeling_common.MODEL_MAPPING_NAMES, diffusionvmr=DiffusionVMRModel.__name__)
         known.start()
         self.addCleanup(known.stop)
@@ -247,11 +247,11 @@ class DiffusionVMRCommonTest(SkipsAreAccountedFor, modeling_common.ModelTesterMi
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
         inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels=return_labels)
-        # Given to any encoder-decoder; our decoder reads spans
+        # The tests pass these to any encoder-decoder, but our decoder reads spans
         inputs.pop("decoder_input_ids", None)
         inputs.pop("decoder_attention_mask", None)
         if return_labels and model_class is DiffusionVMRForMomentRetrieval:
-            # From the labels the model draws noise and timesteps itself
+            # The model draws noise and timesteps from the labels
             del inputs["noisy_spans"], inputs["timesteps"]
             inputs["labels"] = self.model_tester.labels()
             inputs["negative_text_features"] = inputs["text_features"].roll(1, dims=0)
@@ -274,7 +274,7 @@ class DiffusionVMRCommonTest(SkipsAreAccountedFor, modeling_common.ModelTesterMi
 
     @torch.no_grad()
     def test_decoder_is_recorded_too(self):
-        """By argument and by configuration; an argument goes before the configuration."""
+        """By argument and by configuration. An argument overrides the configuration."""
         tester = self.model_tester
         encoder = (tester.batch_size, tester.encoder_seq_length, tester.hidden_size)
         decoder = (tester.batch_size, tester.decoder_seq_length, tester.hidden_size)
@@ -301,8 +301,8 @@ class DiffusionVMRCommonTest(SkipsAreAccountedFor, modeling_common.ModelTesterMi
             refused = model(**inputs, output_attentions=False, output_hidden_states=False)
             self.assertEqual(set(refused), set(without))
 
-    # Tests that look for one stack of layers, or for a cross-attention, which the decoder has none of (it reads RoI
-    # features): the same checks in the names of ours
+    # These tests look for one stack of layers, or for cross-attention, which our decoder does not have (it reads RoI
+    # features). They make the same checks with our names.
 
     @torch.no_grad()
     def test_can_capture_specific_layers_hidden_states(self):
@@ -327,7 +327,7 @@ class DiffusionVMRCommonTest(SkipsAreAccountedFor, modeling_common.ModelTesterMi
             config.output_attentions = True
             outputs = self._model(model_class, config)(**self._prepare_for_class(inputs, model_class))
             names = ("encoder_hidden_states", "decoder_hidden_states", "encoder_attentions", "decoder_attentions")
-            # A layer of the decoder takes nothing from the one before but where its spans are, which is detached
+            # A decoder layer receives only the spans of the previous layer, and those are detached
             retained = {name: outputs[name][0 if name.startswith("encoder") else -1] for name in names}
             for tensor in retained.values():
                 tensor.retain_grad()
@@ -336,7 +336,7 @@ class DiffusionVMRCommonTest(SkipsAreAccountedFor, modeling_common.ModelTesterMi
                 with self.subTest(f"{model_class.__name__}: {name}"):
                     self.assertGreater(tensor.grad.abs().sum().item(), 0)
 
-    # Tests of the embedding table: the video's projection takes its place
+    # Tests of the embedding table, with the video projection in its place
 
     def test_model_get_set_embeddings(self):
         for model_class in self.all_model_classes:
@@ -348,7 +348,7 @@ class DiffusionVMRCommonTest(SkipsAreAccountedFor, modeling_common.ModelTesterMi
             self.assertIsNone(model.get_output_embeddings())
 
     def test_enable_input_require_grads_with_gradient_checkpointing(self):
-        """A frozen model with one part that learns, as adapters are trained."""
+        """A frozen model with one trainable part, as in adapter training."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
         inputs = self._prepare_for_class(inputs, DiffusionVMRForMomentRetrieval, return_labels=True)
         model = self._model(DiffusionVMRForMomentRetrieval, config).train().requires_grad_(False)

@@ -1,5 +1,6 @@
 import io
 import sys
+import tempfile
 import wave
 from fractions import Fraction
 
@@ -14,7 +15,7 @@ WIDTH, HEIGHT = 64, 48
 
 
 def picture(index: int) -> np.ndarray:
-    """A frame that tells its index: eight stripes, one a bit."""
+    """A frame that encodes its index as eight stripes, one per bit."""
     bits = (index >> np.arange(8)) & 1
     return np.broadcast_to((bits.repeat(WIDTH // 8) * 255).astype(np.uint8)[None, :, None], (HEIGHT, WIDTH, 3)).copy()
 
@@ -25,7 +26,7 @@ def index_of(frame: np.ndarray) -> int:
 
 
 def write_video(path, times, rate=10, codec="libx264", rotation=None, noise=False, **options):
-    """Frame i of the file is shown from `times[i]` seconds."""
+    """Write a video in which frame i is shown from `times[i]` seconds on."""
     random = np.random.default_rng(0)
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(codec, rate=rate, width=WIDTH, height=HEIGHT, pix_fmt="yuv420p")
@@ -41,18 +42,18 @@ def write_video(path, times, rate=10, codec="libx264", rotation=None, noise=Fals
 
 
 def expected_indices(path, clip_seconds, num_clips) -> list[int]:
-    """The same by a full decode: which frame is shown at each centre."""
+    """Decode the whole file to find the frame shown at each clip center."""
     with av.open(str(path)) as container:
         times = np.array([frame.time for frame in container.decode(video=0)])
-    centres = (np.arange(num_clips) + 0.5) * clip_seconds
-    return [max(np.flatnonzero(times - times[0] <= centre)) for centre in centres]
+    centers = (np.arange(num_clips) + 0.5) * clip_seconds
+    return [max(np.flatnonzero(times - times[0] <= center)) for center in centers]
 
 
 @pytest.mark.parametrize(
     "name, codec",
     [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.webm", "libvpx"), ("a.avi", "mpeg4"), ("a.ts", "libx264")],
 )
-def test_frames_at_clip_centres_in_every_container(tmp_path, name, codec):
+def test_frames_at_clip_centers_in_every_container(tmp_path, name, codec):
     path = write_video(tmp_path / name, np.arange(73) / 10, codec=codec)
     video = open_video(path, 1.0)
     assert video.duration == pytest.approx(7.3, abs=0.02)
@@ -82,6 +83,42 @@ def test_binary_file_object(tmp_path):
     assert [index_of(frame) for frame in open_video(io.BytesIO(path.read_bytes()), 2.0)] == [10, 30]
 
 
+class OnlyReadAndSeek:
+    def __init__(self, content):
+        file = io.BytesIO(content)
+        self.read, self.seek = file.read, file.seek
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: tempfile.SpooledTemporaryFile(max_size=1 << 20), tempfile.TemporaryFile, io.BytesIO]
+)
+def test_other_file_objects(tmp_path, make):
+    content = write_video(tmp_path / "a.mp4", np.arange(40) / 10).read_bytes()
+    with make() as file:
+        file.write(content)  # opened for writing too, with the position at the end
+        assert [index_of(frame) for frame in open_video(file, 2.0)] == [10, 30]
+    assert [index_of(frame) for frame in open_video(OnlyReadAndSeek(content), 2.0)] == [10, 30]
+    with tempfile.TemporaryFile() as file, pytest.raises(ValueError, match="^<.*>: not a readable video"):
+        file.write(b"text " * 100)
+        open_video(file, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("video", "message"),
+    [
+        (b"a.mp4", "got bytes: b'a.mp4'"),
+        ({"bytes": None, "path": "a.mp4"}, "got dict: {'bytes': None, 'path': 'a.mp4'}"),
+        ([np.zeros((4, 2, 2, 3), np.uint8), 5], r"got list: \[array\("),
+        (np.zeros((4, 2, 2, 3), np.uint8), r"got ndarray: array\("),
+        ((np.zeros((4, 2, 2, 3), np.uint8),), r"got tuple: \(array\("),
+        (None, "got NoneType: None"),
+    ],
+)
+def test_values_that_are_not_videos(video, message):
+    with pytest.raises(TypeError, match=rf"^a video must be a path, a binary file .* or \(frames, fps\), {message}"):
+        open_video(video, 2.0)
+
+
 def test_header_without_duration(tmp_path):
     path = write_video(tmp_path / "a.mkv", np.arange(40) / 10, live="1")
     with av.open(str(path)) as container:
@@ -99,6 +136,10 @@ def test_number_of_clips(seconds, num_clips):
 def test_decoded_frames():
     frames = np.arange(25, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
     assert [frame[0, 0, 0] for frame in open_video((frames, 5), 1.0)] == [2, 7, 12, 17, 22]
+    for fps in (Fraction(5), np.float32(5), np.int64(5), Fraction(10, 2)):
+        video = open_video((frames, fps), 1.0)
+        assert video.duration == 5 and type(video.duration) is float
+        assert [frame[0, 0, 0] for frame in video] == [2, 7, 12, 17, 22]
     assert [frame[0, 0, 0] for frame in open_video((frames, 12.5), 0.2)] == [1, 3, 6, 8, 11, 13, 16, 18, 21, 23]
 
 
@@ -111,16 +152,19 @@ def test_decoded_frames():
         (np.zeros((4, 2, 2, 3)), 5, "float64"),
         (np.zeros((4, 2, 2, 3), np.uint8), 0, "fps"),
         (np.zeros((4, 2, 2, 3), np.uint8), float("nan"), "fps"),
+        (np.zeros((4, 2, 2, 3), np.uint8), "10", "fps must be a number above 0, got '10'"),
+        ("a.mp4", "b.mp4", "frames must be"),
     ],
 )
-def test_refused_frames(frames, fps, message):
+def test_invalid_frames(frames, fps, message):
     with pytest.raises(ValueError, match=message):
         open_video((frames, fps), 2.0)
 
 
-def test_refused_clip_seconds():
-    with pytest.raises(ValueError, match="clip_seconds"):
-        open_video((np.zeros((4, 2, 2, 3), np.uint8), 5), 0)
+def test_invalid_clip_seconds():
+    for seconds in (0, -1, float("nan"), float("inf"), "2", None):
+        with pytest.raises(ValueError, match="`clip_seconds` must be a number above 0, got"):
+            open_video((np.zeros((4, 2, 2, 3), np.uint8), 5), seconds)
 
 
 @pytest.mark.parametrize("rotation", [90, -90, 180])
@@ -137,10 +181,10 @@ def test_cut_off_file(tmp_path):
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"cut\.mp4: .*cut off.* [45]\.\d+ s"):
         open_video(path, 2.0)
-    path.write_bytes(whole[:-100])  # a part of the last frame
+    path.write_bytes(whole[:-100])  # without a part of the last frame
     with pytest.raises(ValueError, match=r"cut\.mp4: damaged or cut off at 9\.\d+ s"):
         open_video(path, 2.0)
-    # A container that drops the packet that it finds half
+    # A container whose demuxer drops incomplete packets
     path = tmp_path / "cut.mkv"
     whole = write_video(tmp_path / "whole.mkv", np.arange(100) / 10, noise=True).read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
@@ -149,11 +193,11 @@ def test_cut_off_file(tmp_path):
     path = tmp_path / "no_index.mp4"
     whole = write_video(tmp_path / "whole.mp4", np.arange(100) / 10, noise=True).read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"no_index\.mp4: not a video"):
+    with pytest.raises(ValueError, match=r"no_index\.mp4: not a readable video"):
         open_video(path, 2.0)
 
 
-@pytest.mark.parametrize("index", [50, 99])  # threads of FFmpeg that each decode a frame hide an error in the last ones
+@pytest.mark.parametrize("index", [50, 99])  # FFmpeg's frame threads hide errors in the last frames
 def test_broken_frame(tmp_path, index):
     path = write_video(tmp_path / "broken.mp4", np.arange(100) / 10, noise=True)
     with av.open(str(path)) as container:
@@ -163,7 +207,7 @@ def test_broken_frame(tmp_path, index):
     path.write_bytes(content)
     video = open_video(path, 0.1)
     assert video.num_clips == 100
-    with pytest.raises(ValueError, match=r"broken\.mp4: (decoding breaks after|the frame at) \d\.\d+ s"):
+    with pytest.raises(ValueError, match=r"broken\.mp4: (decoding failed after|the frame at) \d\.\d+ s"):
         list(video)
 
 
@@ -179,33 +223,33 @@ def write_sound_with_cover(path):
             container.mux(stream.encode())
 
 
-def test_files_that_are_no_video(tmp_path):
+def test_files_that_are_not_videos(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.mp4: no such file"):
         open_video(tmp_path / "nothing.mp4", 2.0)
     for name in ("notes.txt", "notes.mp4"):
         (tmp_path / name).write_text("no video\n" * 100)
-        with pytest.raises(ValueError, match=f"{name}: not a video"):
+        with pytest.raises(ValueError, match=f"{name}: not a (readable )?video"):
             open_video(tmp_path / name, 2.0)
-    with open(tmp_path / "notes.txt") as text, pytest.raises(ValueError, match="notes.txt: not a video"):
+    with open(tmp_path / "notes.txt") as text, pytest.raises(ValueError, match="notes.txt: not a readable video"):
         open_video(text, 2.0)
     (tmp_path / "empty.mp4").touch()
-    with pytest.raises(ValueError, match=r"empty\.mp4: not a video"):
+    with pytest.raises(ValueError, match=r"empty\.mp4: not a readable video"):
         open_video(tmp_path / "empty.mp4", 2.0)
-    with pytest.raises(ValueError, match="not a video"):
+    with pytest.raises(ValueError, match="not a readable video"):
         open_video(tmp_path, 2.0)
     with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
         sound.setparams((1, 2, 8000, 0, "NONE", ""))
         sound.writeframes(bytes(16000))
-    with pytest.raises(ValueError, match=r"sound\.wav: has no video stream"):
+    with pytest.raises(ValueError, match=r"sound\.wav: no video stream"):
         open_video(tmp_path / "sound.wav", 2.0)
     write_sound_with_cover(tmp_path / "song.mp4")
-    with pytest.raises(ValueError, match=r"song\.mp4: has no video stream"):
+    with pytest.raises(ValueError, match=r"song\.mp4: no video stream"):
         open_video(tmp_path / "song.mp4", 2.0)
     av.VideoFrame.from_ndarray(picture(3), format="rgb24").save(tmp_path / "picture.png")
     with pytest.raises(ValueError, match=r"picture\.png: not a video"):
         open_video(tmp_path / "picture.png", 2.0)
     write_video(tmp_path / "raw.h264", np.arange(10) / 10)
-    with pytest.raises(ValueError, match=r"raw\.h264: its frames have no time stamps"):
+    with pytest.raises(ValueError, match=r"raw\.h264: frames have no timestamps"):
         open_video(tmp_path / "raw.h264", 2.0)
 
 

@@ -1,5 +1,5 @@
 """
-DiffusionVMR: video moment retrieval by denoising spans, for Hugging Face.
+DiffusionVMR for Hugging Face: video moment retrieval by denoising spans.
 
 Importing the package registers the Auto classes and `pipeline("video-moment-retrieval")`.
 """
@@ -18,9 +18,9 @@ from .processing_diffusionvmr import DiffusionVMRProcessor
 __version__ = "0.1.0"
 
 DEFAULT_MODEL = str(Path(__file__).parent / "default_model")
-"""The folder of the embedded checkpoint."""
+"""Folder of the embedded checkpoint."""
 
-# Resolved when asked for: `transformers.Trainer` loads datasets, and features and metrics are not needed to retrieve
+# Imported on first access: `transformers.Trainer` loads datasets, and retrieval needs no features and no metrics
 LAZY = {
     "DiffusionVMRDataCollator": "training.dataset",
     "DiffusionVMRTrainer": "training.trainer",
@@ -60,7 +60,7 @@ PIPELINE_REGISTRY.register_pipeline(
     TASK, pipeline_class=VideoMomentRetrievalPipeline, pt_model=AutoModel, type="multimodal"
 )
 
-# What is saved carries the code, so that it loads with `trust_remote_code=True` where the package is not installed
+# Save the code with each checkpoint, so that `trust_remote_code=True` loads it without the package
 DiffusionVMRConfig.register_for_auto_class()
 DiffusionVMRForMomentRetrieval.register_for_auto_class("AutoModel")
 DiffusionVMRProcessor.register_for_auto_class("AutoProcessor")

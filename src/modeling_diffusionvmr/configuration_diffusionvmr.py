@@ -1,10 +1,12 @@
-"""The model's fields, their defaults, and what is valid."""
+"""Model configuration: fields, defaults and validation."""
 
 import math
 import re
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+
+from .checks import check_positive
 
 POSITIVE_FIELDS = (
     "d_model",
@@ -40,50 +42,50 @@ NON_NEGATIVE_FIELDS = (
 @strict
 class DiffusionVMRConfig(PreTrainedConfig):
     r"""
-    Configuration of a DiffusionVMR model. The defaults are the paper's setting for QVHighlights with SlowFast and CLIP
-    features (arXiv 2308.15109, section 4.1), and Moment-DETR's (arXiv 2107.09609) where the paper is silent.
+    Configuration of a DiffusionVMR model. The defaults follow the paper's QVHighlights setting with SlowFast and CLIP
+    features (arXiv 2308.15109, section 4.1), and Moment-DETR (arXiv 2107.09609) where the paper gives no value.
 
     d_model (`int`, *optional*, defaults to 512):
-        Size D of every hidden state.
+        Size of the hidden states (D).
     encoder_layers, decoder_layers (`int`, *optional*, defaults to 6):
-        Self-attention layers of the cross-modal encoder, and denoising layers of the decoder (K).
+        Number of self-attention layers in the cross-modal encoder and of denoising layers in the decoder (K).
     encoder_attention_heads, decoder_attention_heads (`int`, *optional*, defaults to 8):
-        Attention heads of a layer; each must divide `d_model`.
+        Number of attention heads per layer. Each must divide `d_model`.
     encoder_ffn_dim, decoder_ffn_dim (`int`, *optional*, defaults to 2048):
-        Inner size of a layer's feed-forward network.
+        Inner size of the feed-forward network in each layer.
     dropout, input_dropout (`float`, *optional*, defaults to 0.1 and 0.5):
-        Dropout inside the layers, and of the two input projections.
+        Dropout inside the layers and in the two input projections.
     video_feature_size, text_feature_size (`int`, *optional*, defaults to 2816 and 512):
-        Numbers in a clip's and in a token's feature vector, without the two positions that the model appends.
+        Size of the feature vector of a clip and of a token, without the two positions that the model appends to clips.
     max_clips, max_tokens (`int`, *optional*, defaults to 75 and 32):
-        The longest input. The processor averages longer videos down, and truncates longer sentences.
+        Maximum input length. The processor averages longer videos down and truncates longer sentences.
     num_diffusion_steps (`int`, *optional*, defaults to 1000):
-        T, the steps of the forward process.
+        Number of steps of the forward process (T).
     signal_scale (`float`, *optional*, defaults to 2.0):
-        Spans in [0, 1] are diffused as signals in [-signal_scale, signal_scale].
+        Spans in [0, 1] are scaled to signals in [-signal_scale, signal_scale] before noise is added.
     num_proposals, max_training_proposals (`int`, *optional*, defaults to 20):
-        N in inference, and the number up to which N grows in training. They need not agree.
+        Number of proposals (N) at inference, and the maximum that N grows to in training. They may differ.
     num_sampling_steps (`int`, *optional*, defaults to 1):
-        S, the DDIM steps of inference.
+        Number of DDIM steps at inference (S).
     roi_bins (`int`, *optional*, defaults to 16):
-        Equal parts in which the 1-D RoI-align reads the video memory for a span.
+        Number of equal bins that the 1-D RoI-align splits a span into.
     roi_context (`float`, *optional*, defaults to 2.0):
-        Width of what is read for a span, in widths of that span, at least 1: what lies around a moment tells it from a
-        part of one.
+        Width of the region read for a span, as a multiple of the span's width (at least 1). The surroundings help to
+        tell a whole moment from a part of one.
     dynamic_size (`int`, *optional*, defaults to 16):
-        Inner size of the dynamic interaction: a proposal generates filters D -> dynamic_size -> D.
+        Inner size of the dynamic interaction: each proposal generates filters D -> dynamic_size -> D.
     l1_loss_coefficient, iou_loss_coefficient, class_loss_coefficient, hinge_loss_coefficient,
     contrastive_loss_coefficient (`float`, *optional*, defaults to 10, 2, 4, 1 and 1):
-        Weights of the terms of Eq. 11 to 13.
+        Weights of the loss terms in Eq. 11 to 13.
     background_coefficient (`float`, *optional*, defaults to 0.1):
         Weight of background proposals in the classification loss.
     saliency_margin (`float`, *optional*, defaults to 0.2):
-        The margin of the hinge loss.
+        Margin of the hinge loss.
     backbones (`list[dict]`, *optional*):
-        The frozen backbones that made the features, in the order of concatenation. Each has a `name`, an `id` (a folder
-        inside the checkpoint, or a model on the Hub; `None` where it cannot be run), and what it gives:
-        `feature_size` numbers for every `clip_seconds` of video (which may be left out where there is no `id`: then
-        the clips share the duration), or `text_feature_size` numbers a token, or both.
+        The frozen backbones that produced the features, in the order of concatenation. Each entry has a `name`, an
+        `id` (a folder inside the checkpoint or a model on the Hub; `None` if the backbone cannot be run), and the
+        sizes of its features: `feature_size` per clip of `clip_seconds` seconds, `text_feature_size` per token, or
+        both. Without an `id`, `clip_seconds` is optional: the clips then divide the video's duration equally.
     """
 
     model_type = "diffusionvmr"
@@ -125,17 +127,16 @@ class DiffusionVMRConfig(PreTrainedConfig):
     is_encoder_decoder: bool = True
 
     def __post_init__(self, **kwargs):
-        # A checkpoint names its pipeline for those who load it as remote code. Where the package is installed the
-        # entry would make `pipeline()` ask for `trust_remote_code`; saving a model writes it anew.
+        # `custom_pipelines` is for remote code. With the package installed, the entry would make `pipeline()` ask for
+        # `trust_remote_code`. Saving a model writes the entry again.
         if not __name__.startswith("transformers_modules."):
             kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Raises `ValueError`, which names the field, for a value that no model could have."""
+        """Raise ValueError, naming the field, if a value is invalid."""
         for field in POSITIVE_FIELDS:
-            if not 0 < getattr(self, field) < math.inf:
-                raise ValueError(f"`{field}` must be above 0 and finite, got {getattr(self, field)}")
+            check_positive(getattr(self, field), f"`{field}`")
         for field in NON_NEGATIVE_FIELDS:
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"`{field}` must be finite and not negative, got {getattr(self, field)}")
@@ -149,7 +150,7 @@ class DiffusionVMRConfig(PreTrainedConfig):
                 raise ValueError(f"`{field}` must divide d_model={self.d_model}, got {getattr(self, field)}")
         if self.d_model % 2:
             raise ValueError(
-                f"`d_model` must be even, since positions are pairs of sine and cosine, got {self.d_model}"
+                f"`d_model` must be even because positions are encoded as pairs of sine and cosine, got {self.d_model}"
             )
         if self.num_sampling_steps > self.num_diffusion_steps:
             raise ValueError(
@@ -162,7 +163,7 @@ class DiffusionVMRConfig(PreTrainedConfig):
     def _validate_backbones(self):
         names = [backbone.get("name") for backbone in self.backbones]
         for index, backbone in enumerate(self.backbones):
-            # Each is saved into a folder of its name
+            # The name becomes a folder of the checkpoint
             if not names[index]:
                 raise ValueError(f"`backbones[{index}]` has no `name`: {backbone}")
             if not isinstance(names[index], str) or not re.fullmatch(r"\w[\w.-]*", names[index]):
@@ -170,24 +171,22 @@ class DiffusionVMRConfig(PreTrainedConfig):
                     f"`backbones[{index}]` needs a `name` of letters, digits, '_', '.' and '-': {backbone}"
                 )
             if names.index(names[index]) != index:
-                raise ValueError(f"`backbones[{index}]` has the name of another one: {backbone}")
+                raise ValueError(f"`backbones[{index}]` repeats the name of another backbone: {backbone}")
             if not {"feature_size", "text_feature_size"} & backbone.keys():
                 raise ValueError(f"`backbones[{index}]` needs `feature_size`, `text_feature_size` or both: {backbone}")
             for key in ("feature_size", "text_feature_size"):
                 if key in backbone and not (isinstance(backbone[key], int) and backbone[key] > 0):
-                    raise ValueError(f"`backbones[{index}]`: `{key}` must be a whole number above 0: {backbone}")
-            # Where it can be run, the video must be cut into clips; released features may just share the duration
-            needed = "clip_seconds" in backbone or ("feature_size" in backbone and backbone.get("id") is not None)
-            seconds = backbone.get("clip_seconds")
-            if needed and not (isinstance(seconds, (int, float)) and 0 < seconds < math.inf):
-                raise ValueError(f"`backbones[{index}]`: `clip_seconds` must be a number above 0: {backbone}")
+                    raise ValueError(f"`backbones[{index}]`: `{key}` must be an integer above 0: {backbone}")
+            # A backbone that can be run needs it to cut the video into clips. Released features do not.
+            if "clip_seconds" in backbone or ("feature_size" in backbone and backbone.get("id") is not None):
+                check_positive(backbone.get("clip_seconds"), f"`backbones[{index}]`: `clip_seconds`")
         for field, key, total in (
             ("video_feature_size", "feature_size", sum(b.get("feature_size", 0) for b in self.backbones)),
             ("text_feature_size", "text_feature_size", sum(b.get("text_feature_size", 0) for b in self.backbones)),
         ):
             if total != getattr(self, field):
                 raise ValueError(
-                    f"`{field}` is {getattr(self, field)}, but the `{key}` of `backbones` add up to {total}"
+                    f"`{field}` is {getattr(self, field)}, but the `{key}` values in `backbones` add up to {total}"
                 )
 
 

@@ -1,7 +1,7 @@
 """
-The diffusion process on spans (section 3.1): schedule, forward process, DDIM step and the fixed noise.
+The diffusion process on spans (section 3.1): noise schedule, forward process, DDIM step and fixed inference noise.
 
-Plain tensors; nothing here knows of the network. Spans in [0, 1] are diffused as signals in [-scale, scale].
+Works on plain tensors and does not depend on the network. Spans in [0, 1] are scaled to signals in [-scale, scale].
 """
 
 import math
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 def cosine_alphas_cumprod(num_steps: int) -> Tensor:
     """
-    The products of alpha up to each step (Eq. 2) of the cosine schedule of Nichol and Dhariwal (arXiv 2102.09672), as
-    in DiffusionDet, with beta at most 0.999. A float64 tensor (num_steps,), falling from nearly 1 to nearly 0.
+    Return the cumulative products of alpha (Eq. 2) for the cosine schedule of Nichol and Dhariwal (arXiv 2102.09672),
+    with beta clamped to 0.999 as in DiffusionDet: a float64 tensor (num_steps,) that falls from nearly 1 to nearly 0.
     """
     steps = torch.arange(num_steps + 1, dtype=torch.float64, device="cpu")
     remaining = torch.cos((steps / num_steps + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -24,32 +24,36 @@ def cosine_alphas_cumprod(num_steps: int) -> Tensor:
 
 def fixed_noise(num_proposals: int) -> Tensor:
     """
-    The noise from which every inference starts: (num_proposals, 2) float32, computed on the CPU so that it is the same
-    on every device, and a prefix of itself as num_proposals grows.
+    Return the noise that inference starts from: (num_proposals, 2) float32.
 
-    Its rows are the Sobol sequence sent through the inverse normal distribution: Gaussian, but with little of the gaps
-    and of the bias that a few independent draws have.
+    It is computed on the CPU, so it is the same on every device. A smaller table is a prefix of a larger one.
+
+    The rows are a Sobol sequence mapped through the inverse normal CDF. They are normally distributed, and cover the
+    space more evenly than independent samples.
     """
-    with torch.device("cpu"):  # a model may be under construction on another one
+    with torch.device("cpu"):  # a model may be under construction on another device
         uniform = torch.quasirandom.SobolEngine(2).fast_forward(1).draw(num_proposals, dtype=torch.float64)
     return torch.special.ndtri(uniform).float()
 
 
 def spans_to_signal(spans: Tensor, scale: float) -> Tensor:
-    """Spans in [0, 1] -> signals in [-scale, scale]."""
+    """Convert spans in [0, 1] to signals in [-scale, scale]."""
     return (spans * 2 - 1) * scale
 
 
 def signal_to_spans(signal: Tensor, scale: float) -> Tensor:
-    """Signals -> spans in [0, 1]; what noise drove beyond the scale is clamped."""
+    """Convert signals to spans in [0, 1]. Values outside [-scale, scale] are clamped."""
     return (signal.clamp(-scale, scale) / scale + 1) / 2
 
 
 def sampling_timesteps(timesteps: Tensor, num_sampling_steps: int) -> Tensor:
     """
-    The steps at which a sampler visits the network on its way from `timesteps` (B,) to 0, evenly spaced and starting
-    at `timesteps` itself ("trailing": Lin et al., arXiv 2305.08891). Long (num_sampling_steps + 1, B); the last row is
-    -1, the clean signal. Where fewer steps than that are left, 0 is visited more than once.
+    Return the timesteps that the sampler visits on its way from `timesteps` (B,) to 0: evenly spaced, starting at
+    `timesteps` itself ("trailing" spacing: Lin et al., arXiv 2305.08891).
+
+    Returns:
+        A long tensor (num_sampling_steps + 1, B). The last row is -1, the clean signal. Timestep 0 repeats if fewer
+        than `num_sampling_steps` steps are left.
     """
     left = torch.arange(num_sampling_steps, 0, -1, device=timesteps.device)[:, None] / num_sampling_steps
     visited = (((timesteps + 1) * left).round().long() - 1).clamp(min=0)
@@ -79,39 +83,39 @@ class Draws:
 
 class DiffusionSchedule(nn.Module):
     """
-    The noise schedule as tables on the model's device: float32 whatever the model's type, and not saved.
+    The noise schedule, as tables on the model's device. They stay float32 in any model dtype and are not saved.
 
     Args:
-        num_steps: T.
-        scale: the signal scale.
+        num_steps: number of diffusion steps (T).
+        scale: signals lie in [-scale, scale].
     """
 
-    table_size = 1024  # fixed noise for as many proposals is kept; more is computed when asked for
+    table_size = 1024  # rows of fixed noise kept on the device; larger tables are computed on demand
 
     def __init__(self, num_steps: int, scale: float):
         super().__init__()
         self.num_steps = num_steps
         self.scale = scale
-        device = torch.empty(0).device  # of the context in which a model is built; it may be "meta"
+        device = torch.empty(0).device  # the current default device, which may be "meta"
         for name, table in self.tables().items():
             self.register_buffer(name, table.to(device), persistent=False)
 
     def tables(self) -> dict[str, Tensor]:
-        """What the buffers hold."""
+        """Return the contents of the buffers by name."""
         return {
             "alphas_cumprod": cosine_alphas_cumprod(self.num_steps).float(),
             "noise_table": fixed_noise(self.table_size),
         }
 
     def _apply(self, fn, recurse=True):
-        # `model.to(torch.bfloat16)` moves the tables and leaves their type: bfloat16 resolves 0.6 s of 150 s
+        # `model.to(torch.bfloat16)` moves the tables but keeps their dtype: bfloat16 resolves only 0.6 s of 150 s
         for name, buffer in self._buffers.items():
             moved = fn(buffer)
             self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
         return self
 
     def initial_noise(self, num_proposals: int) -> Tensor:
-        """The first rows of the fixed noise, (num_proposals, 2) on the model's device."""
+        """Return the first rows of the fixed noise: (num_proposals, 2), on the model's device."""
         if num_proposals <= self.table_size:
             return self.noise_table[:num_proposals]
         return fixed_noise(num_proposals).to(self.noise_table.device)
@@ -121,19 +125,22 @@ class DiffusionSchedule(nn.Module):
         return torch.where(timesteps < 0, 1.0, alpha)[:, None, None]
 
     def add_noise(self, signal: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Eq. 2: X_t from X_0. Signal and noise (B, N, 2), timesteps (B,)."""
+        """Compute X_t from X_0 (Eq. 2). `signal` and `noise` are (B, N, 2), `timesteps` is (B,)."""
         alpha = self._alpha(timesteps)
         return alpha.sqrt() * signal + (1 - alpha).sqrt() * noise
 
     def ddim_step(self, noisy: Tensor, predicted: Tensor, timesteps: Tensor, next_timesteps: Tensor) -> Tensor:
         """
-        One deterministic step (eta = 0) of DDIM (Song et al., arXiv 2010.02502), for a network that predicts X_0.
+        Take one deterministic DDIM step (eta = 0; Song et al., arXiv 2010.02502) with a network that predicts X_0.
 
         Args:
             noisy: X_t, (B, N, 2).
-            predicted: X_0 as the network sees it, (B, N, 2); clamped to the signal scale.
+            predicted: the network's prediction of X_0, (B, N, 2). It is clamped to the signal scale.
             timesteps: t, (B,).
-            next_timesteps: where to, (B,), below t; -1 is the clean signal.
+            next_timesteps: the timesteps to step to, (B,), below t. -1 means the clean signal.
+
+        Returns:
+            X at `next_timesteps`, (B, N, 2).
         """
         predicted = predicted.clamp(-self.scale, self.scale)
         alpha, next_alpha = self._alpha(timesteps), self._alpha(next_timesteps)

@@ -1,6 +1,8 @@
 """
-DiffusionVMR (Zhao et al., arXiv 2308.15109): a cross-modal encoder (section 3.3), and a decoder that denoises spans
-(section 3.4). B is the batch, Lv clips, Lt tokens, N proposals, K decoder layers, R RoI bins, D `d_model`.
+The DiffusionVMR model (Zhao et al., arXiv 2308.15109): a cross-modal encoder (section 3.3) and a decoder that denoises
+spans (section 3.4).
+
+Shapes: B samples, Lv clips, Lt tokens, N proposals, K decoder layers, R RoI bins, D `d_model`, Dv and Dt feature sizes.
 """
 
 import math
@@ -30,13 +32,13 @@ TASK = "video-moment-retrieval"
 @dataclass
 class DiffusionVMRMemory(ModelOutput):
     """
-    What the encoder knows of a video under a sentence (Eq. 7), and all that the decoder is conditioned on.
+    The encoder's output (Eq. 7), which the decoder is conditioned on.
 
-    last_hidden_state (`torch.Tensor` of shape `(B, Lv + Lt, D)`): clips first, then tokens.
-    video (`torch.Tensor` of shape `(B, Lv, D)`): M_V.
-    text (`torch.Tensor` of shape `(B, Lt, D)`): M_Q.
-    video_mask (`torch.BoolTensor` of shape `(B, Lv)`): the real clips.
-    hidden_states, attentions: of every encoder layer, where asked for.
+    last_hidden_state (`torch.Tensor` of shape `(B, Lv + Lt, D)`): clips, then tokens.
+    video (`torch.Tensor` of shape `(B, Lv, D)`): M_V, the clips.
+    text (`torch.Tensor` of shape `(B, Lt, D)`): M_Q, the tokens.
+    video_mask (`torch.BoolTensor` of shape `(B, Lv)`): true for real clips.
+    hidden_states, attentions: of every encoder layer, if requested.
     """
 
     last_hidden_state: Tensor | None = None
@@ -50,12 +52,12 @@ class DiffusionVMRMemory(ModelOutput):
 @dataclass
 class DiffusionVMRDecoderOutput(ModelOutput):
     """
-    One call of the denoising decoder (Eq. 6).
+    The output of one call of the denoising decoder (Eq. 6).
 
-    last_hidden_state (`torch.Tensor` of shape `(B, N, D)`): the proposals' features after the last layer.
-    intermediate_logits (`torch.Tensor` of shape `(B, K, N, 2)`): foreground and background of every layer.
-    intermediate_spans (`torch.FloatTensor` of shape `(B, K + 1, N, 2)`): the noisy input, then every layer's spans.
-    hidden_states, attentions: of every decoder layer, where asked for.
+    last_hidden_state (`torch.Tensor` of shape `(B, N, D)`): proposal features after the last layer.
+    intermediate_logits (`torch.Tensor` of shape `(B, K, N, 2)`): foreground and background logits of every layer.
+    intermediate_spans (`torch.FloatTensor` of shape `(B, K + 1, N, 2)`): the noisy input, then spans of every layer.
+    hidden_states, attentions: of every decoder layer, if requested.
     """
 
     last_hidden_state: Tensor | None = None
@@ -68,8 +70,8 @@ class DiffusionVMRDecoderOutput(ModelOutput):
 @dataclass
 class DiffusionVMRModelOutput(ModelOutput):
     """
-    One encoding and one denoising step. `last_hidden_state` is the decoder's, (B, N, D); the others are described in
-    [`DiffusionVMRMomentRetrievalOutput`], but that spans are not cut to the video here.
+    The output of one encoding and one denoising step. `last_hidden_state` (B, N, D) is the decoder's. The other fields
+    are those of [`DiffusionVMRMomentRetrievalOutput`], except that spans are not clipped to the video.
     """
 
     last_hidden_state: Tensor | None = None
@@ -85,18 +87,21 @@ class DiffusionVMRModelOutput(ModelOutput):
 @dataclass
 class DiffusionVMRMomentRetrievalOutput(ModelOutput):
     """
-    loss (`torch.FloatTensor`): Eq. 11, where there are labels.
-    loss_dict (`dict[str, torch.FloatTensor]`): its terms without their coefficients, summed over the decoder's layers:
-        `class`, `l1`, `iou`, `hinge`, `contrastive`.
-    logits (`torch.Tensor` of shape `(B, N, 2)`): index 0 is foreground; a proposal's score is `softmax[..., 0]`.
-    pred_spans (`torch.FloatTensor` of shape `(B, N, 2)`): (center, width) in [0, 1] of the time covered.
-    saliency_scores (`torch.Tensor` of shape `(B, Lv)`): how well each clip fits the sentence, unbounded; 0 for padding.
-    intermediate_logits (`torch.Tensor` of shape `(B, K, N, 2)`): of every decoder layer.
-    intermediate_spans (`torch.FloatTensor` of shape `(B, K + 1, N, 2)`): index 0 is the noisy input; of the others, the
-        part inside the video. Both are those of the last sampling step.
-    encoder_last_hidden_state (`torch.Tensor` of shape `(B, Lv + Lt, D)`): the memory.
-    encoder_hidden_states, encoder_attentions, decoder_hidden_states, decoder_attentions: tuples with an entry a layer
-        (hidden states begin with the first layer's input), where asked for.
+    The output of moment retrieval. Decoder outputs are those of the last sampling step.
+
+    loss (`torch.FloatTensor`): total loss (Eq. 11), if labels are given.
+    loss_dict (`dict[str, torch.FloatTensor]`): the terms of the loss without their coefficients, summed over the
+        decoder layers: `class`, `l1`, `iou`, `hinge`, `contrastive`.
+    logits (`torch.Tensor` of shape `(B, N, 2)`): index 0 is foreground. A proposal's score is `softmax[..., 0]`.
+    pred_spans (`torch.FloatTensor` of shape `(B, N, 2)`): (center, width), as a fraction of the time covered.
+    saliency_scores (`torch.Tensor` of shape `(B, Lv)`): how well each clip matches the sentence, unbounded. 0 for
+        padding.
+    intermediate_logits (`torch.Tensor` of shape `(B, K, N, 2)`): logits of every decoder layer.
+    intermediate_spans (`torch.FloatTensor` of shape `(B, K + 1, N, 2)`): the noisy input, then the spans of every
+        decoder layer, clipped to the video.
+    encoder_last_hidden_state (`torch.Tensor` of shape `(B, Lv + Lt, D)`): encoded clips, then tokens.
+    encoder_hidden_states, encoder_attentions, decoder_hidden_states, decoder_attentions: tuples with one entry per
+        layer, if requested. Hidden states start with the first layer's input.
     """
 
     loss: Tensor | None = None
@@ -114,21 +119,21 @@ class DiffusionVMRMomentRetrievalOutput(ModelOutput):
 
 
 def sine_embedding(position: Tensor, size: int) -> Tensor:
-    """Sines and cosines (..., size) of positions (...) at wavelengths from 2 pi to 20000 pi, in float32."""
+    """Return sines and cosines (..., size), float32, of positions (...) at wavelengths from 2 pi to 20000 pi."""
     frequency = torch.exp(torch.arange(0, size, 2, device=position.device) * (-math.log(10000.0) / size))
     angle = position.float()[..., None] * frequency
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
 
 
 def clip_positions(video_mask: Tensor) -> Tensor:
-    """Start and end of each clip in [0, 1] of its own video, for a mask (B, Lv): (B, Lv, 2), 0 for padding."""
+    """Return (B, Lv, 2) for a mask (B, Lv): start and end of each clip as fractions of its video, 0 for padding."""
     end = video_mask.cumsum(1) * video_mask / video_mask.sum(1, keepdim=True)
     share = video_mask / video_mask.sum(1, keepdim=True)
     return torch.stack((end - share, end), dim=-1)
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention in plain operations, for those who want to see the weights."""
+    """Attention in plain operations, which also returns the weights."""
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
@@ -138,7 +143,7 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 
 
 class DiffusionVMRSelfAttention(nn.Module):
-    """Multi-head self-attention; positions are added to queries and keys, not to values (as in DETR)."""
+    """Multi-head self-attention. As in DETR, positions are added to queries and keys, but not to values."""
 
     def __init__(self, config: DiffusionVMRConfig, num_heads: int):
         super().__init__()
@@ -166,7 +171,7 @@ class DiffusionVMRSelfAttention(nn.Module):
 
 
 class DiffusionVMRFeedForward(nn.Module):
-    """Two linear layers with a ReLU between."""
+    """Two linear layers with a ReLU in between."""
 
     def __init__(self, config: DiffusionVMRConfig, inner_size: int):
         super().__init__()
@@ -179,7 +184,7 @@ class DiffusionVMRFeedForward(nn.Module):
 
 
 class DiffusionVMREncoderLayer(GradientCheckpointingLayer):
-    """Self-attention and a feed-forward network, each with its residual, then normalised (as Moment-DETR)."""
+    """Self-attention and a feed-forward network, each with a residual and then layer norm (as in Moment-DETR)."""
 
     def __init__(self, config: DiffusionVMRConfig):
         super().__init__()
@@ -197,8 +202,8 @@ class DiffusionVMREncoderLayer(GradientCheckpointingLayer):
 
 class DiffusionVMRDynamicInteraction(nn.Module):
     """
-    The dynamic interaction of Sparse R-CNN (Sun et al., arXiv 2011.12450): the proposal's feature generates two
-    filters, D -> dynamic_size -> D, through which its own un-pooled RoI bins pass.
+    The dynamic interaction of Sparse R-CNN (Sun et al., arXiv 2011.12450): the feature of each proposal generates two
+    filters, D -> dynamic_size -> D, which are applied to the proposal's own RoI bins.
     """
 
     def __init__(self, config: DiffusionVMRConfig):
@@ -211,7 +216,7 @@ class DiffusionVMRDynamicInteraction(nn.Module):
         self.out_layer_norm = nn.LayerNorm(config.d_model)
 
     def forward(self, proposals: Tensor, bins: Tensor) -> Tensor:
-        """Proposals (B, N, D) and their bins (B, N, R, D) -> (B, N, D)."""
+        """Update proposals (B, N, D) from their bins (B, N, R, D). Return (B, N, D)."""
         narrow, wide = self.filter_generator(proposals).chunk(2, dim=-1)
         bins = F.relu(self.inner_layer_norm(bins @ narrow.unflatten(-1, self.filter_shape)))
         bins = F.relu(self.bin_layer_norm(bins @ wide.unflatten(-1, self.filter_shape[::-1])))
@@ -219,7 +224,7 @@ class DiffusionVMRDynamicInteraction(nn.Module):
 
 
 class DiffusionVMRDenoisingLayer(GradientCheckpointingLayer):
-    """One layer of the decoder: the denoising head on RoI features, and the two prediction heads."""
+    """One decoder layer: the denoising head on RoI features, and the class and span heads."""
 
     def __init__(self, config: DiffusionVMRConfig):
         super().__init__()
@@ -243,15 +248,15 @@ class DiffusionVMRDenoisingLayer(GradientCheckpointingLayer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """
         Args:
-            proposals: the proposals' features, (B, N, D).
-            bins: what the RoI-align read for each, (B, N, R, D).
-            spans: the proposals' spans, (B, N, 2), float32.
-            time: the embedding of the step, (B, 4 D).
+            proposals: proposal features, (B, N, D).
+            bins: RoI bins of each proposal, (B, N, R, D).
+            spans: spans of the proposals, (B, N, 2), float32.
+            time: timestep embedding, (B, 4 D).
 
         Returns:
-            The proposals' features (B, N, D), logits (B, N, 2), and the new spans (B, N, 2), float32.
+            Proposal features (B, N, D), logits (B, N, 2) and refined spans (B, N, 2), float32.
         """
-        # Where a proposal lies and how wide it is (as in DAB-DETR): a pooled feature alone does not say
+        # Embed position and width of each proposal, as in DAB-DETR: the pooled feature does not contain them
         placed = sine_embedding(spans * (2 * math.pi), proposals.shape[-1]).flatten(-2).to(proposals.dtype)
         attended, _ = self.self_attn(proposals, positions=self.span_projection(placed), **kwargs)
         proposals = self.self_attn_layer_norm(proposals + self.dropout(attended))
@@ -263,7 +268,7 @@ class DiffusionVMRDenoisingLayer(GradientCheckpointingLayer):
 
 
 class DiffusionVMRPreTrainedModel(PreTrainedModel):
-    """Initialisation, and what the library has to know of these models."""
+    """Weight initialization, and the settings that `transformers` reads."""
 
     config: DiffusionVMRConfig
     config_class = DiffusionVMRConfig
@@ -272,14 +277,14 @@ class DiffusionVMRPreTrainedModel(PreTrainedModel):
     input_modalities = ("video", "text")
     _input_embed_layer = "video_projection"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DiffusionVMREncoderLayer", "DiffusionVMRDecoder"]  # which holds a parameter of its own
+    _no_split_modules = ["DiffusionVMREncoderLayer", "DiffusionVMRDecoder"]  # the decoder has a parameter of its own
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """Xavier (section 4.1). The schedule's tables are not saved, and `from_pretrained` leaves them unfilled."""
+        """Xavier (section 4.1). Also fill the schedule's tables, which are not part of a checkpoint."""
         if isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
             init.zeros_(module.bias)
@@ -287,14 +292,14 @@ class DiffusionVMRPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, DiffusionVMRDecoder):
-            init.normal_(module.beyond_video)  # as large as the memory, which is normalised
+            init.normal_(module.beyond_video)  # same scale as the encoder's output, which is layer-normalized
         elif isinstance(module, DiffusionSchedule):
             for name, table in module.tables().items():
                 init.copy_(getattr(module, name), table)
 
 
 class DiffusionVMREncoder(DiffusionVMRPreTrainedModel):
-    """The cross-modal encoder h (Eq. 7), after the projections."""
+    """The cross-modal encoder h (Eq. 7), without the input projections."""
 
     _can_record_outputs = {"hidden_states": DiffusionVMREncoderLayer, "attentions": DiffusionVMRSelfAttention}
 
@@ -306,8 +311,8 @@ class DiffusionVMREncoder(DiffusionVMRPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor, positions: Tensor, **kwargs) -> BaseModelOutput:
-        """Embeddings (B, L, D), their mask (B, L) and positions (B, L, D) -> hidden states (B, L, D)."""
-        # The library would look for a mask without padding to skip it, which waits for the device
+        """Encode embeddings (B, L, D) with mask (B, L) and positions (B, L, D) to hidden states (B, L, D)."""
+        # By default `transformers` checks whether the mask has any padding, which would wait for the device
         attention_mask = create_bidirectional_mask(
             self.config, inputs_embeds, attention_mask, allow_is_bidirectional_skip=False
         )
@@ -318,7 +323,7 @@ class DiffusionVMREncoder(DiffusionVMRPreTrainedModel):
 
 
 class DiffusionVMRDecoder(DiffusionVMRPreTrainedModel):
-    """The denoising decoder g (Eq. 6): cascading layers, each of which starts from the spans of the one before."""
+    """The denoising decoder g (Eq. 6): a cascade of layers, each of which refines the spans of the previous one."""
 
     _can_record_outputs = {"hidden_states": DiffusionVMRDenoisingLayer, "attentions": DiffusionVMRSelfAttention}
 
@@ -327,7 +332,7 @@ class DiffusionVMRDecoder(DiffusionVMRPreTrainedModel):
         size = config.d_model
         self.time_embedding = nn.Sequential(nn.Linear(size, 4 * size), nn.GELU(), nn.Linear(4 * size, 4 * size))
         self.layers = nn.ModuleList([DiffusionVMRDenoisingLayer(config) for _ in range(config.decoder_layers)])
-        self.beyond_video = nn.Parameter(torch.empty(size))  # what is read where there are no clips
+        self.beyond_video = nn.Parameter(torch.empty(size))  # the feature outside the video
         self.post_init()
 
     @merge_with_config_defaults
@@ -335,15 +340,21 @@ class DiffusionVMRDecoder(DiffusionVMRPreTrainedModel):
     def forward(
         self, noisy_spans: Tensor, timesteps: Tensor, video: Tensor, video_mask: Tensor, **kwargs
     ) -> DiffusionVMRDecoderOutput:
-        """Signals X_t (B, N, 2), their steps (B,), M_V (B, Lv, D) and its mask (B, Lv)."""
+        """
+        Args:
+            noisy_spans: X_t in signal space, (B, N, 2).
+            timesteps: t, (B,).
+            video: M_V, (B, Lv, D).
+            video_mask: (B, Lv), true for real clips.
+        """
         time = self.time_embedding(sine_embedding(timesteps, self.config.d_model).to(video.dtype))
         num_clips = video_mask.sum(1)
         spans = [signal_to_spans(noisy_spans.float(), self.config.signal_scale)]
         logits = []
         for layer in self.layers:
-            # A span narrower than a clip has nothing of its own to read, and a width of 0 could never grow
+            # At least one clip wide: a narrower span has no features of its own, and a width of 0 could never grow
             layer_spans = keep_inside(spans[-1].detach(), 1 / num_clips[:, None])
-            # Eq. 8, anew in each layer: a proposal is what it reads where it is now. The mean over one bin is exact.
+            # Eq. 8, repeated in each layer for the current spans. A single bin is the exact mean over the span.
             proposals = roi_align(video, num_clips, layer_spans, 1).squeeze(2)
             center, width = layer_spans.split(1, dim=-1)
             around = torch.cat((center, width * self.config.roi_context), dim=-1)
@@ -359,7 +370,7 @@ class DiffusionVMRDecoder(DiffusionVMRPreTrainedModel):
 
 
 class DiffusionVMRProjection(nn.Sequential):
-    """The MLP that brings the features of one modality to the common space (as Moment-DETR's, two layers)."""
+    """The two-layer MLP that projects the features of one modality to size D, as in Moment-DETR."""
 
     def __init__(self, config: DiffusionVMRConfig, feature_size: int):
         super().__init__(
@@ -374,7 +385,7 @@ class DiffusionVMRProjection(nn.Sequential):
 
 
 class DiffusionVMRModel(DiffusionVMRPreTrainedModel):
-    """Encoder and denoising decoder. `forward` is [`~DiffusionVMRModel.encode`], then one step of `denoise`."""
+    """Encoder and denoising decoder. `forward` is [`~DiffusionVMRModel.encode`], then one call of `denoise`."""
 
     def __init__(self, config: DiffusionVMRConfig):
         super().__init__(config)
@@ -394,12 +405,12 @@ class DiffusionVMRModel(DiffusionVMRPreTrainedModel):
         **kwargs,
     ) -> DiffusionVMRMemory:
         """
-        h, Eq. 7: clips and tokens, each projected to D, attend to each other.
+        Encode clips and tokens together (h, Eq. 7).
 
         Args:
-            video_features: (B, Lv, Dv). The model appends each clip's start and end position itself.
+            video_features: (B, Lv, Dv). The model appends the start and end position of each clip.
             text_features: (B, Lt, Dt).
-            video_mask, text_mask: (B, Lv) and (B, Lt), 1 = real, padding on the right; absent, all is real.
+            video_mask, text_mask: (B, Lv) and (B, Lt), 1 = real, 0 = padding (on the right). Default: no padding.
             kwargs: `output_attentions`, `output_hidden_states`.
         """
         self.check_features(video_features, text_features, video_mask, text_mask)
@@ -407,16 +418,16 @@ class DiffusionVMRModel(DiffusionVMRPreTrainedModel):
         return self.fuse(self.project_video(video_features, video_mask), video_mask, text_features, text_mask, **kwargs)
 
     def project_video(self, video_features: Tensor, video_mask: Tensor) -> Tensor:
-        """Features (B, Lv, Dv), with a bool mask (B, Lv), in the common space: (B, Lv, D), for any number of `fuse`."""
+        """Project features (B, Lv, Dv) with a bool mask (B, Lv) to (B, Lv, D), the input of `fuse`."""
         positions = clip_positions(video_mask).to(video_features.dtype)
         return self.video_projection(torch.cat((video_features, positions), dim=-1))
 
     def fuse(
         self, video: Tensor, video_mask: Tensor, text_features: Tensor, text_mask: Tensor, **kwargs
     ) -> DiffusionVMRMemory:
-        """A projected video (B, Lv, D) and a sentence (B, Lt, Dt), with bool masks, attend to each other."""
+        """Encode a projected video (B, Lv, D) with a sentence (B, Lt, Dt), both with bool masks."""
         text = self.text_projection(text_features)
-        # Moment-DETR numbers the clips from 1 and stretches the last to 2 pi; words have no positions
+        # As in Moment-DETR: clips are numbered from 1, the last one is scaled to 2 pi, and words have no positions
         sine = sine_embedding(clip_positions(video_mask)[..., 1] * (2 * math.pi), self.config.d_model).to(video.dtype)
         hidden = self.encoder(
             inputs_embeds=torch.cat((video, text), dim=1),
@@ -439,10 +450,10 @@ class DiffusionVMRModel(DiffusionVMRPreTrainedModel):
         self, memory: DiffusionVMRMemory, noisy_spans: Tensor, timesteps: Tensor, **kwargs
     ) -> DiffusionVMRDecoderOutput:
         """
-        g, Eq. 6: one call of the decoder.
+        Call the decoder once (g, Eq. 6).
 
         Args:
-            memory: from `encode`; one encoding serves any number of calls.
+            memory: the output of `encode`, which can be reused for any number of calls.
             noisy_spans: X_t in signal space, (B, N, 2).
             timesteps: t, (B,).
             kwargs: `output_attentions`, `output_hidden_states`.
@@ -469,7 +480,7 @@ class DiffusionVMRModel(DiffusionVMRPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> DiffusionVMRModelOutput:
-        """As `encode` and `denoise`; without `noisy_spans` it starts from the fixed noise at step T."""
+        """Call `encode`, then `denoise`. By default, start from the fixed noise at step T - 1."""
         flags = recording_flags(output_attentions, output_hidden_states)
         memory = self.encode(video_features, text_features, video_mask, text_mask, **flags)
         noisy_spans, timesteps = self.starting_point(len(video_features), None, noisy_spans, timesteps)
@@ -479,11 +490,11 @@ class DiffusionVMRModel(DiffusionVMRPreTrainedModel):
         self, batch_size: int, num_proposals: int | None, noisy_spans: Tensor | None, timesteps: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """
-        X_t (B, N, 2) and t (B,) from what the caller gave: the first N rows of `noisy_spans`, or of the fixed noise;
-        `timesteps`, or T.
+        Return X_t (B, N, 2) and t (B,): the first N rows of `noisy_spans`, by default of the fixed noise, and
+        `timesteps`, by default the last step.
 
         Raises:
-            ValueError: for shapes that do not fit, and N below 1 or above the rows that were given.
+            ValueError: if a shape is wrong, or if N is below 1 or above the number of rows of `noisy_spans`.
         """
         if num_proposals is None:
             num_proposals = self.config.num_proposals if noisy_spans is None else noisy_spans.shape[-2]
@@ -503,31 +514,31 @@ class DiffusionVMRModel(DiffusionVMRPreTrainedModel):
         return noisy_spans[:, :num_proposals].float().expand(batch_size, -1, -1), timesteps
 
     def check_features(self, video_features, text_features, video_mask, text_mask, text_name: str = "text"):
-        """Raises `ValueError`, which names the argument, for features and masks of shapes that do not fit."""
+        """Raise ValueError, naming the argument, if the shape of features or a mask is wrong."""
         for name, features, mask, size, axes in (
             ("video", video_features, video_mask, self.config.video_feature_size, "(B, Lv, Dv)"),
             (text_name, text_features, text_mask, self.config.text_feature_size, "(B, Lt, Dt)"),
         ):
             if features.ndim != 3 or features.shape[-1] != size or not features.shape[1]:
                 raise ValueError(
-                    f"`{name}_features` must be {axes} with {size} numbers a vector, got {tuple(features.shape)}"
+                    f"`{name}_features` must be {axes} with {size} values per vector, got {tuple(features.shape)}"
                 )
             if mask is not None and mask.shape != features.shape[:2]:
                 raise ValueError(
                     f"`{name}_mask` must be {tuple(features.shape[:2])} like the features, got {tuple(mask.shape)}"
                 )
         if len(video_features) != len(text_features):
-            raise ValueError(f"there are {len(video_features)} videos but {len(text_features)} `{text_name}_features`")
+            raise ValueError(f"got {len(video_features)} videos but {len(text_features)} `{text_name}_features`")
 
 
 def recording_flags(output_attentions: bool | None, output_hidden_states: bool | None) -> dict[str, bool]:
-    """What the caller said of recording; what was left open is the configuration's to say."""
+    """Return the flags that the caller set. The configuration decides the others."""
     flags = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
     return {name: value for name, value in flags.items() if value is not None}
 
 
 def combine(memory: DiffusionVMRMemory, decoded: DiffusionVMRDecoderOutput) -> dict:
-    """The fields that both models' outputs share."""
+    """Return the fields that the outputs of both models share."""
     return {
         "last_hidden_state": decoded.last_hidden_state,
         "intermediate_logits": decoded.intermediate_logits,
@@ -541,7 +552,7 @@ def combine(memory: DiffusionVMRMemory, decoded: DiffusionVMRDecoderOutput) -> d
 
 
 class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
-    """DiffusionVMR with diffusion, sampling, saliency and the loss."""
+    """DiffusionVMR with diffusion, sampling, saliency head and loss."""
 
     def __init__(self, config: DiffusionVMRConfig):
         super().__init__(config)
@@ -550,16 +561,16 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         self.post_init()
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As every model's; with its code, a checkpoint also names its pipeline."""
+        """Save the model. If its code is saved too, also register the pipeline in the checkpoint."""
         if self._auto_class is not None:
-            # The import makes the library send the pipeline's files along, too
+            # `transformers` follows relative imports, so this import adds the pipeline's files to the checkpoint
             from .pipeline_diffusionvmr import VideoMomentRetrievalPipeline as pipeline_class
 
             implementation = f"{pipeline_class.__module__.split('.')[-1]}.{pipeline_class.__name__}"
             self.config.custom_pipelines = {TASK: {"impl": implementation, "pt": ["AutoModel"], "type": "multimodal"}}
         super().save_pretrained(save_directory, **kwargs)
 
-    # What it calls is compiled; its own frames would be compiled anew for every shape of every label
+    # Compile the modules that it calls, but not this function: it would recompile for every shape of every label
     @partial(torch.compiler.disable, recursive=False)
     @can_return_tuple
     @partial(torch.compiler.disable, recursive=False)
@@ -581,27 +592,26 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         return_dict: bool | None = None,
     ) -> DiffusionVMRMomentRetrievalOutput:
         """
-        In train mode with labels: one denoising step from X_t. Otherwise: the sampler (section 3.5, "Inference"), which
-        is deterministic.
+        In train mode with labels, run one denoising step from X_t. Otherwise, run the deterministic sampler
+        (section 3.5, "Inference").
 
         Args:
-            video_features: (B, Lv, Dv). The model appends each clip's start and end position itself.
+            video_features: (B, Lv, Dv). The model appends the start and end position of each clip.
             text_features: (B, Lt, Dt).
-            video_mask, text_mask: (B, Lv) and (B, Lt), 1 = real, padding on the right; absent, all is real.
-            noisy_spans: X_t in signal space, (B or 1, N, 2). Absent, it is drawn from the labels in train mode, and the
-                fixed noise otherwise.
-            timesteps: t of `noisy_spans`, (B,), in [0, T). Absent, it is drawn with them, or T - 1.
-            num_proposals: N, by default the rows of `noisy_spans`, or the configuration's. Of longer `noisy_spans` the
-                first N rows are used.
-            num_sampling_steps: S, the DDIM steps of the sampler, by default the configuration's.
+            video_mask, text_mask: (B, Lv) and (B, Lt), 1 = real, 0 = padding (on the right). Default: no padding.
+            noisy_spans: X_t in signal space, (B or 1, N, 2). Default: drawn from the labels in train mode with labels,
+                the fixed noise otherwise.
+            timesteps: t of `noisy_spans`, (B,), in [0, T). Default: drawn together with them, or T - 1.
+            num_proposals: N. Default: the number of rows of `noisy_spans`, or the configuration's value. If
+                `noisy_spans` has more rows, the first N are used.
+            num_sampling_steps: number of DDIM steps (S). Default: the configuration's value.
             labels: B dicts with `spans`, float (n, 2), n from 0 up; and optionally `saliency_pos` and `saliency_neg`,
                 long (p,), pairs of clips of which the first fits better (hinge term).
             negative_text_features, negative_text_mask: a sentence of another video for each video, (B, L, Dt) and
                 (B, L) (contrastive term).
 
         Raises:
-            ValueError: for shapes that do not fit, another number of labels than samples, N below 1, S below 1 or
-                beyond T.
+            ValueError: if a shape is wrong, the number of labels is not B, N is below 1, or S is not in [1, T].
         """
         batch_size = len(video_features)
         if labels is not None and len(labels) != batch_size:
@@ -614,7 +624,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
 
         if self.training and targets is not None:
             if (noisy_spans is None) != (timesteps is None):
-                raise ValueError("in training `noisy_spans` and `timesteps` are given together, or neither is")
+                raise ValueError("in training, `noisy_spans` and `timesteps` must be given together")
             if noisy_spans is None:
                 most = self.config.max_training_proposals if num_proposals is None else max(num_proposals, 1)
                 schedule = self.model.schedule
@@ -640,7 +650,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
             )
         fields = combine(memory, decoded)
         fields.pop("last_hidden_state")
-        # The loss needs what a layer says of the time beyond the video; no one else does
+        # The loss needs spans that reach beyond the video. The output has them clipped.
         noisy, refined = fields.pop("intermediate_spans").split((1, self.config.decoder_layers), dim=1)
         intermediate_spans = torch.cat((noisy, keep_inside(refined, 0.0)), dim=1)
         return DiffusionVMRMomentRetrievalOutput(
@@ -654,7 +664,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         )
 
     def _sample(self, memory, noisy_spans, timesteps, num_sampling_steps, flags) -> DiffusionVMRDecoderOutput:
-        """The reverse process: DDIM over `num_sampling_steps` calls of the decoder; gives the last one's output."""
+        """Run DDIM with `num_sampling_steps` calls of the decoder. Return the output of the last call."""
         steps = self.config.num_sampling_steps if num_sampling_steps is None else num_sampling_steps
         if not 1 <= steps <= self.config.num_diffusion_steps:
             raise ValueError(
@@ -675,7 +685,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
     def _encode_with_negative(
         self, inputs, negative_text, negative_mask, flags
     ) -> tuple[DiffusionVMRMemory, DiffusionVMRMemory | None]:
-        """Encodes the pairs, and the videos with the sentences of others, in one pass."""
+        """Encode the videos with their own sentences and with those of other videos, in one batch."""
         if negative_text is None:
             return self.model.encode(*inputs, **flags), None
         video, text, video_mask, text_mask = inputs
@@ -683,7 +693,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         self.model.check_features(video, negative_text, video_mask, negative_mask, "negative_text")
         video_mask = mask_of(video, video_mask)
         text, text_mask = pad_pair(text, text_mask, negative_text, negative_mask)
-        video = self.model.project_video(video, video_mask)  # once, as it is the same one
+        video = self.model.project_video(video, video_mask)  # shared by both halves
         both = self.model.fuse(torch.cat((video, video)), torch.cat((video_mask, video_mask)), text, text_mask, **flags)
 
         def half(value, index):
@@ -695,12 +705,12 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
 
 
 def mask_of(features: Tensor, mask: Tensor | None) -> Tensor:
-    """The mask of features (B, L, D) as bool (B, L); without one, all are real."""
+    """Return the mask of features (B, L, D) as bool (B, L). Default: no padding."""
     return features.new_ones(features.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
 
 
 def pad_pair(text, text_mask, negative_text, negative_mask) -> tuple[Tensor, Tensor]:
-    """Two batches of sentences (B, L, D) and (B, M, D) with their masks as one of 2 B, padded to the longer."""
+    """Join two batches of sentences (B, L, D) and (B, M, D), and their masks, to one of 2 B, padded to the longer."""
     length = max(text.shape[1], negative_text.shape[1])
     features, masks = [], []
     for sentence, mask in ((text, text_mask), (negative_text, negative_mask)):

@@ -1,14 +1,17 @@
-"""`pipeline("video-moment-retrieval")`: a video and sentences in, moments out."""
+"""`pipeline("video-moment-retrieval")`: find moments in a video from sentences."""
 
 import os
+import reprlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import Pipeline
 
 from .backbones import Backbones, load_backbones
+from .checks import check_sentence
 from .video import open_video
 
 FORWARD_PARAMETERS = ("num_proposals", "num_sampling_steps", "progress")
@@ -17,15 +20,15 @@ POST_PARAMETERS = ("top_k", "threshold", "nms_threshold", "round_to", "return_sa
 
 class VideoMomentRetrievalPipeline(Pipeline):
     """
-    Retrieves the moments of a video that sentences describe.
+    Finds the moments of a video that a sentence describes.
 
     Args:
-        backbones: the frozen backbones; by default those of the checkpoint, loaded from a folder inside it or from the
-            Hub, on the pipeline's device and in its type.
-        args, kwargs: `Pipeline`'s; the arguments of a call may be given here for all calls.
+        backbones: the frozen backbones. Default: those of the checkpoint, loaded from a subfolder or from the Hub. They
+            are moved to the device and dtype of the pipeline.
+        args, kwargs: arguments of `Pipeline`, and default values for the arguments of a call.
 
     Raises:
-        ValueError: for a checkpoint whose backbones cannot be run, which it names.
+        ValueError: if the backbones of the checkpoint cannot be run. The message names them.
     """
 
     _load_processor = True
@@ -47,40 +50,46 @@ class VideoMomentRetrievalPipeline(Pipeline):
     def __call__(self, video: Any, query: str | list[str] | None = None, **kwargs) -> Any:
         """
         Args:
-            video: a path, a binary file object, or `(frames (T, H, W, 3) uint8 RGB, fps)`. For many videos, a list (or
-                another iterable) of `{"video": ..., "query": ...}`, with no `query`.
-            query: a sentence, or a list of sentences, for which the video is decoded and encoded once.
-            top_k: the most moments of a query.
-            threshold: the least score of a moment.
-            nms_threshold: a moment is dropped whose IoU with a better one is above it.
-            round_to: starts and ends are rounded to multiples of so many seconds.
-            num_proposals, num_sampling_steps: N and S.
-            progress: whether to show a bar while the video is encoded.
-            return_saliency: whether to return the scores of clips too.
+            video: a path, a binary file object, or `(frames, fps)` with frames (T, H, W, 3) uint8 RGB. For many videos,
+                an iterable of `{"video": ..., "query": ...}` (a list, a generator, a `datasets.Dataset`), and no
+                `query`.
+            query: a sentence or a list of sentences. The video is decoded and encoded once for all of them.
+            top_k: maximum number of moments per query.
+            threshold: minimum score of a moment.
+            nms_threshold: a moment is dropped if its IoU with a better one is above this value.
+            round_to: round starts and ends to multiples of this number of seconds.
+            num_proposals: number of proposals (N).
+            num_sampling_steps: number of DDIM steps (S).
+            progress: show a progress bar while the video is encoded.
+            return_saliency: also return the saliency score of each clip.
 
         Returns:
-            For a sentence, a list of `{"start", "end", "score"}` in seconds by falling score; with `return_saliency`,
-            `{"moments": [...], "saliency": [one a clip], "clip_seconds": float}`. For a list of sentences a list of
-            these, and for many videos a list of either.
+            For one sentence, a list of `{"start", "end", "score"}` in descending order of score, with times in seconds.
+            With `return_saliency`, `{"moments": [...], "saliency": [one score per clip], "clip_seconds": float}`. For a
+            list of sentences, a list of these. For a list or tuple of videos, a list of results. For any other
+            iterable, an iterator over the results, in the same order.
 
         Raises:
-            FileNotFoundError, ValueError: for what is no video, or no sentence; it names what is wrong.
+            FileNotFoundError: if a video file does not exist.
+            TypeError, ValueError: if the input is not a readable video or not a sentence. The message names the input.
         """
         if query is not None:
-            if isinstance(video, (list, Mapping)):
-                raise ValueError('many videos are given as a list of {"video": ..., "query": ...}, without a `query`')
             return super().__call__({"video": video, "query": query}, **kwargs)
-        if isinstance(video, (str, bytes, os.PathLike, tuple)):
-            raise ValueError("`query` is missing: a sentence, or a list of sentences, is needed to search the video")
+        if isinstance(video, tuple) and all(isinstance(row, Mapping) for row in video):
+            video = list(video)
+        if _is_single_video(video):
+            raise ValueError("`query` is missing: pass a sentence or a list of sentences")
         if isinstance(video, list) and not video:
             return []
+        if isinstance(video, Iterable) and not isinstance(video, (list, Mapping, torch.utils.data.Dataset)):
+            video = (row for row in video)  # the only kind of iterator that `Pipeline` knows
         return super().__call__(video, **kwargs)
 
     def _sanitize_parameters(self, **kwargs):
         unknown = kwargs.keys() - {*FORWARD_PARAMETERS, *POST_PARAMETERS}
         if unknown:
             raise ValueError(
-                f"unknown arguments {sorted(unknown)}; known are {[*FORWARD_PARAMETERS, *POST_PARAMETERS]}"
+                f"unknown arguments {sorted(unknown)}; expected some of {[*FORWARD_PARAMETERS, *POST_PARAMETERS]}"
             )
         return (
             {},
@@ -89,19 +98,18 @@ class VideoMomentRetrievalPipeline(Pipeline):
         )
 
     def preprocess(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Opens the video and checks the sentences; frames are decoded only as `_forward` encodes them."""
+        """Open the video and check the sentences. Frames are decoded later, while `_forward` encodes them."""
         if not isinstance(inputs, Mapping) or inputs.keys() != {"video", "query"}:
-            raise ValueError(f"each input must be a dict of 'video' and 'query', got {inputs!r}")
+            raise ValueError(f"each input must be a dict with 'video' and 'query', got {reprlib.repr(inputs)}")
         query = inputs["query"]
-        queries = list(query) if isinstance(query, Sequence) and not isinstance(query, str) else [query]
+        queries = list(query) if isinstance(query, Sequence) and not isinstance(query, (str, bytes)) else [query]
         for sentence in queries:
-            if not isinstance(sentence, str) or not sentence.strip():
-                raise ValueError(f"a query must be a sentence, got {sentence!r}")
+            check_sentence(sentence)
         video = open_video(inputs["video"], self.backbones.clip_seconds)
         if video.num_clips > self.processor.max_clips:
             warnings.warn(
-                f"the video of {video.duration:.1f} s has {video.num_clips} clips; they are averaged down to "
-                f"{self.processor.max_clips}, so its moments are found less exactly",
+                f"the {video.num_clips} clips of this video of {video.duration:.1f} s are averaged down to "
+                f"{self.processor.max_clips}, which makes its moments less precise",
                 stacklevel=2,
             )
         return {"video": video, "queries": queries, "single": isinstance(query, str)}
@@ -126,7 +134,7 @@ class VideoMomentRetrievalPipeline(Pipeline):
         return features
 
     def postprocess(self, features: dict[str, Any], return_saliency: bool = False, **parameters) -> Any:
-        """The model's output -> moments, see `__call__`."""
+        """Turn the model's outputs into moments, see `__call__`."""
         outputs, video = features["outputs"], features["video"]
         if outputs is None:
             return []
@@ -145,7 +153,7 @@ class VideoMomentRetrievalPipeline(Pipeline):
         return results[0] if features["single"] else results
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
-        """Writes model, processor and backbones into one folder, with the code to load it without the package."""
+        """Save model, processor and backbones in one folder, with the code to load it without the package."""
         os.makedirs(save_directory, exist_ok=True)
         config = self.model.config
         loaded_from, config.backbones = config.backbones, self.backbones.save_pretrained(save_directory)
@@ -154,6 +162,11 @@ class VideoMomentRetrievalPipeline(Pipeline):
             super().save_pretrained(save_directory, **kwargs)
         finally:
             config.backbones = loaded_from
+
+
+def _is_single_video(video: Any) -> bool:
+    is_array = hasattr(video, "dtype")
+    return is_array or hasattr(video, "read") or isinstance(video, (str, bytes, os.PathLike, tuple))
 
 
 __all__ = ["VideoMomentRetrievalPipeline"]

@@ -1,4 +1,4 @@
-"""The one door into the model and back: features -> tensors, and the model's output -> moments in seconds."""
+"""The processor prepares inputs (features to tensors) and decodes outputs (to moments in seconds)."""
 
 import math
 import warnings
@@ -11,13 +11,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
+from .checks import check_positive, is_number
 from .spans import nms, span_to_window
 
-MAX_LENGTH_GAP = 2  # clips by which released features of two backbones differ for the same video
+MAX_LENGTH_GAP = 2  # released features of two backbones differ by up to 2 clips for the same video
 
 
 def average_down(features: Tensor, num_parts: int) -> Tensor:
-    """The means of features (L, D) over `num_parts` equal parts of the time that they cover: (num_parts, D)."""
+    """Average features (L, D) over `num_parts` equal parts of the time that they cover. Return (num_parts, D)."""
     total = torch.cat((torch.zeros_like(features[:1]), features)).cumsum(0)
     edges = torch.linspace(0, len(features), num_parts + 1, dtype=torch.float64)
     whole = edges.long().clamp(max=len(features) - 1)
@@ -27,10 +28,11 @@ def average_down(features: Tensor, num_parts: int) -> Tensor:
 
 def normalize(features: Tensor, name: str, out: Tensor | None = None) -> Tensor:
     """
-    Each vector of (L, D) at length 1, as Moment-DETR does (its epsilon too), written to `out` where it is given.
+    Scale each vector of (L, D) to length 1, with the epsilon of Moment-DETR. Write the result to `out` if given.
 
     Raises:
-        ValueError: for NaN, infinity, or vectors so long that their length is no float32; it begins with `name`.
+        ValueError: if there is NaN or infinity, or the length of a vector overflows float32. The message begins with
+            `name`.
     """
     lengths = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
     check_finite(lengths, name)
@@ -39,17 +41,21 @@ def normalize(features: Tensor, name: str, out: Tensor | None = None) -> Tensor:
 
 def common_length(lengths: Sequence[int], name: str) -> int:
     """
-    The clips of a video whose backbones have `lengths`: those of the shortest, as in Moment-DETR, since released
-    features differ by a clip or two. Raises `ValueError`, which begins with `name`, where they differ by more.
+    Return the number of clips to use for a video: the minimum over the backbones, as in Moment-DETR.
+
+    Raises:
+        ValueError: if `lengths` differ by more than `MAX_LENGTH_GAP`. The message begins with `name`.
     """
     if max(lengths) - min(lengths) > MAX_LENGTH_GAP:
-        raise ValueError(f"{name}: its backbones have {list(lengths)} clips, which is not the same video")
+        raise ValueError(
+            f"{name}: clip counts {list(lengths)} differ by more than {MAX_LENGTH_GAP}; are they from the same video?"
+        )
     return min(lengths)
 
 
 def check_finite(features: Tensor, name: str) -> None:
-    """Raises `ValueError`, which begins with `name`, for NaN or infinity in features (L, D)."""
-    # One number tells of all that is well, and is cheap
+    """Raise ValueError if features (L, D) contain NaN or infinity. The message begins with `name`."""
+    # Fast path: a finite sum means that all values are finite
     if not math.isfinite(features.sum().item()) and not features.isfinite().all():
         row = (~features.isfinite()).any(1).nonzero()[0].item()
         raise ValueError(f"{name}: features have NaN or infinity in row {row}")
@@ -57,17 +63,17 @@ def check_finite(features: Tensor, name: str) -> None:
 
 class DiffusionVMRProcessor(ProcessorMixin):
     """
-    Holds no model: backbones' features come in, and are described by these fields.
+    Prepares features for the model and turns its outputs into moments. It does not contain the backbones.
 
     Args:
-        video_feature_sizes: numbers a clip of each video backbone, in the order of concatenation.
-        text_feature_size: numbers a token.
-        max_clips: a longer video is averaged down to as many equal parts.
-        max_tokens: of a longer sentence the first ones are used.
-        threshold: the least score of a moment that is returned.
-        top_k: the most moments that are returned; `None` for all.
-        nms_threshold: a moment is dropped whose IoU with a better one is above it; `None` keeps all.
-        round_to: starts and ends are rounded to multiples of so many seconds; `None` leaves them.
+        video_feature_sizes: size of a clip's feature vector for each video backbone, in the order of concatenation.
+        text_feature_size: size of a token's feature vector.
+        max_clips: longer videos are averaged down to this number of clips.
+        max_tokens: longer sentences are truncated to this number of tokens.
+        threshold: minimum score of the returned moments.
+        top_k: maximum number of returned moments. `None` returns all.
+        nms_threshold: a moment is dropped if its IoU with a better one is above this value. `None` keeps all.
+        round_to: round starts and ends to multiples of this number of seconds. `None` does not round.
     """
 
     def __init__(
@@ -101,21 +107,22 @@ class DiffusionVMRProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """
         Args:
-            video_features: B videos, each a sequence of arrays (L, D), one a backbone.
+            video_features: B videos, each a sequence of arrays (L, D), one per backbone.
             text_features: B sentences, each an array (tokens, Dt).
 
         Returns:
-            `video_features` (B, Lv, Dv), `video_mask` (B, Lv), `text_features` (B, Lt, Dt), `text_mask` (B, Lt).
+            `video_features` (B, Lv, Dv), `video_mask` (B, Lv), `text_features` (B, Lt, Dt) and `text_mask` (B, Lt).
 
         Raises:
-            ValueError: for features that `prepare_video` and `prepare_text` refuse, or counts that differ.
+            ValueError: if features are invalid (see `prepare_video` and `prepare_text`), or if the numbers of videos
+                and sentences differ.
         """
         if return_tensors != "pt":
             raise ValueError(f"`return_tensors` must be 'pt', got {return_tensors!r}")
         if len(video_features) != len(text_features):
-            raise ValueError(f"there are {len(video_features)} videos but {len(text_features)} sentences")
+            raise ValueError(f"got {len(video_features)} videos but {len(text_features)} sentences")
         if not len(video_features):
-            raise ValueError("there are no videos, at least one is needed")
+            raise ValueError("got no videos; at least one is required")
         videos, video_mask = self.pad([self.prepare_video(arrays) for arrays in video_features])
         texts, text_mask = self.pad([self.prepare_text(array) for array in text_features])
         return BatchFeature(
@@ -124,14 +131,14 @@ class DiffusionVMRProcessor(ProcessorMixin):
 
     def prepare_video(self, arrays: Sequence[np.ndarray], name: str = "the video") -> Tensor:
         """
-        Features of one video, an array (L, D) a backbone -> (Lv, Dv), float32.
+        Prepare the features of one video, given as one array (L, D) per backbone. Return (Lv, Dv), float32.
 
-        Each backbone's clips are normalised, all are cut to the shortest (released features differ by a clip or two),
-        concatenated, and averaged down to `max_clips` where there are more.
+        The features are normalized per backbone, cut to the shortest (released features differ by a clip or two),
+        concatenated, and averaged down to `max_clips` if there are more clips.
 
         Raises:
-            ValueError: for another number of backbones, sizes that do not fit, no clips, lengths that differ by more
-                than two clips, or values that are no finite numbers. It begins with `name`.
+            ValueError: if the number of backbones or a feature size is wrong, there are no clips, the numbers of clips
+                differ by more than two, or a value is not finite. The message begins with `name`.
         """
         if len(arrays) != len(self.video_feature_sizes):
             raise ValueError(
@@ -151,10 +158,11 @@ class DiffusionVMRProcessor(ProcessorMixin):
 
     def prepare_text(self, array: np.ndarray, name: str = "the sentence") -> Tensor:
         """
-        Features of one sentence, (tokens, Dt) -> the first `max_tokens` of them, each normalised, float32.
+        Prepare the features (tokens, Dt) of one sentence: normalize each token and keep the first `max_tokens`.
 
         Raises:
-            ValueError: for another size, no tokens, or values that are no finite numbers. It begins with `name`.
+            ValueError: if the feature size is wrong, there are no tokens, or a value is not finite. The message begins
+                with `name`.
         """
         return normalize(self._checked(array, self.text_feature_size, name).float(), name)[: self.max_tokens]
 
@@ -164,18 +172,18 @@ class DiffusionVMRProcessor(ProcessorMixin):
         if array.ndim != 2 or array.shape[1] != size:
             raise ValueError(f"{name}: features must be (length, {size}), got {array.shape}")
         if not len(array):
-            raise ValueError(f"{name}: there are no features, at least one vector is needed")
+            raise ValueError(f"{name}: no features; at least one vector is required")
         if array.dtype.kind not in "fiu":
             raise ValueError(f"{name}: features must be real numbers, got {array.dtype}")
         if array.flags.writeable:
             return torch.from_numpy(array)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is mapped to be read: nothing is written to it
+            warnings.simplefilter("ignore")  # PyTorch warns about read-only (memory-mapped) arrays; none is written to
             return torch.from_numpy(array)
 
     @staticmethod
     def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """B tensors (L, D) -> (B, longest, D) and its mask (B, longest)."""
+        """Pad B tensors (L, D) to (B, longest, D). Return them with their mask (B, longest)."""
         lengths = torch.tensor([len(row) for row in rows])
         return pad_sequence(list(rows), batch_first=True), (torch.arange(lengths.max()) < lengths[:, None]).long()
 
@@ -190,19 +198,20 @@ class DiffusionVMRProcessor(ProcessorMixin):
         round_to: float | None = None,
     ) -> list[list[dict[str, float]]]:
         """
-        The model's output -> moments.
+        Turn the model's outputs into moments.
 
         Args:
-            outputs: of `DiffusionVMRForMomentRetrieval`.
-            covered_durations: seconds that each sample's features cover, (B,).
-            durations: seconds of each video, where they differ.
-            threshold, top_k, nms_threshold, round_to: override the processor's own.
-
-        Raises:
-            ValueError: for options that make no sense, and another number of durations than samples.
+            outputs: the output of `DiffusionVMRForMomentRetrieval` for B samples.
+            covered_durations: seconds that the features of each sample cover, (B,).
+            durations: duration of each video in seconds, (B,). Default: `covered_durations`.
+            threshold, top_k, nms_threshold, round_to: override the processor's values.
 
         Returns:
-            For each sample a list of `{"start", "end", "score"}` by falling score, 0 <= start <= end <= duration.
+            For each sample, a list of `{"start", "end", "score"}` in descending order of score, with times in seconds
+            and 0 <= start <= end <= duration.
+
+        Raises:
+            ValueError: if an option is invalid, or if the number of durations differs from B.
         """
         threshold = self.threshold if threshold is None else threshold
         top_k = self.top_k if top_k is None else top_k
@@ -212,10 +221,10 @@ class DiffusionVMRProcessor(ProcessorMixin):
         self._check_options(threshold, top_k, nms_threshold, round_to)
         for name, seconds in (("covered_durations", covered_durations), ("durations", durations)):
             if seconds is not None and len(seconds) != len(outputs.logits):
-                raise ValueError(f"`{name}` has {len(seconds)} entries for {len(outputs.logits)} samples")
+                raise ValueError(f"`{name}` must have one entry per sample ({len(outputs.logits)}), got {len(seconds)}")
 
         scores = outputs.logits.detach().float().softmax(-1)[..., 0].cpu()
-        # In double precision, or the end of a video of 30.1 s would be beyond 30.1
+        # In float64: in float32, a moment could end after a video of 30.1 s
         covered = torch.as_tensor(covered_durations, dtype=torch.float64)[:, None, None]
         limits = covered if durations is None else torch.as_tensor(durations, dtype=torch.float64)[:, None, None]
         windows = span_to_window(outputs.pred_spans.detach().cpu().double()) * covered
@@ -236,14 +245,15 @@ class DiffusionVMRProcessor(ProcessorMixin):
 
     @staticmethod
     def _check_options(threshold, top_k, nms_threshold, round_to):
-        for name, value, valid, rule in (
-            ("threshold", threshold, lambda value: math.isfinite(value), "a number"),
-            ("top_k", top_k, lambda value: value >= 0, "0 or more"),
-            ("nms_threshold", nms_threshold, lambda value: 0 <= value <= 1, "in 0 to 1"),
-            ("round_to", round_to, lambda value: 0 < value < math.inf, "a number of seconds above 0"),
+        for name, value, low, high, rule in (
+            ("threshold", threshold, -math.inf, math.inf, "a number"),
+            ("top_k", top_k, 0, math.inf, "0 or more"),
+            ("nms_threshold", nms_threshold, 0, 1, "between 0 and 1"),
         ):
-            if value is not None and not valid(value):
-                raise ValueError(f"`{name}` must be {rule}, got {value}")
+            if value is not None and not (is_number(value) and low <= value <= high):
+                raise ValueError(f"`{name}` must be {rule}, got {value!r}")
+        if round_to is not None:
+            check_positive(round_to, "`round_to`")
 
 
 __all__ = ["DiffusionVMRProcessor"]

@@ -1,7 +1,8 @@
-"""Geometry of spans: plain functions without weights.
+"""
+Span geometry: plain functions without weights.
 
-A span is (center, width) in [0, 1] of the time that the features cover; a window is (start, end) in the unit of the
-caller. Clip i of L is centred at (i + 0.5) / L.
+A span is (center, width), as a fraction of the time that the features cover. A window is (start, end) in any unit.
+The center of clip i of L is at (i + 0.5) / L.
 """
 
 import math
@@ -13,22 +14,29 @@ MAX_WIDENING = 1000.0  # keeps e^delta finite
 
 
 def span_to_window(spans: Tensor) -> Tensor:
-    """(center, width) -> (start, end), for spans of shape (..., 2)."""
+    """Convert spans (..., 2) from (center, width) to (start, end)."""
     center, width = spans.unbind(-1)
     return torch.stack((center - width / 2, center + width / 2), dim=-1)
 
 
 def window_to_span(windows: Tensor) -> Tensor:
-    """(start, end) -> (center, width), for windows of shape (..., 2)."""
+    """Convert windows (..., 2) from (start, end) to (center, width)."""
     start, end = windows.unbind(-1)
     return torch.stack(((start + end) / 2, end - start), dim=-1)
 
 
 def iou_and_generalized_iou(spans: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """
-    1-D intersection over union of spans (..., 2) and others (..., 2) that broadcast against each other, and the
-    generalised one (Rezatofighi et al., arXiv 1902.09630), in [-1, 1], which also has a gradient where spans do not
-    touch. Two shapes (...) of numbers; 0 for two spans of width 0.
+    Return the 1-D IoU and the generalized IoU (Rezatofighi et al., arXiv 1902.09630) of two sets of spans.
+
+    The generalized IoU lies in [-1, 1] and also has a gradient if the spans do not overlap. Both are 0 for two equal
+    spans of width 0.
+
+    Args:
+        spans, other: (..., 2), broadcast against each other.
+
+    Returns:
+        Two tensors (...).
     """
     start, end = span_to_window(spans).unbind(-1)
     other_start, other_end = span_to_window(other).unbind(-1)
@@ -42,20 +50,20 @@ def iou_and_generalized_iou(spans: Tensor, other: Tensor) -> tuple[Tensor, Tenso
 
 def roi_align(features: Tensor, num_clips: Tensor, spans: Tensor, bins: int, beyond: Tensor | None = None) -> Tensor:
     """
-    1-D RoI-align (phi of Eq. 8): the mean over each of `bins` equal parts of a span of the linear interpolant through
-    the clips, which is constant from the first and the last clip's centre to the ends of the video.
+    1-D RoI-align (phi in Eq. 8): split each span into `bins` equal bins and average the features over each bin.
 
-    The mean is exact, not sampled: a clip's weight in a bin is the integral of its hat function, and all bins are read
-    by one matrix product, whose gradient needs no scattered additions either.
+    Features are interpolated linearly between clip centers, and are constant before the first center and after the
+    last. The averages are exact, not sampled: the weight of a clip in a bin is the integral of its hat function. One
+    matrix product computes all bins, so the backward pass needs no scatter-add.
 
     Args:
         features: (B, L, D), padded on the right.
-        num_clips: (B,), the real clips of each video, at least 1. Padding is never read.
-        spans: (B, N, 2), of a width that can still be told from 0 in their type when it is divided by `bins`.
-        beyond: (D,), what is read where a span reaches beyond the video, by default 0.
+        num_clips: (B,), number of real clips in each video, at least 1. Padding is never read.
+        spans: (B, N, 2). The width divided by `bins` must not vanish in their dtype.
+        beyond: (D,), the feature used outside the video. Default: 0.
 
     Returns:
-        (B, N, bins, D), in the type of `features`. Coordinates and weights are computed in the type of `spans`.
+        (B, N, bins, D), in the dtype of `features`. Coordinates and weights are computed in the dtype of `spans`.
     """
     windows = span_to_window(spans)
     start, end = windows[..., :1], windows[..., 1:]
@@ -64,13 +72,14 @@ def roi_align(features: Tensor, num_clips: Tensor, spans: Tensor, bins: int, bey
     inside = edges.clamp(0, 1)
     last = num_clips.to(spans.dtype)[:, None, None, None] - 1
     clips = torch.arange(features.shape[1], dtype=spans.dtype, device=spans.device)
-    offset = (inside * (last + 1) - 0.5 - clips).clamp(-1, 1)  # in clips, of which the i-th is centred at i
-    # The integral of the hat function up to an edge, but for a constant; the two outermost clips stay at 1 outside
+    offset = (inside * (last + 1) - 0.5 - clips).clamp(-1, 1)  # in clips, from the center of each clip
+    # The integral of the hat function up to each edge, up to a constant. The first and the last clip's functions stay
+    # at 1 towards the ends of the video.
     outside = ((clips == 0) & (offset < 0)) | ((clips == last) & (offset > 0))
     integral = offset - torch.where(outside, 0.0, 0.5) * offset * offset.abs()
     weights = integral.diff(dim=2) * (clips <= last)
     weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-    share = inside.diff(dim=2) / edges.diff(dim=2)  # of each bin, in the video
+    share = inside.diff(dim=2) / edges.diff(dim=2)  # fraction of each bin that lies inside the video
     read = torch.matmul((weights * share).to(features.dtype).flatten(1, 2), features)
     read = read.unflatten(1, (spans.shape[1], bins))
     return read if beyond is None else read + (1 - share).to(features.dtype) * beyond.to(features.dtype)
@@ -78,8 +87,8 @@ def roi_align(features: Tensor, num_clips: Tensor, spans: Tensor, bins: int, bey
 
 def keep_inside(spans: Tensor, least_width: Tensor | float) -> Tensor:
     """
-    The part of each span (..., 2) that lies inside [0, 1], widened to `least_width` (at most 1) where it is narrower,
-    and moved inside where that would reach beyond an end.
+    Clip spans (..., 2) to [0, 1], widen those narrower than `least_width` (at most 1), and shift them back inside if
+    widening pushed them past an end.
     """
     window = span_to_window(spans).clamp(0, 1)
     center, width = window_to_span(window).unbind(-1)
@@ -90,8 +99,9 @@ def keep_inside(spans: Tensor, least_width: Tensor | float) -> Tensor:
 
 def refine(spans: Tensor, deltas: Tensor) -> Tensor:
     """
-    Spans moved by what a layer predicts: the center by halves of the width, the width by a factor e^delta, at most
-    `MAX_WIDENING`, as boxes in Sparse R-CNN and DiffusionDet. Both (..., 2), every width above 0.
+    Apply predicted deltas (..., 2) to spans (..., 2) of positive width, as Sparse R-CNN and DiffusionDet do for boxes.
+
+    The center moves by delta / 2 widths. The width is multiplied by e^delta, at most by `MAX_WIDENING`.
     """
     center, width = spans.unbind(-1)
     shift, growth = deltas.unbind(-1)
@@ -100,16 +110,16 @@ def refine(spans: Tensor, deltas: Tensor) -> Tensor:
 
 def relevant_clips(spans: Tensor, window_mask: Tensor, num_clips: Tensor, length: int) -> Tensor:
     """
-    Which clips a moment makes relevant: those whose centre it holds, and for a moment that holds none the clip in which
-    its own centre lies.
+    Mark the clips that belong to a moment: those whose center lies in it, and the clip that contains its own center.
 
     Args:
-        spans: (B, M, 2); window_mask: (B, M), which of them are real.
-        num_clips: (B,), the real clips of each video.
-        length: L, the clips of the longest.
+        spans: (B, M, 2).
+        window_mask: (B, M), true for real spans.
+        num_clips: (B,), number of real clips in each video.
+        length: L, number of clips including padding.
 
     Returns:
-        bool (B, L).
+        A bool tensor (B, L).
     """
     start, end = (span_to_window(spans) * num_clips[:, None, None])[..., None, :].unbind(-1)
     clips = torch.arange(length, device=spans.device)
@@ -120,8 +130,13 @@ def relevant_clips(spans: Tensor, window_mask: Tensor, num_clips: Tensor, length
 
 def nms(windows: Tensor, threshold: float) -> Tensor:
     """
-    Non-maximum suppression: which of the windows (M, 2), sorted by falling score, remain when each is dropped whose
-    IoU with a better one that remains is above `threshold`. A bool tensor (M,).
+    Non-maximum suppression: drop each window whose IoU with a better window that was kept is above `threshold`.
+
+    Args:
+        windows: (M, 2), sorted by descending score.
+
+    Returns:
+        A bool tensor (M,), true for windows to keep.
     """
     iou, _ = iou_and_generalized_iou(window_to_span(windows)[:, None], window_to_span(windows)[None])
     overlaps = (iou > threshold).tolist()

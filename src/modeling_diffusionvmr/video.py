@@ -1,45 +1,50 @@
 """
-File -> iterator of frames at clip times.
+Read one frame per clip from a video.
 
-Clip i is centred at (i + 0.5) * clip_seconds, counted from the first frame, and is seen through the frame that a player
-shows at that moment: the last one whose time stamp is not later.
+The center of clip i is at (i + 0.5) * clip_seconds, counted from the first frame. The clip's frame is the one that a
+player shows at that time: the last frame whose timestamp is not later.
 """
 
 import importlib
 import math
 import os
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-SECONDS_ALLOWED_TO_MISS = 0.5  # headers round, and streams of one file end a little apart; more than that was cut off
-TIME_TOLERANCE = 1e-6  # seconds; a centre that falls on a frame's own time is not to round into the frame before
+from .checks import check_positive
+
+# A file that ends earlier than its header says was cut off, but headers round and streams end a little apart
+SECONDS_ALLOWED_TO_MISS = 0.5
+# In seconds: a clip center that equals a frame's timestamp must not round down to the previous frame
+TIME_TOLERANCE = 1e-6
 
 
 def _import_av():
-    # Optional, and loaded when needed: frames that are decoded already, and features, need none of it
+    # Imported on demand: features and decoded frames do not need it
     try:
         return importlib.import_module("av")
     except ImportError as error:
-        raise ImportError("reading a video file needs PyAV: `pip install av`") from error
+        raise ImportError("PyAV is required to read video files: `pip install av`") from error
 
 
 class Video:
     """
-    Frames with their times, seen once a clip. `open_video` makes it.
+    A video as one frame per clip, created by `open_video`.
+
+    Iterating yields `num_clips` frames (H, W, 3) uint8 RGB. A video can be iterated more than once.
 
     Attributes:
-        duration: seconds.
-        num_clips: clips whose centre lies inside the duration, at least 1.
-
-    Iterating gives `num_clips` frames (H, W, 3) uint8 RGB, and can be done again.
+        duration: in seconds.
+        clip_seconds: length of a clip in seconds.
+        num_clips: number of clips whose center lies within the duration, at least 1.
     """
 
     def __init__(self, duration: float, clip_seconds: float):
-        if not (math.isfinite(clip_seconds) and clip_seconds > 0):
-            raise ValueError(f"`clip_seconds` must be a positive number, got {clip_seconds}")
+        check_positive(clip_seconds, "`clip_seconds`")
         self.duration = duration
         self.clip_seconds = clip_seconds
         self.num_clips = max(1, math.ceil(duration / clip_seconds - 0.5 - TIME_TOLERANCE))
@@ -64,16 +69,15 @@ class Video:
 
 
 class FrameVideo(Video):
-    """A video that is decoded already."""
+    """A video given as decoded frames."""
 
     def __init__(self, frames: np.ndarray, fps: float, clip_seconds: float):
         self.frames = np.asarray(frames)
         if self.frames.ndim != 4 or self.frames.shape[-1] != 3 or self.frames.dtype != np.uint8:
             raise ValueError(f"frames must be (T, H, W, 3) uint8, got {self.frames.shape} {self.frames.dtype}")
         if not self.frames.size:
-            raise ValueError(f"frames must hold at least one frame and one pixel, got {self.frames.shape}")
-        if not (math.isfinite(fps) and fps > 0):
-            raise ValueError(f"fps must be a positive number of frames a second, got {fps}")
+            raise ValueError(f"frames must contain at least one frame and one pixel, got {self.frames.shape}")
+        check_positive(fps, "fps")
         self.fps = float(fps)
         super().__init__(len(self.frames) / self.fps, clip_seconds)
 
@@ -84,41 +88,55 @@ class FrameVideo(Video):
         return frame
 
 
+class _ReadOnly:
+    """The methods of a binary file that PyAV needs. PyAV misreads others: the `mode` of a temporary file is "w+b"."""
+
+    def __init__(self, file: Any):
+        self.read = file.read
+        self.seek = file.seek
+
+    def tell(self) -> int:
+        return self.seek(0, os.SEEK_CUR)
+
+
 class FileVideo(Video):
-    """A video in a file. Opening it reads time stamps only; iterating decodes, and never holds more than two frames."""
+    """A video file. Opening it reads timestamps only. Iterating decodes, with at most two frames in memory."""
 
     def __init__(self, file: Any, clip_seconds: float):
         self.file = file
-        is_path = isinstance(file, (str, os.PathLike))
-        self.name = str(file if is_path else getattr(file, "name", file))  # a `Path` has a name, too: the last part
-        if is_path and not os.path.exists(file):
+        self.is_path = isinstance(file, (str, os.PathLike))
+        name = file if self.is_path else getattr(file, "name", None)
+        self.name = str(name if isinstance(name, (str, os.PathLike)) else file)  # temporary files have other names
+        if self.is_path and not os.path.exists(file):
             raise FileNotFoundError(f"{self.name}: no such file")
         super().__init__(self._measure(), clip_seconds)
 
     @contextmanager
     def _opened(self):
         av = _import_av()
-        if not isinstance(self.file, (str, os.PathLike)):
+        if not self.is_path:
             self.file.seek(0)
         try:
-            container = av.open(self.file)
-        except (av.FFmpegError, TypeError) as error:  # TypeError: a file object that reads text
-            raise ValueError(f"{self.name}: not a video that can be read ({_reason(error)})") from error
+            container = av.open(self.file if self.is_path else _ReadOnly(self.file), mode="r")
+        except (av.FFmpegError, TypeError) as error:  # TypeError: a file object opened in text mode
+            raise ValueError(f"{self.name}: not a readable video ({_reason(error)})") from error
         with container:
-            # FFmpeg plays these two as videos: a picture, and text as a terminal would show it
+            # FFmpeg also reads images and text files as videos
             if container.format.name.endswith("_pipe") or container.format.name in ("image2", "tty"):
                 raise ValueError(f"{self.name}: not a video ({container.format.long_name})")
-            # The cover of an audio file is a video stream too, of one picture
+            # The cover art of an audio file is a video stream of one picture
             cover = av.stream.Disposition.attached_pic
             streams = [stream for stream in container.streams.video if not stream.disposition & cover]
             if not streams:
-                raise ValueError(f"{self.name}: has no video stream")
+                raise ValueError(f"{self.name}: no video stream")
             yield container, streams[0]
 
     def _measure(self) -> float:
         """
-        Seconds from the first frame to the end of the last one, by the time stamps of the packets, since the header's
-        duration may be absent, wrong, or that of a longer audio track. Reads the file once, without decoding.
+        Return the seconds from the start of the first frame to the end of the last one.
+
+        This reads the timestamps of all packets without decoding, because the duration in the header may be missing,
+        wrong, or that of a longer audio track.
         """
         av = _import_av()
         start, end, end_of_all, stamped = math.inf, -math.inf, 0.0, True
@@ -141,13 +159,13 @@ class FileVideo(Video):
                         start = min(start, packet_start)
                         end = max(end, packet_end if packet.duration else packet_start + frame_seconds)
             except av.FFmpegError as error:
-                raise ValueError(f"{self.name}: reading breaks at {end_of_all:.2f} s ({_reason(error)})") from error
+                raise ValueError(f"{self.name}: reading failed at {end_of_all:.2f} s ({_reason(error)})") from error
         if end_of_all < promised - SECONDS_ALLOWED_TO_MISS:
-            raise ValueError(f"{self.name}: cut off, it ends at {end_of_all:.2f} s of {promised:.2f} s")
+            raise ValueError(f"{self.name}: cut off at {end_of_all:.2f} s of {promised:.2f} s")
         if not stamped:
-            raise ValueError(f"{self.name}: its frames have no time stamps; put them into a container such as mp4")
+            raise ValueError(f"{self.name}: frames have no timestamps; put them into a container such as mp4")
         if end <= start:
-            raise ValueError(f"{self.name}: holds no frames")
+            raise ValueError(f"{self.name}: no frames")
         return end - start
 
     def _timed_frames(self):
@@ -155,23 +173,23 @@ class FileVideo(Video):
         time, start = 0.0, None
         try:
             with self._opened() as (container, stream):
-                # PyAV's other way, a thread a frame, drops a frame that it cannot decode without a word
+                # PyAV's default, one thread per frame, silently drops frames that cannot be decoded
                 stream.thread_type = "SLICE"
                 for frame in container.decode(stream):
                     start = frame.time if start is None else start
                     time = frame.time - start
                     if frame.is_corrupt:
-                        raise ValueError(f"{self.name}: the frame at {time:.2f} s is broken")
+                        raise ValueError(f"{self.name}: the frame at {time:.2f} s is damaged")
                     yield time, frame
         except av.FFmpegError as error:
             raise ValueError(
-                f"{self.name}: decoding breaks after {time:.2f} s of {self.duration:.2f} s ({_reason(error)})"
+                f"{self.name}: decoding failed after {time:.2f} s of {self.duration:.2f} s ({_reason(error)})"
             ) from error
         if start is None:
-            raise ValueError(f"{self.name}: holds no frames that can be decoded")
+            raise ValueError(f"{self.name}: no frames that can be decoded")
 
     def _to_rgb(self, frame):
-        # A phone held upright stores its frames lying down, and says so
+        # Phones store upright videos sideways, with a rotation in the metadata
         return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
 
 
@@ -181,20 +199,25 @@ def _reason(error: Exception) -> str:
 
 def open_video(video: Any, clip_seconds: float) -> Video:
     """
-    Opens a video for one frame a clip.
+    Open a video to read one frame per clip.
 
     Args:
-        video: a path, a binary file object that can seek, or `(frames (T, H, W, 3) uint8 RGB, fps)`.
+        video: a path, a binary file object (anything with `read` and `seek`), or `(frames, fps)` with frames
+            (T, H, W, 3) uint8 RGB and fps any real number.
         clip_seconds: length of a clip in seconds.
 
     Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: for a file that is no video, has no video stream or no frames, is broken or cut off (here, or while
-            iterating; the file and the second are named), and for frames of another shape.
-        ImportError: for a file, where PyAV is not installed.
+        FileNotFoundError: if the file does not exist.
+        TypeError: if `video` is of another type.
+        ValueError: if the file is not a video, has no video stream or no frames, or is damaged or cut off (raised here
+            or while iterating; the message names the file and the second), or if the frames have another shape.
+        ImportError: if a file is given and PyAV is not installed.
     """
-    if not isinstance(video, tuple):
+    if isinstance(video, tuple) and len(video) == 2:
+        return FrameVideo(*video, clip_seconds)
+    if isinstance(video, (str, os.PathLike)) or (hasattr(video, "read") and hasattr(video, "seek")):
         return FileVideo(video, clip_seconds)
-    if len(video) != 2 or not isinstance(video[1], (int, float, np.number)):
-        raise ValueError(f"a decoded video must be (frames, fps), got a tuple of {[type(part) for part in video]}")
-    return FrameVideo(*video, clip_seconds)
+    raise TypeError(
+        "a video must be a path, a binary file object or (frames, fps), "
+        f"got {type(video).__name__}: {reprlib.repr(video)}"
+    )
