@@ -2,9 +2,14 @@
 
 import argparse
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+DAMAGED_WEIGHTS = "weights are damaged or cut off"
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -20,26 +25,62 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def run_safely(run: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
-    """Run a command. What is wrong with its input becomes one line on stderr and a non-zero exit status."""
+    """Run a command. Bad input ends with one line on stderr and exit status 1; warnings are printed as one line."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    # Python's default format names a line of code, which means nothing to somebody who runs a command
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    with warnings.catch_warnings():
+        # Python's default format names a line of code, which means nothing to the user of a command
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        try:
+            run(arguments)
+        except SafetensorError as error:
+            sys.exit(f"error: {getattr(arguments, 'model', None)}: {DAMAGED_WEIGHTS} ({error})")
+        except StrictDataclassError as error:
+            sys.exit(f"error: {_cause(error)}")
+        except (ValueError, OSError, ImportError) as error:
+            sys.exit(f"error: {_one_line(error)}")
+
+
+@contextmanager
+def loading(checkpoint: str) -> Iterator[None]:
+    """Turn whatever `transformers` raises for an unusable checkpoint into an error of one line that names it."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
     try:
-        run(arguments)
+        yield
     except SafetensorError as error:
-        sys.exit(f"error: {getattr(arguments, 'model', None)}: weights are damaged or cut off ({error})")
-    except StrictDataclassError as error:  # its own first line names a validator; the cause says what is wrong
-        sys.exit(f"error: {error.__cause__ or error}")
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        raise ValueError(f"{checkpoint}: {DAMAGED_WEIGHTS} ({error})") from error
+    except ImportError:  # a missing package, which is not the checkpoint's fault
+        raise
+    # A broken config.json or weights of other shapes end in errors of many types: TypeError, AttributeError, KeyError,
+    # RuntimeError and more
+    except Exception as error:
+        reason = _cause(error) if isinstance(error, StrictDataclassError) else _one_line(error)
+        if reason.startswith(str(checkpoint)):
+            raise ValueError(reason) from error
+        raise ValueError(f"{checkpoint}: cannot be loaded ({reason})") from error
+
+
+def _cause(error: Exception) -> str:
+    """What is wrong, of a `StrictDataclassError`: its own first line only names a validator."""
+    return _one_line(error.__cause__ or error)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--model` and `--trust_remote_code`."""
     parser.add_argument("--model", help="checkpoint folder or Hub id (default: the embedded model)")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`, which `choose_device` reads."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is a GPU, otherwise cpu)")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,29 +122,46 @@ def check_device(device: str) -> None:
     import torch
 
     try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch without GPU support
+        torch.zeros(1, device=device).item()  # tensors on "meta" have no values
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without GPU support
         raise ValueError(f"--device {device} cannot be used ({str(error).splitlines()[0]})") from error
+
+
+def choose_device(device: str | None) -> str:
+    """The device to run on: by default a GPU if there is one. Raise `ValueError` for one that cannot be used."""
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    return device
 
 
 def resolve_model(model: str | None) -> str:
     """
-    The folder or Hub id that `--model` names; the embedded model without one. Raise `ValueError` for what cannot be
+    The folder or Hub id that `--model` names; by default the embedded model. Raise `ValueError` for what cannot be
     either, before the Hub is asked for it.
     """
     from .. import DEFAULT_MODEL
 
     if model is None:
         return DEFAULT_MODEL
-    if not os.path.isdir(model) and (model.count("/") > 1 or model.startswith((".", "/"))):
+    if os.path.isdir(model):
+        return model
+    if os.path.exists(model):
+        raise ValueError(f"{model}: a checkpoint is a folder, not a file")
+    if not HUB_ID.fullmatch(model):
         raise ValueError(f"{model}: not a local folder or a valid Hub id")
     return model
 
 
 def load_model(arguments: argparse.Namespace):
-    """Load the model and the processor that `add_model_arguments` describes."""
+    """
+    Load the model and the processor that `add_model_arguments` describes. Raise `ValueError`, which names the
+    checkpoint, if that fails.
+    """
     from transformers import AutoModel, AutoProcessor
 
     model = resolve_model(arguments.model)
     options = {"trust_remote_code": arguments.trust_remote_code or None}
-    return AutoModel.from_pretrained(model, **options), AutoProcessor.from_pretrained(model, **options)
+    with loading(model):
+        return AutoModel.from_pretrained(model, **options), AutoProcessor.from_pretrained(model, **options)
