@@ -40,6 +40,11 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> None:
         figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "png", dpi=110, bbox_inches="tight")
 
 
+def _drawable(text: str) -> str:
+    """Replace lone surrogates, which Matplotlib cannot draw: a file name may hold them."""
+    return text.encode(errors="replace").decode()
+
+
 def _draw_curve(axes: Axes, scores: Sequence[float], clip_seconds: float, **style) -> None:
     """Draw scores of clips, scaled to [0, 1] since saliency has no unit."""
     scores = np.asarray(scores)
@@ -57,7 +62,8 @@ def _draw_windows(axes: Axes, y: float, windows: Sequence[Sequence[float]], colo
 
 def _finish_panel(axes: Axes, query: str, duration: float, bottom: float, top: float = TOP) -> None:
     axes.set(xlim=(0, duration), ylim=(bottom, top))
-    axes.set_title("\n".join(textwrap.wrap(f"“{query}”", 130)), fontsize=10, loc="left", parse_math=False)
+    title = "\n".join(textwrap.wrap(f"“{_drawable(query)}”", 130))
+    axes.set_title(title, fontsize=10, loc="left", parse_math=False)
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
@@ -196,11 +202,13 @@ def plot_predictions(
         lanes.append((0.5, "saliency", "black"))
         unit += "; saliency: area, the annotators' mean; lines, predicted, each on its own scale"
     _finish_panel(axes, row["query"], row["duration"], bottom=y - 0.05, top=TOP if has_saliency else 0)
-    axes.set_yticks([middle for middle, _, _ in lanes], [name for _, name, _ in lanes], fontsize=9, parse_math=False)
+    axes.set_yticks(
+        [middle for middle, _, _ in lanes], [_drawable(name) for _, name, _ in lanes], fontsize=9, parse_math=False
+    )
     for label, (_, _, color) in zip(axes.get_yticklabels(), lanes):
         label.set_color(color)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(unit, fontsize=8, parse_math=False)
+    axes.set_xlabel(_drawable(unit), fontsize=8, parse_math=False)
     return axes.figure
 
 
@@ -235,7 +243,7 @@ def plot_refinement(
         axes.set(xlim=(0, covered_duration), yticks=[])
         axes.set_ylabel("noise" if layer == 0 else f"layer {layer}", fontsize=9, rotation=0, ha="right", va="center")
         axes.spines[["top", "right", "left"]].set_visible(False)
-    panels[0].set_title(title, fontsize=10, loc="left", parse_math=False)
+    panels[0].set_title(_drawable(title), fontsize=10, loc="left", parse_math=False)
     panels[-1].set_xlabel("seconds", fontsize=8)
     return figure
 

@@ -25,8 +25,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(
         "evaluate",
         description="Predict the moments of a benchmark, and score them with the official metrics.\n"
-        "Writes predictions.jsonl and, if there is ground truth, metrics.json. With several numbers of proposals, tries\n"
-        "each and writes the results of the best: use a validation split for that.",
+        "Writes predictions.jsonl and, if there is ground truth, metrics.json.\n"
+        "With several numbers of proposals, tries each and writes the results of the best;\n"
+        "use a validation split for that.",
     )
     add_model_arguments(parser)
     add_data_arguments(parser)

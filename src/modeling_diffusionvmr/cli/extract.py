@@ -16,8 +16,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments of the command."""
     parser = CommandParser(
         "extract",
-        description="Compute the features of the videos in a folder, and of the sentences in an annotation file, in\n"
-        "the official .npz layout. Run the same command again to resume: finished files are skipped.",
+        description="Compute the features of the videos in a folder, and of the sentences in an annotation\n"
+        "file, in the official .npz layout. Run the same command again to resume.",
     )
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="where to write NAME/VID.npz and NAME_text/qidQID.npz")
     parser.add_argument("--videos", metavar="DIR", help="folder of videos; a VID is a file name without its extension")
@@ -35,7 +35,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--dtype",
         choices=("float16", "float32"),
         default="float16",
-        help="type of the written numbers (default: float16)",
+        help="type of the numbers (default: float16)",
     )
     parser.add_argument(
         "--skip_invalid", action="store_true", help="skip unusable rows and missing or damaged videos, and list them"

@@ -24,7 +24,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--clip_seconds",
         type=float,
-        help="seconds per saliency score (default: 2 with annotated saliency, else the duration / the number of scores)",
+        help="seconds per saliency score (default: 2 with annotated saliency, otherwise scores share the duration)",
     )
     return parser.parse_args(argv)
 

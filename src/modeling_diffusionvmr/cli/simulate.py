@@ -13,8 +13,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments of the command."""
     parser = CommandParser(
         "simulate",
-        description="Make features in the official layout from annotations alone, with the properties of a frozen CLIP's.\n"
-        "Call whatever you measure on them simulated. Run the same command again to resume.",
+        description="Make features in the official layout from annotations alone. They behave like those of a\n"
+        "frozen CLIP; call whatever you measure on them simulated. Run the same command again to resume.",
     )
     parser.add_argument(
         "--annotations",
