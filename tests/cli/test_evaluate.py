@@ -279,12 +279,15 @@ def other_sizes(model):
     "damage, message",
     [
         (cut_off, "weights are damaged or cut off"),
-        (other_sizes, "cannot be loaded"),
-        (lambda model: (model / "config.json").write_text("[1]"), "cannot be loaded"),
-        (lambda model: (model / "config.json").write_text("{"), "config.json"),
+        (other_sizes, "the sizes in its config.json do not fit its weights"),
+        (lambda model: (model / "config.json").write_text("[1]"), "config.json: must be a JSON object, got"),
+        (lambda model: (model / "config.json").write_text("{"), "config.json: not JSON"),
         (lambda model: (model / "config.json").unlink(), "cannot be loaded"),
         (lambda model: (model / "model.safetensors").unlink(), "model.safetensors"),
-        (lambda model: (model / "processor_config.json").write_text("[]"), "cannot be loaded"),
+        (
+            lambda model: (model / "processor_config.json").write_text("[]"),
+            "processor_config.json: must be a JSON object",
+        ),
     ],
     ids=[
         "weights cut off",

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 DAMAGED_WEIGHTS = "weights are damaged or cut off"
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -36,36 +37,52 @@ def run_safely(run: Callable[[argparse.Namespace], None], arguments: argparse.Na
             run(arguments)
         except SafetensorError as error:
             sys.exit(f"error: {getattr(arguments, 'model', None)}: {DAMAGED_WEIGHTS} ({error})")
-        except StrictDataclassError as error:
+        except (ValueError, OSError, ImportError, StrictDataclassError) as error:
             sys.exit(f"error: {_cause(error)}")
-        except (ValueError, OSError, ImportError) as error:
-            sys.exit(f"error: {_one_line(error)}")
 
 
 @contextmanager
 def loading(checkpoint: str) -> Iterator[None]:
     """Turn whatever `transformers` raises for an unusable checkpoint into an error of one line that names it."""
-    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
         yield
+    except ImportError:  # a package is missing, which is not the checkpoint's fault
+        raise
     except SafetensorError as error:
         raise ValueError(f"{checkpoint}: {DAMAGED_WEIGHTS} ({error})") from error
-    except ImportError:  # a missing package, which is not the checkpoint's fault
-        raise
-    # A broken config.json or weights of other shapes end in errors of many types: TypeError, AttributeError, KeyError,
-    # RuntimeError and more
+    # A broken config.json ends in errors of many types: TypeError, AttributeError, KeyError and more
     except Exception as error:
-        reason = _cause(error) if isinstance(error, StrictDataclassError) else _one_line(error)
-        if reason.startswith(str(checkpoint)):
-            raise ValueError(reason) from error
-        raise ValueError(f"{checkpoint}: cannot be loaded ({reason})") from error
+        reason = _unusable_json(checkpoint) or _cause(error)
+        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in reason:
+            reason = "the sizes in its config.json do not fit its weights"
+        if not reason.startswith(str(checkpoint)):
+            reason = f"{checkpoint}: cannot be loaded ({reason})"
+        raise ValueError(reason) from error
 
 
-def _cause(error: Exception) -> str:
-    """What is wrong, of a `StrictDataclassError`: its own first line only names a validator."""
-    return _one_line(error.__cause__ or error)
+def _unusable_json(checkpoint: str) -> str | None:
+    """
+    What is wrong with a JSON file in a checkpoint folder or in the folders of its backbones: each must hold an object.
+    `None` if nothing is.
+    """
+    from ..data.files import parse_json_object
+
+    for path in sorted([*Path(checkpoint).glob("*.json"), *Path(checkpoint).glob("*/*.json")]):
+        try:
+            parse_json_object(path.read_bytes())
+        except (ValueError, OSError) as error:
+            return f"{path}: {_one_line(error)}"
+    return None
+
+
+def _cause(error: BaseException) -> str:
+    """The message of an error. A `StrictDataclassError` only names a validator; its cause says what is wrong."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    is_strict = isinstance(error, StrictDataclassError) and error.__cause__ is not None
+    return _one_line(error.__cause__ if is_strict else error)
 
 
 def _one_line(error: BaseException) -> str:
