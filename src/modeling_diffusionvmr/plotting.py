@@ -262,14 +262,16 @@ def plot_curves(
     axes = figure.subplots()
     for (name, values), color in zip(curves.items(), cycle(SOURCES)):
         places = sorted(values)
-        axes.plot(places, [np.mean(values[x]) for x in places], color=color, marker="o", markersize=4, label=name)
+        axes.plot(
+            places, [np.mean(values[x]) for x in places], color=color, marker="o", markersize=4, label=_drawable(name)
+        )
         if any(len(values[x]) > 1 for x in places):
             low, high = ([choose(values[x]) for x in places] for choose in (min, max))
             axes.fill_between(places, low, high, color=color, alpha=0.15, linewidth=0)
     axes.set_xticks(sorted({x for values in curves.values() for x in values}))
-    axes.set_xlabel(x_label, fontsize=9, parse_math=False)
-    axes.set_ylabel(y_label, fontsize=9, parse_math=False)
-    lines = [textwrap.fill(line, 95) for line in title.splitlines()]
+    axes.set_xlabel(_drawable(x_label), fontsize=9, parse_math=False)
+    axes.set_ylabel(_drawable(y_label), fontsize=9, parse_math=False)
+    lines = [textwrap.fill(line, 95) for line in _drawable(title).splitlines()]
     axes.set_title("\n".join(lines), fontsize=10, loc="left", parse_math=False)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -286,18 +286,10 @@ def other_sizes(model):
         (lambda model: (model / "model.safetensors").unlink(), "model.safetensors"),
         (
             lambda model: (model / "processor_config.json").write_text("[]"),
-            "processor_config.json: must be a JSON object",
+            "processor_config.json: must be a JSON",
         ),
     ],
-    ids=[
-        "weights cut off",
-        "weights of other sizes",
-        "config is a list",
-        "config",
-        "no config",
-        "no weights",
-        "processor",
-    ],
+    ids="cut_off other_sizes list_config bad_config no_config no_weights list_processor".split(),
 )
 def test_damaged_checkpoint(argv, error_of, folder, tmp_path, damage, message):
     shutil.copytree(folder / "model", tmp_path / "model")
