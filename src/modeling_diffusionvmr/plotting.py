@@ -29,15 +29,25 @@ PREDICTED, TRUE, SALIENCY = "#d1495b", "#2e7d32", "#33658a"
 SOURCES = (PREDICTED, SALIENCY, "#c17c00", "#6d597a", "#3a3a3a")  # one color per source of predictions
 MOST_SALIENT = 4  # the highest score of an annotator
 WIDTH = 11  # inches
+DPI, MAX_PIXELS = 110, 2**16  # resolution, and the largest height and width of a figure
 TOP, BAR = 1.15, 0.3  # upper end of a panel and height of a bar: curves are drawn from 0 to 1, bars below 0
 RANK, GAP = 0.16, 0.12  # height of one ranked window, and space above those of a source
 TOP_K = 5  # windows per source
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
-    """Save a figure, atomically. The extension of the path gives the format. Raise `ValueError` for an unknown one."""
+    """
+    Save a figure, atomically. The extension of the path gives the format.
+
+    Raises:
+        ValueError: for an unknown format, and for a figure that is too large.
+    """
+    if max(figure.get_size_inches()) * DPI > MAX_PIXELS:
+        raise ValueError(
+            f"{path}: the figure is too large, more than {MAX_PIXELS} pixels; draw fewer windows or panels"
+        )
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "png", dpi=110, bbox_inches="tight")
+        figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "png", dpi=DPI, bbox_inches="tight")
 
 
 def _drawable(text: str) -> str:
