@@ -43,9 +43,7 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> None:
         ValueError: for an unknown format, and for a figure that is too large.
     """
     if max(figure.get_size_inches()) * DPI > MAX_PIXELS:
-        raise ValueError(
-            f"{path}: the figure is too large, more than {MAX_PIXELS} pixels; draw fewer windows or panels"
-        )
+        raise ValueError(f"{path}: the figure exceeds {MAX_PIXELS} pixels; draw fewer windows or panels")
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "png", dpi=DPI, bbox_inches="tight")
 

@@ -184,7 +184,10 @@ def test_any_text_of_a_user(folder):
         (["--predictions", "list.jsonl", "--qid", "7"], "list.jsonl, line 1: must be a JSON object"),
         (["--predictions", "bad.jsonl", "--qid", "7"], "bad: qid 7: `pred_relevant_windows` must be"),
         (["--predictions", "ours.jsonl", "--qid", "7", "--top_k", "-99"], "top_k must be a number above 0, got -99"),
-        (["--predictions", "ours.jsonl", "--qid", "7", "--top_k", "999999999"], "too large"),
+        (
+            ["--predictions", "ours.jsonl", "--qid", "7", "--top_k", "999999999"],
+            "out.png: the figure exceeds 65536 pixels",
+        ),
         (["--predictions", "ours.jsonl", "--qid", "7", "--clip_seconds", "0"], "clip_seconds must be a number above 0"),
         (["--predictions", "ours.jsonl", "--qid", "7", "--output", "out.doc"], "doc"),
         (["--predictions", "ours.jsonl", "--qid", "7", "--output", "ours.jsonl/out.png"], "ours.jsonl"),

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from .options import CommandParser, add_model_arguments, loading, resolve_model
+from .options import CommandParser, add_model_arguments, load_model, loading
 
 NUM_FRAMES = 12  # below the timeline
 PIPELINE_OPTIONS = ("top_k", "threshold", "nms_threshold", "num_proposals", "num_sampling_steps")
@@ -35,11 +35,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the moments, and plot them if asked to."""
     from transformers import pipeline
 
-    model = resolve_model(arguments.model)
-    with loading(model):
-        retrieve = pipeline(
-            "video-moment-retrieval", model=model, trust_remote_code=arguments.trust_remote_code or None
-        )
+    # Loaded here, since `pipeline` itself reports an unusable checkpoint as a traceback
+    model, processor = load_model(arguments)
+    with loading(model.name_or_path):
+        retrieve = pipeline("video-moment-retrieval", model=model, processor=processor)
     options = {name: getattr(arguments, name) for name in PIPELINE_OPTIONS if getattr(arguments, name) is not None}
     results = retrieve(arguments.video, arguments.query, return_saliency=True, progress=True, **options)
     if arguments.json:
