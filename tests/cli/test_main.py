@@ -1,0 +1,175 @@
+"""The `diffusionvmr` command itself: its entry points, and what all subcommands share."""
+
+import argparse
+import os
+import subprocess
+import sys
+import warnings
+from importlib.metadata import version
+
+import pytest
+
+from modeling_diffusionvmr.cli import COMMANDS, main
+from modeling_diffusionvmr.cli.options import HUB_ID, load_model, run_safely
+
+# Imports like the console script of `pip install`, and reports whether torch was loaded
+CONSOLE = "import sys; from diffusionvmr_command import main; sys.argv[0] = 'diffusionvmr'; "
+REPORT = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); "
+QUICK = [command for command in COMMANDS if command != "train"]
+
+
+def python(*arguments, folder) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, env=environment, timeout=300
+    )
+
+
+def exit_of(*argv) -> SystemExit:
+    with pytest.raises(SystemExit) as caught:
+        main(list(argv))
+    return caught.value
+
+
+# Without a subcommand
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_help_lists_all_commands(capsys, argv):
+    assert exit_of(*argv).code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: diffusionvmr")
+    for name, purpose in COMMANDS.items():
+        assert f"{name} " in printed and purpose in printed
+
+
+def test_version(capsys):
+    assert exit_of("--version").code == 0
+    assert capsys.readouterr().out.strip() == version("modeling_diffusionvmr")
+
+
+@pytest.mark.parametrize("argv", [["fly"], ["fly", "--help"], ["--fly"], [""]])
+def test_unknown_command(capsys, argv):
+    assert exit_of(*argv).code in (0, 2)
+    captured = capsys.readouterr()
+    if "--help" not in argv:
+        assert captured.err.startswith("error: ") and len(captured.err.splitlines()) == 1
+
+
+# Subcommands
+
+
+@pytest.mark.parametrize("command", ["retrieve", "extract", "evaluate", "simulate", "plot"])
+def test_help_of_a_command(capsys, command):
+    assert exit_of(command, "--help").code == 0
+    assert capsys.readouterr().out.startswith(f"usage: diffusionvmr {command}")
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["plot"], "the following arguments are required: --annotations"),
+        (["simulate", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["simulate", "--noise", "loud"], "argument --noise: invalid choice: 'loud'"),
+        (["evaluate", "--batch"], "error: "),
+        (["retrieve", "a.mp4"], "the following arguments are required: QUERY"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_status_2(capsys, argv, message):
+    assert exit_of(*argv).code == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and message in captured.err
+    assert captured.err.startswith("error: ") and len(captured.err.splitlines()) == 1
+    assert f"`diffusionvmr {argv[0]} --help`" in captured.err
+
+
+def test_quick_help_in_one_process(tmp_path):
+    """`--help` of all commands but `train`, and everything without a command, loads no torch."""
+    calls = [[command, "--help"] for command in ["retrieve", "extract", "evaluate", "simulate", "plot"]]
+    calls += [[], ["--help"], ["--version"], ["fly"], ["plot", "--top_k", "x"]]
+    code = (
+        CONSOLE
+        + f"""
+for argv in {calls!r}:
+    sys.argv[1:] = argv
+    try:
+        main()
+    except SystemExit:
+        pass
+    assert "torch" not in sys.modules and "transformers" not in sys.modules, argv
+"""
+    )
+    result = python("-c", code, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("usage: diffusionvmr") == 7
+
+
+def test_console_script(tmp_path):
+    """It parses first, then executes the package and runs the command."""
+    (tmp_path / "rows.jsonl").write_text('{"qid": 1, "query": "a dog", "vid": "v", "duration": 10}\n')
+    code = CONSOLE + "sys.argv[1:] = ['simulate', '--annotations', 'rows.jsonl', '--output_dir', 'out', '--size', '8', "
+    code += "'--workers', '2']\nif __name__ == '__main__': main()"
+    result = python("-c", code, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "wrote 2 files" in result.stderr and (tmp_path / "out" / "clip" / "v.npz").exists()
+
+
+def test_module(tmp_path):
+    """`python -m modeling_diffusionvmr` is the same command, also for its worker processes."""
+    (tmp_path / "rows.jsonl").write_text('{"qid": 1, "query": "a dog", "vid": "v", "duration": 10}\n')
+    command = ["-m", "modeling_diffusionvmr", "simulate", "--output_dir", "out", "--size", "8", "--workers", "2"]
+    result = python(*command, "--annotations", "rows.jsonl", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "wrote 2 files" in result.stderr and (tmp_path / "out" / "clip" / "v.npz").exists()
+    result = python(*command, "--annotations", "absent.jsonl", folder=tmp_path)
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
+    assert "absent.jsonl" in result.stderr
+
+
+# What they share
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (ValueError("a.jsonl, line 3: not JSON"), "error: a.jsonl, line 3: not JSON"),
+        (FileNotFoundError(2, "No such file or directory", "a"), "error: [Errno 2] No such file or directory: 'a'"),
+        (ImportError("needs av"), "error: needs av"),
+        (OSError("first line\n   second line\n"), "error: first line second line"),
+        (ValueError(), "error: ValueError"),
+    ],
+)
+def test_errors_are_one_line(error, line):
+    def run(arguments):
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_safely(run, argparse.Namespace())
+    assert caught.value.code == line
+
+
+def test_faults_of_the_code_keep_their_traceback():
+    def run(arguments):
+        raise KeyError("a fault")
+
+    with pytest.raises(KeyError):
+        run_safely(run, argparse.Namespace())
+
+
+def test_warnings_are_one_line_and_only_inside(capsys):
+    before = warnings.showwarning
+    run_safely(lambda arguments: warnings.warn("of the data", stacklevel=1), argparse.Namespace())
+    assert capsys.readouterr().err == "warning: of the data\n"
+    assert warnings.showwarning is before
+
+
+@pytest.mark.parametrize("name", ["clip", "openai/clip-vit-base-patch32", "A_1/b.c"])
+def test_hub_id(name):
+    assert HUB_ID.fullmatch(name)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/a", "./a", "a/b/c", "a/", "a b", "-a", "a\\b"])
+def test_not_a_hub_id(name):
+    with pytest.raises(ValueError, match="not a local folder or a valid Hub id|cannot be loaded"):
+        load_model(argparse.Namespace(model=name, trust_remote_code=False))
