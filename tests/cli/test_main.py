@@ -124,9 +124,9 @@ main()
 
 
 def test_module(tmp_path):
-    """`python -m modeling_diffusionvmr` is the same command, also for its worker processes."""
+    """`python -m modeling_diffusionvmr` is the same command."""
     (tmp_path / "rows.jsonl").write_text(ROW)
-    command = "simulate --annotations rows.jsonl --output_dir out --size 8 --workers 2".split()
+    command = "simulate --annotations rows.jsonl --output_dir out --size 8".split()
     result = python("-m", "modeling_diffusionvmr", *command, folder=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "wrote 2 files" in result.stderr and (tmp_path / "out" / "clip" / "v.npz").exists()
