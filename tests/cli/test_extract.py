@@ -269,7 +269,7 @@ def test_unknown_device(world, extract_error):
 @pytest.mark.parametrize(
     "backbone, message",
     [
-        (DEFAULT_MODEL, "its type is diffusionvmr"),
+        (DEFAULT_MODEL, "type diffusionvmr is not supported as a backbone"),
         ("/absent", "/absent: not a local folder or a valid Hub id"),
         ("a/b/c", "a/b/c: not a local folder or a valid Hub id"),
         (__file__, f"{__file__}: a checkpoint is a folder, not a file"),

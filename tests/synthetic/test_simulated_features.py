@@ -1,9 +1,15 @@
+import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from modeling_diffusionvmr import evaluate_predictions, load_annotations
+from modeling_diffusionvmr.data.features import open_features
+from modeling_diffusionvmr.data.files import save_jsonl
 from modeling_diffusionvmr.synthetic.simulated_features import (
     CLIP_SIZE,
     FUNCTION_WORDS,
@@ -14,6 +20,7 @@ from modeling_diffusionvmr.synthetic.simulated_features import (
     words_of,
 )
 
+SCRIPT = Path(__file__).parents[2] / "scripts" / "simulate_features.py"
 VERBS, COLOURS = ["walks", "cooks", "sings", "swims", "paints"], ["red", "green", "blue", "white"]
 THINGS = ["dog", "kitchen", "guitar", "mountain", "bicycle", "lamp"]
 
@@ -210,3 +217,71 @@ def test_arguments_are_checked():
         SimulatedFeatures(ROWS, 0, clip_seconds=0)
     with pytest.raises(ValueError, match="`size` must be at least 1"):
         SimulatedFeatures(ROWS, 0, size=0)
+
+
+@pytest.fixture
+def simulate(monkeypatch, capsys):
+    """Runs the script in this process, and gives what it printed to stderr."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import simulate_features as script
+
+    def run(*arguments):
+        capsys.readouterr()
+        script.main(script.parse_arguments([str(argument) for argument in arguments]))
+        return capsys.readouterr().err
+
+    return run
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_script(tmp_path, simulate):
+    train, val = tmp_path / "train.jsonl", tmp_path / "val.jsonl"
+    save_jsonl(ROWS[:8], train)
+    save_jsonl(ROWS[8:12], val)
+    options = ["--annotations", train, val, "--seed", 3, "--noise", "easy", "--size", 32, "--motion_size", 40]
+    for name, workers in (("one", 1), ("two", 2)):
+        printed = simulate(*options, "--output_dir", tmp_path / name, "--workers", workers)
+        assert "36 files made, 0 were there" in printed and "simulating: 100%" in printed
+    made = contents(tmp_path / "one")
+    assert made == contents(tmp_path / "two") and len(made) == 39
+
+    simulation = SimulatedFeatures(ROWS[:12], 3, "easy", size=32)
+    clips, text, motion = (open_features(tmp_path / "one" / name) for name in ("clip", "clip_text", "slowfast"))
+    assert set(clips) == set(motion) == {f"v{i}" for i in range(12)} and set(text) == {str(i) for i in range(12)}
+    np.testing.assert_array_equal(clips["v5"], simulation.video("v5"))
+    np.testing.assert_array_equal(text[5], simulation.text(5))
+    np.testing.assert_array_equal(motion["v5"], simulation.video("v5", "slowfast", 40))
+    with np.load(tmp_path / "one" / "clip_text" / "qid5.npz") as file:
+        assert file.files == ["last_hidden_state"]
+    assert json.loads(made["simulation.json"])["simulated"] is True
+    assert clips.clip_seconds == motion.clip_seconds == 2.0
+
+    # What is missing or broken is made again, and nothing else is touched
+    (tmp_path / "one" / "clip" / "v2.npz").unlink()
+    (tmp_path / "one" / "clip_text" / "qid2.npz").write_bytes(made["clip_text/qid2.npz"][:100])
+    assert "2 files made, 34 were there" in simulate(*options, "--output_dir", tmp_path / "one")
+    assert contents(tmp_path / "one") == made
+    with pytest.raises(ValueError, match="made with other settings"):
+        simulate(*options, "--output_dir", tmp_path / "one", "--seed", 4)
+    assert contents(tmp_path / "one") == made
+
+
+def test_script_refuses_bad_input(tmp_path, simulate):
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "out"
+    save_jsonl(ROWS[:2], rows)
+    for arguments, message in (
+        ([rows, rows], "`qid` 0 is used twice"),
+        ([rows, "--workers", 0], "--workers must be at least 1"),
+        ([rows, "--motion_size", 0], "--motion_size must be at least 1"),
+        ([rows, "--clip_seconds", "nan"], "`clip_seconds` must be a positive number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            simulate("--output_dir", output, "--annotations", *arguments)
+    command = [sys.executable, SCRIPT, "--annotations", tmp_path / "nowhere.jsonl", "--output_dir", output]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: ") and "nowhere.jsonl" in done.stderr
+    assert not output.exists()
