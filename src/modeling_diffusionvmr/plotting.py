@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from .checks import check_positive
 from .data.annotations import SALIENCY_CLIP_SECONDS, check_row
@@ -53,11 +54,11 @@ def _drawable(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def _draw_curve(axes: Axes, scores: Sequence[float], clip_seconds: float, **style) -> None:
+def _draw_curve(axes: Axes, scores: Sequence[float] | np.ndarray, clip_seconds: float, **style) -> None:
     """Draw scores of clips, scaled to [0, 1] since saliency has no unit."""
-    scores = np.asarray(scores)
-    low, high = scores.min(), max(scores.max(), scores.min() + 1e-6)
-    axes.plot((np.arange(len(scores)) + 0.5) * clip_seconds, (scores - low) / (high - low), linewidth=1.2, **style)
+    values = np.asarray(scores)
+    low, high = values.min(), max(values.max(), values.min() + 1e-6)
+    axes.plot((np.arange(len(values)) + 0.5) * clip_seconds, (values - low) / (high - low), linewidth=1.2, **style)
 
 
 def _draw_windows(axes: Axes, y: float, windows: Sequence[Sequence[float]], color: str, **style) -> None:
@@ -127,8 +128,8 @@ def _draw_ranked(axes: Axes, y: float, windows: np.ndarray, color: str) -> None:
         middle = y - (rank + 0.5) * RANK
         strength = 0.25 + 0.65 * np.clip(score, 0, 1)
         _draw_windows(axes, middle, [(start, end)], color, height=0.8 * RANK, alpha=strength)
-        style = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 7, "color": color}
-        axes.text(1.005, middle, f"{score:.2f}", **style)
+        place = axes.get_yaxis_transform()
+        axes.text(1.005, middle, f"{score:.2f}", transform=place, va="center", fontsize=7, color=color)
 
 
 def prediction_panels(num_rows: int, num_sources: int, top_k: int = TOP_K) -> list[Axes]:
@@ -136,8 +137,7 @@ def prediction_panels(num_rows: int, num_sources: int, top_k: int = TOP_K) -> li
     for name, number in {"num_rows": num_rows, "num_sources": num_sources, "top_k": top_k}.items():
         check_positive(number, name)
     height = 1.6 + num_sources * (top_k * RANK + GAP)
-    figure = Figure(figsize=(WIDTH, num_rows * (height + 0.6)), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.12)
+    figure = Figure(figsize=(WIDTH, num_rows * (height + 0.6)), layout=ConstrainedLayoutEngine(h_pad=0.12))
     return list(figure.subplots(num_rows, 1, squeeze=False)[:, 0])
 
 
@@ -217,7 +217,7 @@ def plot_predictions(
         label.set_color(color)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(_drawable(unit), fontsize=8, parse_math=False)
-    return axes.figure
+    return cast(Figure, axes.figure)
 
 
 def plot_refinement(

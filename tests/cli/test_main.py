@@ -138,7 +138,8 @@ def test_hub_id(name):
     assert HUB_ID.fullmatch(name)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "/a", "./a", "a/b/c", "a/", "a b", "-a", "a\\b"])
-def test_not_a_hub_id(name):
-    with pytest.raises(ValueError, match="not a local folder or a valid Hub id|cannot be loaded"):
+@pytest.mark.parametrize("name", ["", "/a", "./a", "../a", "a/b/c", "a/", "a b", "-a", "a\\b"])
+def test_not_a_hub_id(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="not a local folder or a valid Hub id"):
         load_model(argparse.Namespace(model=name, trust_remote_code=False))

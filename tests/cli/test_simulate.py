@@ -10,7 +10,7 @@ from modeling_diffusionvmr.cli import main
 from modeling_diffusionvmr.data.features import open_features
 from modeling_diffusionvmr.data.files import save_jsonl
 from modeling_diffusionvmr.synthetic import simulated_folder
-from modeling_diffusionvmr.synthetic.simulated_features import NOISE_LEVELS, NoiseLevel, SimulatedFeatures
+from modeling_diffusionvmr.synthetic.simulated_features import CLIP_SIZE, NOISE_LEVELS, NoiseLevel, SimulatedFeatures
 from modeling_diffusionvmr.synthetic.simulated_folder import write_simulated_features
 
 WORDS = ["red dog", "green guitar", "blue kitchen", "white lamp", "red bicycle", "blue mountain"]
@@ -87,6 +87,12 @@ def test_workers_do_not_change_the_environment(monkeypatch):
     with simulated_folder._one_thread_each():
         assert os.environ["OMP_NUM_THREADS"] == os.environ["MKL_NUM_THREADS"] == "1"
     assert dict(os.environ) == before
+
+
+def test_flags_list_the_noise_levels_and_the_size_of_the_library():
+    from modeling_diffusionvmr.cli import simulate
+
+    assert simulate.NOISE_LEVELS == tuple(NOISE_LEVELS) and simulate.CLIP_SIZE == CLIP_SIZE
 
 
 def test_noise_level_without_a_name(tmp_path):

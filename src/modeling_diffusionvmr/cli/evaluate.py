@@ -86,21 +86,21 @@ def run(arguments: argparse.Namespace) -> None:
         "model": resolve_model(arguments.model),
     }
     qids = {str(row["qid"]) for row in scored}
-    best_score, best = None, None
+    best_score, best_predictions, best_metrics = -1.0, [], None
     for num_proposals in candidates:
         predictions = predict_moments(
             model, dataset, arguments.batch_size, num_proposals, arguments.num_sampling_steps, **options
         )
         if not scored:
-            best = predictions, None
+            best_predictions = predictions
             break
         metrics = evaluate_predictions([row for row in predictions if str(row["qid"]) in qids], scored)
         metrics["settings"] = {"num_proposals": num_proposals, **settings}
         print(json.dumps({name: metrics[name] for name in ("settings", "brief", "extra")}, indent=2))
         score = metrics["brief"][arguments.metric]
-        if best_score is None or score > best_score:
-            best_score, best = score, (predictions, metrics)
-    _save(arguments.output_dir, *best)
+        if score > best_score:
+            best_score, best_predictions, best_metrics = score, predictions, metrics
+    _save(arguments.output_dir, best_predictions, best_metrics)
     print(f"wrote {arguments.output_dir}")
 
 

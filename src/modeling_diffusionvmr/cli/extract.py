@@ -50,7 +50,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     _check(arguments)
     rows = load_annotations(arguments.annotations, skip_invalid=arguments.skip_invalid) if arguments.annotations else []
-    videos, missing = {}, {}
+    videos: dict[str, Path] = {}
+    missing: dict[str, str] = {}
     if arguments.videos:
         videos, missing = _choose_videos(arguments, list(dict.fromkeys(row["vid"] for row in rows)))
 

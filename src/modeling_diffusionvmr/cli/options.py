@@ -64,12 +64,12 @@ def loading(checkpoint: str) -> Iterator[None]:
 
 def _unusable_json(checkpoint: str) -> str | None:
     """
-    What is wrong with a JSON file in a checkpoint folder or in the folders of its backbones: each must hold an object.
-    `None` if nothing is.
+    What is wrong with a configuration file in a checkpoint folder or in the folders of its backbones: each must be a
+    JSON object. `None` if nothing is.
     """
     from ..data.files import parse_json_object
 
-    for path in sorted([*Path(checkpoint).glob("*.json"), *Path(checkpoint).glob("*/*.json")]):
+    for path in sorted([*Path(checkpoint).glob("*config.json"), *Path(checkpoint).glob("*/*config.json")]):
         try:
             parse_json_object(path.read_bytes())
         except (ValueError, OSError) as error:
@@ -81,8 +81,7 @@ def _cause(error: BaseException) -> str:
     """The message of an error. A `StrictDataclassError` only names a validator; its cause says what is wrong."""
     from huggingface_hub.errors import StrictDataclassError
 
-    is_strict = isinstance(error, StrictDataclassError) and error.__cause__ is not None
-    return _one_line(error.__cause__ if is_strict else error)
+    return _one_line((isinstance(error, StrictDataclassError) and error.__cause__) or error)
 
 
 def _one_line(error: BaseException) -> str:

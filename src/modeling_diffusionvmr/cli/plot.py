@@ -43,8 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
     for qid, axes in zip(arguments.qid, panels):
         row = _find(truth, qid, arguments.annotations)
         predictions = {name: _find(rows, qid, path) for name, rows, path in zip(names, files, paths)}
-        plot_predictions(row, predictions, arguments.top_k, arguments.clip_seconds, axes)
-    save_figure(panels[0].figure, arguments.output)
+        figure = plot_predictions(row, predictions, arguments.top_k, arguments.clip_seconds, axes)
+    save_figure(figure, arguments.output)
     print(f"saved {arguments.output}")
 
 

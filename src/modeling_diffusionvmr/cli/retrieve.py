@@ -33,12 +33,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the moments, and plot them if asked to."""
-    from transformers import pipeline
+    from ..pipeline_diffusionvmr import VideoMomentRetrievalPipeline
 
-    # Loaded here, since `pipeline` itself reports an unusable checkpoint as a traceback
+    # Not through `pipeline("video-moment-retrieval")`, which reports an unusable checkpoint as a traceback
     model, processor = load_model(arguments)
     with loading(model.name_or_path):
-        retrieve = pipeline("video-moment-retrieval", model=model, processor=processor)
+        retrieve = VideoMomentRetrievalPipeline(model=model, processor=processor)
     options = {name: getattr(arguments, name) for name in PIPELINE_OPTIONS if getattr(arguments, name) is not None}
     results = retrieve(arguments.video, arguments.query, return_saliency=True, progress=True, **options)
     if arguments.json:

@@ -5,8 +5,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..synthetic.simulated_features import CLIP_SIZE, NOISE_LEVELS  # loads NumPy, but no torch
 from .options import CommandParser
+
+# As in `synthetic/simulated_features.py`, which is slow to import
+NOISE_LEVELS = ("real", "easy")
+CLIP_SIZE = 512
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

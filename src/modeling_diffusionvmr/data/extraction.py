@@ -70,7 +70,8 @@ def find_videos(folder: str | os.PathLike) -> tuple[dict[str, Path], list[str]]:
         FileNotFoundError, NotADirectoryError: if there is no such folder.
         ValueError: for two files of the same `vid`, and for a folder without videos.
     """
-    videos, others = {}, []
+    videos: dict[str, Path] = {}
+    others = []
     for path in sorted(Path(folder).iterdir()):
         if path.name.startswith("."):
             continue
