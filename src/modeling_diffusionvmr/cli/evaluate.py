@@ -53,7 +53,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> None:
     """Write the predictions and their metrics."""
     from ..checks import check_positive
-    from ..training.metrics import evaluate_predictions
+    from ..training.metrics import evaluate_predictions, scorable
     from ..training.prediction import predict_moments
 
     check_positive(arguments.batch_size, "--batch_size")
@@ -66,8 +66,9 @@ def run(arguments: argparse.Namespace) -> None:
     model, processor = load_model(arguments)
     model.to(device)
     dataset = _open_dataset(arguments, model.config, processor)
-    scored = [row for row in dataset.rows if row.get("relevant_windows")]
-    _report_unscored(dataset.rows)
+    _, scored, message = scorable([], dataset.rows)
+    if message is not None:
+        print(message)
     candidates = arguments.num_proposals or [model.config.num_proposals]
     if scored:
         _check_references(scored, arguments.metric)
@@ -85,7 +86,6 @@ def run(arguments: argparse.Namespace) -> None:
         "split": arguments.split,
         "model": resolve_model(arguments.model),
     }
-    qids = {str(row["qid"]) for row in scored}
     best_score, best_predictions, best_metrics = -1.0, [], None
     for num_proposals in candidates:
         predictions = predict_moments(
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
         if not scored:
             best_predictions = predictions
             break
-        metrics = evaluate_predictions([row for row in predictions if str(row["qid"]) in qids], scored)
+        metrics: dict[str, dict[str, Any]] = evaluate_predictions(*scorable(predictions, dataset.rows)[:2])
         metrics["settings"] = {"num_proposals": num_proposals, **settings}
         print(json.dumps({name: metrics[name] for name in ("settings", "brief", "extra")}, indent=2))
         score = metrics["brief"][arguments.metric]
@@ -119,16 +119,6 @@ def _open_dataset(arguments: argparse.Namespace, config, processor):
         clip_seconds=clip_seconds_of(arguments, video, config),
         skip_invalid=arguments.skip_invalid,
     )
-
-
-def _report_unscored(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Say how many rows have no windows, and of which kind they are."""
-    unlabeled = sum("relevant_windows" not in row for row in rows)
-    absent = sum(row.get("relevant_windows") == [] for row in rows)
-    if absent:
-        print(f"{absent} of {len(rows)} rows have no windows (`relevant_windows: []`, not in the video): not scored")
-    if unlabeled:
-        print(f"{unlabeled} of {len(rows)} rows are unlabeled (no `relevant_windows`): not scored")
 
 
 def _check_references(rows: Sequence[Mapping[str, Any]], metric: str) -> None:
