@@ -52,16 +52,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the predictions and their metrics."""
-    from ..checks import check_positive
     from ..training.metrics import evaluate_predictions, scorable
     from ..training.prediction import predict_moments
 
-    check_positive(arguments.batch_size, "--batch_size")
-    if arguments.clip_seconds is not None:
-        check_positive(arguments.clip_seconds, "--clip_seconds")
-    for path in (arguments.output_dir, *arguments.output_dir.parents):
-        if path.is_file():  # found before the work rather than after it
-            raise NotADirectoryError(f"--output_dir {arguments.output_dir}: {path} is a file")
+    _check(arguments)
     device = choose_device(arguments.device)
     model, processor = load_model(arguments)
     model.to(device)
@@ -102,6 +96,18 @@ def run(arguments: argparse.Namespace) -> None:
             best_score, best_predictions, best_metrics = score, predictions, metrics
     _save(arguments.output_dir, best_predictions, best_metrics)
     print(f"wrote {arguments.output_dir}")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise an error for flags that would fail only after the work."""
+    from ..checks import check_positive
+
+    check_positive(arguments.batch_size, "--batch_size")
+    if arguments.clip_seconds is not None:
+        check_positive(arguments.clip_seconds, "--clip_seconds")
+    for path in (arguments.output_dir, *arguments.output_dir.parents):
+        if path.is_file():
+            raise NotADirectoryError(f"--output_dir {arguments.output_dir}: {path} is a file")
 
 
 def _open_dataset(arguments: argparse.Namespace, config, processor):
