@@ -77,7 +77,7 @@ def test_any_text_can_be_drawn(tmp_path, text):
         [
             plot_timeline([text], [result], 10.0, FRAMES),
             plot_refinement(spans, scores, 10.0, None, text),
-            plot_curves({text: {1: [1, 2], 2: [3]}}, text, text[:40], text),
+            plot_curves({text[:40]: {1: [1, 2], 2: [3]}}, text[:40], text[:40], text),
         ]
     ):
         save_figure(figure, tmp_path / f"{index}.png")

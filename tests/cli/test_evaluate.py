@@ -1,6 +1,7 @@
 """`diffusionvmr evaluate`, with a tiny model and random features in the official layout."""
 
 import json
+import os
 import re
 import shutil
 
@@ -8,12 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_diffusionvmr import DiffusionVMRForMomentRetrieval, DiffusionVMRProcessor, evaluate_predictions
+from modeling_diffusionvmr import (
+    DEFAULT_MODEL,
+    DiffusionVMRForMomentRetrieval,
+    DiffusionVMRProcessor,
+    evaluate_predictions,
+)
 from modeling_diffusionvmr.cli import main
 from modeling_diffusionvmr.data import files
 from modeling_diffusionvmr.data.features import write_features
 from modeling_diffusionvmr.data.files import load_jsonl, save_jsonl
 
+CLIP = os.path.join(DEFAULT_MODEL, "clip")
 SIZES = [8, 4]
 SEED = 0  # of the weights: with some, no number of proposals finds more than another
 
@@ -246,6 +253,8 @@ def test_features_of_one_backbone_of_two(argv, error_of, folder, tmp_path, monke
         (["--model", "a/b/c"], "a/b/c: not a local folder or a valid Hub id"),
         (["--model", "{data}/val.jsonl"], "val.jsonl: a checkpoint is a folder, not a file"),
         (["--model", "{tmp}"], "{tmp}: cannot be loaded"),
+        (["--model", CLIP], "a model of type clip, not diffusionvmr"),
+        (["--num_proposals", "1000000000000000"], "not enough memory"),
         (["--output_dir", "{data}/val.jsonl"], "val.jsonl is a file"),
         (["--output_dir", "{data}/val.jsonl/below"], "val.jsonl is a file"),
         (["--num_proposals", "0"], "num_proposals"),

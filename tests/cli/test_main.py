@@ -7,6 +7,7 @@ import sys
 import warnings
 
 import pytest
+import torch
 
 from modeling_diffusionvmr.cli import main
 from modeling_diffusionvmr.cli.options import HUB_ID, load_model, run_safely
@@ -107,6 +108,8 @@ def test_module(tmp_path):
         (ImportError("needs av"), "error: needs av"),
         (OSError("first line\n   second line\n"), "error: first line second line"),
         (ValueError(), "error: ValueError"),
+        (MemoryError("8 TiB"), "error: not enough memory; use smaller sizes or batches (8 TiB)"),
+        (torch.OutOfMemoryError("CUDA"), "error: not enough memory; use smaller sizes or batches (CUDA)"),
     ],
 )
 def test_errors_are_one_line(error, line):
@@ -118,11 +121,12 @@ def test_errors_are_one_line(error, line):
     assert caught.value.code == line
 
 
-def test_faults_of_the_code_keep_their_traceback():
+@pytest.mark.parametrize("error", [KeyError("a fault"), RuntimeError("a fault"), TypeError("a fault")])
+def test_faults_of_the_code_keep_their_traceback(error):
     def run(arguments):
-        raise KeyError("a fault")
+        raise error
 
-    with pytest.raises(KeyError):
+    with pytest.raises(type(error)):
         run_safely(run, argparse.Namespace())
 
 

@@ -39,6 +39,17 @@ def run_safely(run: Callable[[argparse.Namespace], None], arguments: argparse.Na
             sys.exit(f"error: {getattr(arguments, 'model', None)}: {DAMAGED_WEIGHTS} ({error})")
         except (ValueError, OSError, ImportError, StrictDataclassError) as error:
             sys.exit(f"error: {_cause(error)}")
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            sys.exit(f"error: not enough memory; use smaller sizes or batches ({_one_line(error)})")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # PyTorch has a type of its own for a GPU, and only a message for the CPU
+    return isinstance(error, MemoryError) or any(
+        sign in f"{type(error).__name__}: {error}" for sign in ("OutOfMemoryError", "DefaultCPUAllocator")
+    )
 
 
 @contextmanager
@@ -177,7 +188,14 @@ def load_model(arguments: argparse.Namespace):
     """
     from transformers import AutoModel, AutoProcessor
 
+    from ..configuration_diffusionvmr import DiffusionVMRConfig
+
     model = resolve_model(arguments.model)
     options = {"trust_remote_code": arguments.trust_remote_code or None}
     with loading(model):
-        return AutoModel.from_pretrained(model, **options), AutoProcessor.from_pretrained(model, **options)
+        network = AutoModel.from_pretrained(model, **options)
+        if network.config.model_type != DiffusionVMRConfig.model_type:
+            raise ValueError(
+                f"{model}: a model of type {network.config.model_type}, not {DiffusionVMRConfig.model_type}"
+            )
+        return network, AutoProcessor.from_pretrained(model, **options)
