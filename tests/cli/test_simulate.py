@@ -118,7 +118,7 @@ def test_damaged_settings(tmp_path, options, error_of):
         (["{tmp}/train.jsonl", "--motion_size", "0"], "--motion_size must be a number above 0, got 0"),
         (["{tmp}/train.jsonl", "--size", "0"], "size"),
         (["{tmp}/train.jsonl", "--size", "-5"], "size"),
-        (["{tmp}/train.jsonl", "--size", "999999999"], "not enough memory"),
+        (["{tmp}/train.jsonl", "--size", "100000000000000000"], "not enough memory"),
         (["{tmp}/train.jsonl", "--clip_seconds", "nan"], "clip_seconds"),
         (["{tmp}/train.jsonl", "--clip_seconds", "0"], "clip_seconds"),
         (["{tmp}/nowhere.jsonl"], "nowhere.jsonl"),
