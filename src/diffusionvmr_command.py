@@ -12,8 +12,10 @@ import sys
 def main() -> None:
     """Run the command with the arguments of this process."""
     spec = importlib.util.find_spec("modeling_diffusionvmr")
+    assert spec is not None and spec.loader is not None  # it is installed with this module
+    execute = spec.loader.exec_module
     package = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # known, but not executed yet
 
     from modeling_diffusionvmr.cli import main
 
-    main(load_library=lambda: spec.loader.exec_module(package))
+    main(load_library=lambda: execute(package))

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_diffusionvmr.plotting import TRUE, plot_refinement, plot_timeline, save_figure
+from modeling_diffusionvmr.plotting import TRUE, plot_curves, plot_refinement, plot_timeline, save_figure
 
 QUERIES = ["a red dog", "a dog runs"]
 RESULTS = [
@@ -19,13 +19,13 @@ FRAMES = [np.full((24, 32, 3), 60 * index, np.uint8) for index in range(4)]
 
 
 def bars(axes) -> list[tuple]:
-    """(start, width) of each."""
+    """(start, width) of each bar."""
     return [(round(bar.get_x(), 3), round(bar.get_width(), 3)) for bar in axes.patches]
 
 
 def is_whole(path) -> bool:
     with Image.open(path) as picture:
-        picture.load()  # fails for a file that is cut off
+        picture.load()  # fails for a truncated file
         return picture.width > 300 and picture.height > 100 and len(np.unique(np.asarray(picture))) > 20
 
 
@@ -52,21 +52,45 @@ def test_refinement(tmp_path, truth):
     assert [axes.get_ylabel() for axes in figure.axes] == ["noise", "layer 1", "layer 2"]
     assert figure.axes[0].get_title("left") == "refined"
     shown = [bar for bar in bars(figure.axes[-1]) if bar != (10, 30) or truth is None]
-    np.testing.assert_allclose(shown, [(10, 30), (25, 50)][-len(shown) :], atol=0.3)  # the better one on top
+    np.testing.assert_allclose(shown, [(10, 30), (25, 50)][-len(shown) :], atol=0.3)  # the best one on top
     np.testing.assert_allclose(bars(figure.axes[0])[-2:], [(0, 30), (40, 20)], atol=0.3)  # clamped to the video
     better, worse = (bar.get_facecolor() for bar in figure.axes[-1].patches[-2:])
-    assert better != worse  # colours tell scores
+    assert better != worse  # colors show scores
     bands = [patch for patch in figure.axes[0].patches if patch.get_facecolor()[:3] == pytest.approx(rgb(TRUE))]
     assert len(bands) == (1 if truth else 0)
     save_figure(figure, str(tmp_path / "refinement.png"))
     assert is_whole(tmp_path / "refinement.png")
 
 
-def rgb(colour: str) -> tuple:
-    return tuple(int(colour[index : index + 2], 16) / 255 for index in (1, 3, 5))
+def rgb(color: str) -> tuple:
+    return tuple(int(color[index : index + 2], 16) / 255 for index in (1, 3, 5))
 
 
-def test_a_picture_that_fails_leaves_the_old_one(tmp_path):
+@pytest.mark.parametrize(
+    "text", ["from $5 to $10", "$x_{$", r"sign: \frac $\frac$", "犬 \x1b \x00 ^_{", "\ud800", "a" * 500]
+)
+@pytest.mark.filterwarnings("ignore:Glyph")  # of characters that the default font lacks
+def test_any_text_can_be_drawn(tmp_path, text):
+    result = {"moments": [], "saliency": [0.1] * 5, "clip_seconds": 2.0}
+    spans, scores = torch.full((2, 1, 2), 0.5), torch.tensor([0.5])
+    for index, figure in enumerate(
+        [
+            plot_timeline([text], [result], 10.0, FRAMES),
+            plot_refinement(spans, scores, 10.0, None, text),
+            plot_curves({text[:40]: {1: [1, 2], 2: [3]}}, text[:40], text[:40], text),
+        ]
+    ):
+        save_figure(figure, tmp_path / f"{index}.png")
+        assert is_whole(tmp_path / f"{index}.png")
+
+
+def test_unknown_format(tmp_path):
+    with pytest.raises(ValueError, match="doc"):
+        save_figure(plot_timeline(QUERIES, RESULTS, 10.0, FRAMES), tmp_path / "timeline.doc")
+    assert not list(tmp_path.iterdir())
+
+
+def test_failed_write_keeps_the_old_picture(tmp_path):
     path = tmp_path / "timeline.png"
     path.write_bytes(b"old")
     figure = plot_timeline(QUERIES, RESULTS, 10.0, FRAMES)
@@ -80,4 +104,4 @@ def test_a_picture_that_fails_leaves_the_old_one(tmp_path):
     with pytest.raises(OSError, match="disk is full"):
         save_figure(figure, path)
     assert path.read_bytes() == b"old"
-    assert [other.name for other in tmp_path.iterdir()] == ["timeline.png"]  # nothing half written is left
+    assert [other.name for other in tmp_path.iterdir()] == ["timeline.png"]  # no partial file is left

@@ -1,10 +1,9 @@
-"""`scripts/extract_features.py` and `extraction.py`, on rendered videos and with the embedded CLIP."""
+"""`diffusionvmr extract` and `data/extraction.py`, on rendered videos and with the embedded CLIP."""
 
 import json
 import os
+import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,18 +18,19 @@ from modeling_diffusionvmr import (
     open_features,
     predict_moments,
 )
+from modeling_diffusionvmr.cli import main
+from modeling_diffusionvmr.data.extraction import find_videos
 from modeling_diffusionvmr.data.features import METADATA_FILE, TEXT_KEY, VIDEO_KEY
 from modeling_diffusionvmr.data.files import save_jsonl
 from modeling_diffusionvmr.synthetic.rendered_world import annotation_rows, plan_video, write_video
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 CLIP = os.path.join(DEFAULT_MODEL, "clip")
 SEEDS = (66_000_056, 66_000_006)  # short videos, about 30 s
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder of rendered videos, and the file and the rows of their annotations. Nothing may write there."""
+    """A folder of rendered videos, and the file and the rows of their annotations. Tests must not change it."""
     folder = tmp_path_factory.mktemp("world")
     plans = [plan_video(seed) for seed in SEEDS]
     (folder / "videos").mkdir()
@@ -44,17 +44,30 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture
-def extract(monkeypatch, tmp_path):
-    """Runs the command in this process, with the embedded CLIP, into the folder that it returns."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import extract_features as script
+def argv(tmp_path):
+    """The arguments of a command that uses the embedded CLIP and writes to `tmp_path / "output"`."""
 
-    def run(*arguments, backbone=CLIP) -> Path:
-        output = tmp_path / "output"
-        script.main(script.parse_arguments([str(output), "--backbone", backbone, *map(str, arguments)]))
-        return output
+    def make(*arguments, backbone=CLIP) -> list[str]:
+        return ["extract", str(tmp_path / "output"), "--backbone", str(backbone), *map(str, arguments)]
+
+    return make
+
+
+@pytest.fixture
+def extract(argv, tmp_path):
+    """Run the command; return its output folder."""
+
+    def run(*arguments, **options) -> Path:
+        main(argv(*arguments, **options))
+        return tmp_path / "output"
 
     return run
+
+
+@pytest.fixture
+def extract_error(argv, error_of):
+    """Run a command that must fail; return its error."""
+    return lambda *arguments, **options: error_of(*argv(*arguments, **options))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +76,7 @@ def retrieve():
 
 
 def copied(world, folder: Path) -> Path:
-    """The videos in a folder that a test may change."""
+    """A copy of the videos that a test may change."""
     return Path(shutil.copytree(world.videos, folder))
 
 
@@ -94,8 +107,8 @@ def test_features_are_those_of_the_pipeline(world, extract, retrieve, monkeypatc
             np.testing.assert_allclose(file[key], array, rtol=np.finfo(dtype).eps, atol=1e-5)
 
 
-def test_the_whole_road(world, extract, retrieve):
-    """Files of features lead to the moments that the pipeline finds in the videos."""
+def test_moments_are_those_of_the_pipeline(world, extract, retrieve):
+    """The written features lead to the moments that the pipeline finds in the videos."""
     output = extract("--videos", world.videos, "--annotations", world.annotations, "--dtype", "float32")
     video_features = open_features(output / "clip")
     dataset = MomentRetrievalDataset(
@@ -111,7 +124,7 @@ def test_the_whole_road(world, extract, retrieve):
         np.testing.assert_allclose(prediction["pred_relevant_windows"], windows, atol=1e-3)
 
 
-def test_what_is_said_beside_the_features(world, extract):
+def test_metadata_beside_the_features(world, extract):
     output = extract(
         "--videos", world.videos, "--annotations", world.annotations, "--clip_seconds", 1, "--name", "tiny"
     )
@@ -141,53 +154,51 @@ def test_videos_alone_and_sentences_alone(world, extract, capsys):
 
 def test_only_annotated_videos(world, extract, tmp_path, capsys):
     videos = copied(world, tmp_path / "videos")
-    (videos / "not_annotated.mp4").write_bytes(b"broken, and nobody asks for it")
+    (videos / "not_annotated.mp4").write_bytes(b"damaged, and nobody asks for it")
     (videos / "notes.txt").touch()
     (videos / ".hidden.mp4").touch()
     output = extract("--videos", videos, "--annotations", world.annotations)
     assert sorted(open_features(output / "clip")) == sorted(world.vids)
-    assert f"{videos}: taken for no videos, by their names: notes.txt" in capsys.readouterr().err
+    assert f"{videos}: ignored (not video files): notes.txt" in capsys.readouterr().err
 
 
-def test_annotated_videos_that_are_missing(world, extract, tmp_path, capsys):
+def test_annotated_videos_that_are_missing(world, extract, extract_error, tmp_path, capsys):
     videos = copied(world, tmp_path / "videos")
     (videos / f"{world.vids[0]}.mp4").unlink()
     arguments = ("--videos", videos, "--annotations", world.annotations)
-    with pytest.raises(ValueError, match=f"1 of the 2 annotated videos are not there: {world.vids[0]}$"):
-        extract(*arguments)
+    assert extract_error(*arguments).endswith(f"1 of 2 annotated videos are missing: {world.vids[0]}")
     output = extract(*arguments, "--skip_invalid")
     assert list(open_features(output / "clip")) == world.vids[1:]
     said = capsys.readouterr()
     assert f"{output / 'clip'}: 1 of 2 videos" in said.out
-    assert f"skipped 1 of 2 videos:\n  {world.vids[0]}: there is no such file in {videos}\n" in said.err
+    assert f"skipped 1 of 2 videos:\n  {world.vids[0]}: no such file in {videos}\n" in said.err
 
 
-def test_broken_video(world, extract, tmp_path, capsys):
+def test_damaged_video(world, extract, extract_error, tmp_path, capsys):
     videos = copied(world, tmp_path / "videos")
-    broken = videos / f"{world.vids[0]}.mp4"
-    with open(broken, "r+b") as file:
-        file.truncate(broken.stat().st_size // 2)
-    with pytest.raises(ValueError, match=f"^{broken}: "):
-        extract("--videos", videos)
+    damaged = videos / f"{world.vids[0]}.mp4"
+    with open(damaged, "r+b") as file:
+        file.truncate(damaged.stat().st_size // 2)
+    assert extract_error("--videos", videos).startswith(f"error: {damaged}: ")
     output = extract("--videos", videos, "--skip_invalid")
     assert list(open_features(output / "clip")) == world.vids[1:]
-    assert f"skipped 1 of 2 videos:\n  {world.vids[0]}: {broken}: " in capsys.readouterr().err
-    shutil.copy(world.videos / broken.name, broken)
+    assert f"skipped 1 of 2 videos:\n  {world.vids[0]}: {damaged}: " in capsys.readouterr().err
+    shutil.copy(world.videos / damaged.name, damaged)
     extract("--videos", videos)
     assert sorted(open_features(output / "clip")) == sorted(world.vids)
 
 
-def test_two_files_of_one_video(world, extract, tmp_path):
+def test_two_files_of_one_video(world, extract_error, tmp_path):
     videos = copied(world, tmp_path / "videos")
     shutil.copy(videos / f"{world.vids[0]}.mp4", videos / f"{world.vids[0]}.MKV")
-    with pytest.raises(ValueError, match=f"both {world.vids[0]}.MKV and {world.vids[0]}.mp4 would be the video"):
-        extract("--videos", videos, "--skip_invalid")
+    error = extract_error("--videos", videos, "--skip_invalid")
+    assert f"{world.vids[0]}.MKV and {world.vids[0]}.mp4 are both video {world.vids[0]}" in error
 
 
-# A run that is continued
+# Resuming
 
 
-def test_what_is_there_is_kept(world, extract):
+def test_finished_files_are_skipped(world, extract):
     arguments = ("--videos", world.videos, "--annotations", world.annotations)
     output = extract(*arguments)
     clip, text = output / "clip", output / "clip_text"
@@ -204,24 +215,22 @@ def test_what_is_there_is_kept(world, extract):
     open_features(text)[world.rows[0]["qid"]]
 
 
-def test_features_of_another_making(world, extract):
+def test_features_made_with_other_settings(world, extract, extract_error):
     arguments = ("--annotations", world.annotations)
     output = extract("--videos", world.videos, *arguments, backbone=CLIP + os.sep)
-    with pytest.raises(ValueError, match=r"clip: holds features of clip_seconds 2\.0, these would be of 1\.0;"):
-        extract("--videos", world.videos, "--clip_seconds", 1)
-    with pytest.raises(ValueError, match="clip_text: holds features of dtype 'float16', these would be of 'float32'"):
-        extract(*arguments, "--dtype", "float32")
+    error = extract_error("--videos", world.videos, "--clip_seconds", 1)
+    assert "clip: holds features with clip_seconds 2.0, not 1.0;" in error
+    error = extract_error(*arguments, "--dtype", "float32")
+    assert "clip_text: holds features with dtype 'float16', not 'float32'" in error
     extract(*arguments, "--clip_seconds", 1)  # sentences have none
     metadata = output / "clip_text" / METADATA_FILE
     metadata.write_text("no JSON")
-    with pytest.raises(ValueError, match=METADATA_FILE):
-        extract(*arguments)
+    assert METADATA_FILE in extract_error(*arguments)
     metadata.unlink()
-    with pytest.raises(ValueError, match=f"clip_text: holds features without a {METADATA_FILE}"):
-        extract(*arguments)
+    assert f"clip_text: holds features, but no {METADATA_FILE}" in extract_error(*arguments)
 
 
-# What cannot be done
+# Bad input
 
 
 @pytest.mark.parametrize(
@@ -229,38 +238,90 @@ def test_features_of_another_making(world, extract):
     [
         ([], "nothing to extract: give --videos, --annotations, or both"),
         (["--videos", "absent"], "absent"),
+        (["--videos", "file.txt"], "file.txt"),
         (["--annotations", "absent.jsonl"], "absent.jsonl"),
-        (["--videos", SCRIPTS], "there are no videos; their names end in one of .avi"),
-        (["--videos", ".", "--clip_seconds", "nan"], "--clip_seconds must be a positive number, got nan"),
-        (["--videos", ".", "--batch_size", 0], "--batch_size must be at least 1, got 0"),
+        (["--videos", "."], "no videos (files that end in .avi"),
+        (["--videos", ".", "--clip_seconds", "nan"], "--clip_seconds must be a number above 0, got nan"),
+        (["--videos", ".", "--clip_seconds", "-1"], "--clip_seconds must be a number above 0, got -1.0"),
+        (["--videos", ".", "--batch_size", 0], "--batch_size must be a number above 0, got 0"),
+        (["--videos", ".", "--name", "../outside"], "--name must be the name of a folder, got '../outside'"),
+        (["--videos", ".", "--name", ""], "--name must be the name of a folder, got ''"),
     ],
 )
-def test_arguments_that_are_wrong(extract, tmp_path, arguments, message):
-    with pytest.raises((ValueError, OSError), match=message):
-        extract(*arguments)
+def test_bad_arguments(extract_error, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.txt").touch()
+    assert message in extract_error(*arguments)
     assert not (tmp_path / "output").exists()
 
 
-def test_device_that_is_not_there(world, extract):
-    with pytest.raises(ValueError, match="--device nonsense cannot be used"):
-        extract("--annotations", world.annotations, "--device", "nonsense")
+def test_output_that_is_a_file(world, extract_error, tmp_path):
+    (tmp_path / "output").touch()
+    assert "output" in extract_error("--annotations", world.annotations)
+    assert (tmp_path / "output").is_file()
 
 
-def test_backbones_that_cannot_be_loaded(world, extract, tmp_path):
-    with pytest.raises(ValueError, match="its type is diffusionvmr; backbones are of clip"):
-        extract("--annotations", world.annotations, backbone=DEFAULT_MODEL)
-    shutil.copytree(CLIP, tmp_path / "clip")
-    with open(tmp_path / "clip" / "model.safetensors", "r+b") as file:
+def test_unknown_device(world, extract_error):
+    error = extract_error("--annotations", world.annotations, "--device", "nonsense")
+    assert "--device nonsense cannot be used" in error
+
+
+@pytest.mark.parametrize(
+    "backbone, message",
+    [
+        (DEFAULT_MODEL, "type diffusionvmr is not supported as a backbone"),
+        ("/absent", "/absent: not a local folder or a valid Hub id"),
+        ("a/b/c", "a/b/c: not a local folder or a valid Hub id"),
+        (__file__, f"{__file__}: a checkpoint is a folder, not a file"),
+        ("absent", "absent: "),
+    ],
+)
+def test_not_a_backbone(world, extract_error, backbone, message):
+    assert message in extract_error("--annotations", world.annotations, backbone=backbone)
+
+
+def cut_off(folder):
+    with open(folder / "model.safetensors", "r+b") as file:
         file.truncate(1000)
-    with pytest.raises(ValueError, match="clip: its weights are broken or cut off"):
-        extract("--annotations", world.annotations, backbone=str(tmp_path / "clip"))
 
 
-def test_a_person_sees_one_line(tmp_path):
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (cut_off, "clip: weights are damaged or cut off"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json: must be a JSON object"),
+        (lambda folder: (folder / "preprocessor_config.json").write_text("[]"), "preprocessor_config.json: must be a"),
+    ],
+    ids="cut_off list_config list_preprocessor".split(),
+)
+def test_damaged_backbone(world, extract_error, tmp_path, damage, message):
+    shutil.copytree(CLIP, tmp_path / "clip")
+    damage(tmp_path / "clip")
+    assert message in extract_error("--annotations", world.annotations, backbone=tmp_path / "clip")
+
+
+def test_sentence_that_cannot_be_encoded(world, extract, extract_error, tmp_path, capsys):
+    rows = [world.rows[0], {**world.rows[1], "query": "a red \ud800 circle"}]
+    save_jsonl(rows, tmp_path / "rows.jsonl")
+    error = extract_error("--annotations", tmp_path / "rows.jsonl")
+    assert re.search(r"rows\.jsonl, line 2: .*query.*UTF-8.*ud800", error)
+    output = extract("--annotations", tmp_path / "rows.jsonl", "--skip_invalid")
+    assert list(open_features(output / "clip_text")) == [str(rows[0]["qid"])]
+    said = capsys.readouterr().err
+    assert "line 2" in said and "ud800" in said
+
+
+def test_file_that_is_not_a_video(extract_error, tmp_path):
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "text.mp4").write_bytes(b"no video")
-    command = [sys.executable, SCRIPTS / "extract_features.py", "output", "--videos", "videos", "--backbone", CLIP]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    last = result.stderr.splitlines()[-1]
-    assert result.returncode == 1 and last.startswith(f"error: {Path('videos') / 'text.mp4'}: ")
-    assert "Traceback" not in result.stderr
+    error = extract_error("--videos", tmp_path / "videos")
+    assert error.startswith(f"error: {tmp_path / 'videos' / 'text.mp4'}: ")
+
+
+def test_find_videos(tmp_path):
+    for name in ("b.mp4", "a.MKV", "notes.txt", ".hidden.mp4"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.mp4").mkdir()
+    videos, others = find_videos(tmp_path)
+    assert list(videos.items()) == [("a", tmp_path / "a.MKV"), ("b", tmp_path / "b.mp4")]
+    assert others == ["folder.mp4", "notes.txt"]

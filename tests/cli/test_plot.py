@@ -1,11 +1,6 @@
-"""Predictions beside the truth: the picture, and the command that makes it."""
+"""`diffusionvmr plot`, and the figure that it draws: predictions beside the truth."""
 
 import json
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import matplotlib.colors
 import numpy as np
@@ -13,10 +8,10 @@ import pytest
 from matplotlib.patches import Rectangle, StepPatch
 from PIL import Image
 
+from modeling_diffusionvmr.cli import main
 from modeling_diffusionvmr.data.files import save_jsonl
-from modeling_diffusionvmr.plotting import SOURCES, TRUE, plot_predictions, prediction_panels, save_figure
+from modeling_diffusionvmr.plotting import SOURCES, TOP_K, TRUE, plot_predictions, prediction_panels, save_figure
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "plot_predictions.py"
 ROW = {
     "qid": 7,
     "query": "a red dog",
@@ -37,7 +32,7 @@ THEIRS = {**OURS, "qid": "7", "pred_relevant_windows": [[0, 10, 17.5]], "pred_sa
 
 
 def bars(axes, color) -> list[tuple]:
-    """(start, end, opacity) of each bar of this colour, from top to bottom."""
+    """(start, end, opacity) of each bar of this color, from top to bottom."""
     shown = [bar for bar in axes.patches if isinstance(bar, Rectangle)]
     shown = [bar for bar in shown if bar.get_facecolor()[:3] == matplotlib.colors.to_rgb(color)]
     shown.sort(key=lambda bar: -bar.get_y())
@@ -45,7 +40,7 @@ def bars(axes, color) -> list[tuple]:
 
 
 def lanes(axes) -> dict[str, str]:
-    """What stands on the left, from top to bottom, and its colour."""
+    """The labels on the left, from top to bottom, with their colors."""
     labels = sorted(axes.get_yticklabels(), key=lambda label: -label.get_position()[1])
     return {label.get_text(): label.get_color() for label in labels}
 
@@ -59,12 +54,12 @@ def test_predictions_beside_the_truth(tmp_path):
     (axes,) = figure.axes
     assert lanes(axes) == {"saliency": "black", "truth": TRUE, "ours": SOURCES[0], "theirs": SOURCES[1]}
     assert [bar[:2] for bar in bars(axes, TRUE)] == [(0, 2), (6, 10)]
-    # The two best by score, of which the better one is stronger; a score that is no probability is as strong as one
+    # The two best by score; the better one is stronger. A score above 1 is as strong as 1
     best, second = bars(axes, SOURCES[0])
     assert best[:2] == (6.5, 10) and second[:2] == (1, 3) and best[2] > second[2]
     assert bars(axes, SOURCES[1]) == [(0, 10, pytest.approx(0.9))]
     assert [text.get_text() for text in axes.texts] == ["0.90", "0.20", "17.50"]
-    ((times, heights),) = curves(axes)  # the other one has none
+    ((times, heights),) = curves(axes)  # the other source has none
     assert times == [1, 3, 5, 7, 9] and heights == [0, 0.25, 0.25, 1, 0.5]
     (people,) = (patch for patch in axes.patches if isinstance(patch, StepPatch))
     np.testing.assert_allclose(people.get_data().values, [1, 0, 0, 0.5, 0.25])
@@ -86,7 +81,7 @@ def test_edges_of_the_truth_reach_down_to_the_predictions():
     assert all(min(line.get_ydata()) <= lowest for line in edges)
 
 
-def test_what_is_not_known_is_not_drawn():
+def test_unknown_values_are_not_drawn():
     bare = {name: ROW[name] for name in ("qid", "query", "vid", "duration")}
     (axes,) = plot_predictions(bare, {"theirs": THEIRS}).axes
     assert lanes(axes) == {"theirs": SOURCES[0]}
@@ -98,13 +93,13 @@ def test_what_is_not_known_is_not_drawn():
     assert lanes(axes) == {"nothing": SOURCES[0]} and not axes.texts
 
 
-def test_more_sources_than_colours():
+def test_more_sources_than_colors():
     names = [f"source {index}" for index in range(len(SOURCES) + 1)]
     (axes,) = plot_predictions(ROW, dict.fromkeys(names, OURS)).axes
     assert list(lanes(axes))[2:] == names
 
 
-def test_panels_of_one_picture():
+def test_panels_of_one_figure():
     panels = prediction_panels(2, 1)
     figures = {plot_predictions(ROW, {"ours": OURS}, axes=axes) for axes in panels}
     assert figures == {panels[0].figure} and panels[0].figure.axes == panels
@@ -114,13 +109,13 @@ def test_panels_of_one_picture():
 @pytest.mark.parametrize(
     "row, prediction, options, message",
     [
-        ({}, {"qid": 8}, {}, "ours: the prediction is of qid 8, the row of qid 7"),
+        ({}, {"qid": 8}, {}, "ours: the prediction has qid 8, the row has qid 7"),
         ({}, {"pred_relevant_windows": [[1, 2]]}, {}, r"ours: qid 7: .* \[start, end, score\]"),
         ({}, {"pred_relevant_windows": [[3, 2, 1]]}, {}, "ours: qid 7: a predicted window ends before it starts"),
         ({}, {"pred_saliency_scores": ["x"]}, {}, "ours: qid 7: `pred_saliency_scores` must be a list of numbers"),
         ({"relevant_clip_ids": [9, 0, 1]}, {}, {}, "`relevant_clip_ids` must be whole numbers from 0 to 4, got 9"),
-        ({}, {}, {"top_k": 0}, "`top_k` must be above 0, got 0"),
-        ({}, {}, {"clip_seconds": float("nan")}, "`clip_seconds` must be above 0, got nan"),
+        ({}, {}, {"top_k": 0}, "top_k must be a number above 0, got 0"),
+        ({}, {}, {"clip_seconds": float("nan")}, "clip_seconds must be a number above 0, got nan"),
     ],
 )
 def test_refused(row, prediction, options, message):
@@ -128,63 +123,90 @@ def test_refused(row, prediction, options, message):
         plot_predictions({**ROW, **row}, {"ours": {**OURS, **prediction}}, **options)
 
 
-def run(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, SCRIPT, "--annotations", "truth.jsonl", "--output", "out.png", *arguments]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+def test_prediction_that_is_not_a_dict():
+    with pytest.raises(ValueError, match=r"ours: a prediction must be a dict, got \[7\]"):
+        plot_predictions(ROW, {"ours": [7]})
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     save_jsonl([ROW, {**ROW, "qid": "b"}, {**ROW, "qid": 9}], tmp_path / "truth.jsonl")
     save_jsonl([OURS, {**OURS, "qid": "b"}], tmp_path / "ours.jsonl")
     save_jsonl([{**THEIRS, "qid": "b"}, THEIRS], tmp_path / "theirs.jsonl")
     return tmp_path
 
 
-def test_command(folder):
+def argv(*arguments) -> list[str]:
+    return ["plot", "--annotations", "truth.jsonl", "--output", "out.png", *arguments]
+
+
+def test_command(folder, capsys):
     heights = []
     for qids in (["7"], ["7", "b"]):
-        result = run("--predictions", "ours.jsonl", "theirs.jsonl", "--qid", *qids)
-        assert result.returncode == 0, result.stderr
-        assert result.stdout == "saved out.png\n"
+        main(argv("--predictions", "ours.jsonl", "theirs.jsonl", "--qid", *qids))
+        assert capsys.readouterr().out == "saved out.png\n"
         with Image.open(folder / "out.png") as picture:
             heights.append(picture.height)
-    assert heights[1] > 1.8 * heights[0]  # a panel a query
+    assert heights[1] > 1.8 * heights[0]  # one panel per query
+
+
+def test_default_of_top_k():
+    from modeling_diffusionvmr.cli import plot
+
+    assert plot.parse(argv("--predictions", "ours.jsonl", "--qid", "7")[1:]).top_k == TOP_K
+
+
+def test_any_text_of_a_user(folder):
+    text = "$5_ \\frac{ $x_{$ ^ \n to $10"
+    save_jsonl([{**ROW, "query": text, "vid": text}], folder / "truth.jsonl")
+    (folder / "ours.jsonl").rename("a $b_$.jsonl")
+    main(argv("--predictions", "a $b_$.jsonl", "theirs.jsonl", "--names", "$_{$", "\udcff", "--qid", "7"))
+    main(argv("--predictions", "a $b_$.jsonl", "--qid", "7"))
+    with Image.open(folder / "out.png") as picture:
+        assert picture.width > 800
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--predictions", "ours.jsonl", "--qid", "8"], "truth.jsonl: there is no qid 8"),
-        (["--predictions", "ours.jsonl", "--qid", "9"], "ours.jsonl: there is no qid 9"),
+        (["--predictions", "ours.jsonl", "--qid", "8"], "truth.jsonl: no qid 8"),
+        (["--predictions", "ours.jsonl", "--qid", "9"], "ours.jsonl: no qid 9"),
         (["--predictions", "absent.jsonl", "--qid", "7"], "No such file or directory: 'absent.jsonl'"),
+        (["--predictions", "folder", "--qid", "7"], "folder"),
+        (["--predictions", "ours.jsonl", "--qid", "7", "--annotations", "absent.jsonl"], "absent.jsonl"),
+        (["--predictions", "ours.jsonl", "--qid", "7", "--annotations", "folder"], "folder"),
         (["--predictions", "ours.jsonl", "theirs.jsonl", "--names", "one", "--qid", "7"], "1 names for 2 prediction"),
-        (["--predictions", "ours.jsonl", "ours.jsonl", "--qid", "7"], "called the same (ours, ours)"),
-        (["--predictions", "twice.jsonl", "--qid", "7"], "twice.jsonl: qid 7: there are two predictions"),
+        (["--predictions", "ours.jsonl", "ours.jsonl", "--qid", "7"], "must differ, got ours, ours"),
+        (["--predictions", "twice.jsonl", "--qid", "7"], "twice.jsonl: qid 7: "),
+        (["--predictions", "empty.jsonl", "--qid", "7"], "empty.jsonl: "),
         (["--predictions", "broken.jsonl", "--qid", "7"], "broken.jsonl, line 1: not JSON"),
+        (["--predictions", "list.jsonl", "--qid", "7"], "list.jsonl, line 1: must be a JSON object"),
         (["--predictions", "bad.jsonl", "--qid", "7"], "bad: qid 7: `pred_relevant_windows` must be"),
-        (["--predictions", "ours.jsonl", "--qid", "7", "--top_k", "-99"], "`top_k` must be above 0, got -99"),
+        (["--predictions", "ours.jsonl", "--qid", "7", "--top_k", "-99"], "top_k must be a number above 0, got -99"),
+        (
+            ["--predictions", "ours.jsonl", "--qid", "7", "--top_k", "999999999"],
+            "out.png: the figure exceeds",
+        ),
+        (["--predictions", "ours.jsonl", "--qid", "7", "--clip_seconds", "0"], "clip_seconds must be a number above 0"),
         (["--predictions", "ours.jsonl", "--qid", "7", "--output", "out.doc"], "doc"),
+        (["--predictions", "ours.jsonl", "--qid", "7", "--output", "ours.jsonl/out.png"], "ours.jsonl"),
+        (["--predictions", "ours.jsonl", "--qid", "7", "--output", "folder"], "folder"),
     ],
 )
-def test_bad_input(folder, arguments, message):
-    import plot_predictions as script
-
+def test_bad_input(folder, error_of, arguments, message):
     save_jsonl([OURS, THEIRS], folder / "twice.jsonl")
     save_jsonl([{**OURS, "pred_relevant_windows": None}], folder / "bad.jsonl")
     (folder / "broken.jsonl").write_text("{")
-    arguments = script.parse_arguments(["--annotations", "truth.jsonl", "--output", "out.png", *arguments])
-    with pytest.raises((ValueError, OSError), match=re.escape(message)):
-        script.main(arguments)
+    (folder / "list.jsonl").write_text("[7]")
+    (folder / "empty.jsonl").touch()
+    (folder / "folder").mkdir()
+    assert message in error_of(*argv(*arguments))
     assert not list(folder.glob("*out.*"))
 
 
-def test_bad_input_is_one_line(folder):
-    result = run("--predictions", "ours.jsonl", "--qid", "8")
-    assert result.returncode != 0 and result.stderr == "error: truth.jsonl: there is no qid 8\n"
+def test_bad_input_is_one_line(folder, error_of):
+    assert error_of(*argv("--predictions", "ours.jsonl", "--qid", "8")) == "error: truth.jsonl: no qid 8"
 
 
 def test_official_predictions(shared, tmp_path):

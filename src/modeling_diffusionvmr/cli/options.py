@@ -40,6 +40,17 @@ def run_safely(run: Callable[[argparse.Namespace], None], arguments: argparse.Na
             sys.exit(f"error: {getattr(arguments, 'model', None)}: {DAMAGED_WEIGHTS} ({error})")
         except (ValueError, OSError, ImportError, StrictDataclassError) as error:
             sys.exit(f"error: {_cause(error)}")
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            sys.exit(f"error: not enough memory; use smaller sizes or batches ({_one_line(error)})")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # PyTorch has a type of its own for a GPU, and only a message for the CPU
+    return isinstance(error, MemoryError) or any(
+        sign in f"{type(error).__name__}: {error}" for sign in ("OutOfMemoryError", "DefaultCPUAllocator")
+    )
 
 
 @contextmanager
@@ -65,12 +76,12 @@ def loading(checkpoint: str) -> Iterator[None]:
 
 def _unusable_json(checkpoint: str) -> str | None:
     """
-    What is wrong with a JSON file in a checkpoint folder or in the folders of its backbones: each must hold an object.
-    `None` if nothing is.
+    What is wrong with a configuration file in a checkpoint folder or in the folders of its backbones: each must be a
+    JSON object. `None` if nothing is.
     """
     from ..data.files import parse_json_object
 
-    for path in sorted([*Path(checkpoint).glob("*.json"), *Path(checkpoint).glob("*/*.json")]):
+    for path in sorted([*Path(checkpoint).glob("*config.json"), *Path(checkpoint).glob("*/*config.json")]):
         try:
             parse_json_object(path.read_bytes())
         except (ValueError, OSError) as error:
@@ -82,8 +93,7 @@ def _cause(error: BaseException) -> str:
     """The message of an error. A `StrictDataclassError` only names a validator; its cause says what is wrong."""
     from huggingface_hub.errors import StrictDataclassError
 
-    is_strict = isinstance(error, StrictDataclassError) and error.__cause__ is not None
-    return _one_line(error.__cause__ if is_strict else error)
+    return _one_line((isinstance(error, StrictDataclassError) and error.__cause__) or error)
 
 
 def _one_line(error: BaseException) -> str:
@@ -179,7 +189,14 @@ def load_model(arguments: argparse.Namespace):
     """
     from transformers import AutoModel, AutoProcessor
 
+    from ..configuration_diffusionvmr import DiffusionVMRConfig
+
     model = resolve_model(arguments.model)
     options = {"trust_remote_code": arguments.trust_remote_code or None}
     with loading(model):
-        return AutoModel.from_pretrained(model, **options), AutoProcessor.from_pretrained(model, **options)
+        network = AutoModel.from_pretrained(model, **options)
+        if network.config.model_type != DiffusionVMRConfig.model_type:
+            raise ValueError(
+                f"{model}: a model of type {network.config.model_type}, not {DiffusionVMRConfig.model_type}"
+            )
+        return network, AutoProcessor.from_pretrained(model, **options)

@@ -1,8 +1,7 @@
-"""Videos and sentences -> feature files in the official layout, by one frozen backbone."""
+"""Encode videos and sentences with one frozen backbone, and write feature files in the official layout."""
 
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ from tqdm.auto import tqdm
 from ..backbones import ClipBackbone
 from ..video import open_video
 from .features import METADATA_FILE, TEXT_KEY, VIDEO_KEY, VIDEO_SUFFIXES, open_features, write_features
-from .files import atomic_write
+from .files import parse_json_object, save_json
 
-# Of the files that count as videos, since a folder of videos often holds other files, too
+# A folder of videos often holds other files too. These suffixes tell them apart
 VIDEO_FILE_SUFFIXES = (*VIDEO_SUFFIXES, ".3gp", ".flv", ".m4v", ".mpeg", ".mpg", ".ogv", ".ts", ".wmv")
 
 
@@ -27,20 +26,21 @@ def extract_video(
     dtype: str = "float32",
 ) -> Path:
     """
-    Writes the features (clips, size) of one video, of the frames that the pipeline takes.
+    Write the features (clips, size) of one video, computed from the same frames that the pipeline sees.
 
     Args:
-        video: what `open_video` reads.
+        backbone: encodes the frames.
+        video: anything that `open_video` reads.
         folder, vid: the file is `folder/{vid}.npz`.
-        clip_seconds: length of a clip.
-        batch_size: frames at once.
-        dtype: NumPy's name of the type that is written.
+        clip_seconds: length of a clip in seconds.
+        batch_size: frames per batch.
+        dtype: NumPy's name of the type to write.
 
     Returns:
-        The path of the file, which is there whole, or not at all.
+        The path of the file. It is written atomically.
 
     Raises:
-        FileNotFoundError, ValueError: for what is no video, or a broken one; it is named.
+        FileNotFoundError, ValueError: for a file that is missing, damaged or not a video; names the file.
     """
     clips = backbone.encode_video(open_video(video, clip_seconds), batch_size)
     return write_features(folder, vid, clips.astype(dtype), VIDEO_KEY)
@@ -50,10 +50,10 @@ def extract_sentence(
     backbone: ClipBackbone, sentence: str, folder: str | os.PathLike, qid: int | str, dtype: str = "float32"
 ) -> Path:
     """
-    Writes the features (tokens, size) of all tokens of one sentence to `folder/qid{qid}.npz`, see `extract_video`.
+    Write the features (tokens, size) of one sentence to `folder/qid{qid}.npz`. See `extract_video`.
 
     Raises:
-        ValueError: for an empty sentence.
+        ValueError: for a sentence that `check_sentence` refuses.
     """
     (tokens,) = backbone.encode_text([sentence])
     return write_features(folder, qid, tokens.astype(dtype), TEXT_KEY)
@@ -61,27 +61,28 @@ def extract_sentence(
 
 def find_videos(folder: str | os.PathLike) -> tuple[dict[str, Path], list[str]]:
     """
-    The video files that lie in a folder, by their `vid`: the name of the file without its extension.
+    Find the video files in a folder by their `vid`, the file name without its extension.
 
     Returns:
-        The files in the order of their `vid`, and the names of whatever else lies there (but for hidden files).
+        The files in the order of their `vid`, and the names of all other entries except hidden ones.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: when there is no such folder.
-        ValueError: for two files of one `vid`, which it names, and where there are no videos.
+        FileNotFoundError, NotADirectoryError: if there is no such folder.
+        ValueError: for two files of the same `vid`, and for a folder without videos.
     """
-    videos, others = {}, []
+    videos: dict[str, Path] = {}
+    others = []
     for path in sorted(Path(folder).iterdir()):
         if path.name.startswith("."):
             continue
         if path.suffix.lower() not in VIDEO_FILE_SUFFIXES or not path.is_file():
             others.append(path.name)
         elif path.stem in videos:
-            raise ValueError(f"{folder}: both {videos[path.stem].name} and {path.name} would be the video {path.stem}")
+            raise ValueError(f"{folder}: {videos[path.stem].name} and {path.name} are both video {path.stem}")
         else:
             videos[path.stem] = path
     if not videos:
-        raise ValueError(f"{folder}: there are no videos; their names end in one of {', '.join(VIDEO_FILE_SUFFIXES)}")
+        raise ValueError(f"{folder}: no videos (files that end in {', '.join(VIDEO_FILE_SUFFIXES)})")
     return dict(sorted(videos.items())), others
 
 
@@ -96,23 +97,23 @@ def extract_videos(
     skip_invalid: bool = False,
 ) -> dict[str, str]:
     """
-    Writes the features of videos, with a progress bar. Those that the folder holds already, and that can be read, are
-    left as they are, so that a run that was stopped can be continued.
+    Write the features of many videos, with a progress bar. Skip videos whose features are there and can be read, so
+    that an interrupted run can be resumed.
 
     Args:
-        name: of the backbone, its Hub id or folder. It is kept in the folder's `features.json`, with `clip_seconds` and
+        name: the backbone's Hub id or folder. It is saved in the folder's `features.json`, with `clip_seconds` and
             `dtype`.
         videos: files by `vid`.
-        skip_invalid: whether to go on where a video is broken or missing.
+        skip_invalid: skip a video that is damaged or missing, instead of raising.
         backbone, folder, clip_seconds, batch_size, dtype: see `extract_video`.
 
     Returns:
-        Why videos were skipped, by `vid`.
+        The reason for each skipped video, by `vid`.
 
     Raises:
-        FileNotFoundError, ValueError: for a video that is broken or missing.
-        ValueError: when the folder holds features of another making, or of an unknown one, which nobody could tell
-            from these.
+        FileNotFoundError, ValueError: for a video that is damaged or missing.
+        ValueError: if the folder holds features made with another backbone, `clip_seconds` or `dtype`, or if it does
+            not say what they were made with.
     """
 
     def extract(vid, video):
@@ -130,7 +131,7 @@ def extract_sentences(
     dtype: str = "float32",
     skip_invalid: bool = False,
 ) -> dict[int | str, str]:
-    """As `extract_videos`, for sentences by `qid`."""
+    """Write the features of many sentences, given by `qid`. See `extract_videos`."""
 
     def extract(qid, sentence):
         extract_sentence(backbone, sentence, folder, qid, dtype)
@@ -139,7 +140,14 @@ def extract_sentences(
     return _extract_missing(sentences, extract, Path(folder), made_with, skip_invalid, "encoding sentences")
 
 
-def _extract_missing(items, extract, folder, made_with, skip_invalid, description):
+def _extract_missing(
+    items: Mapping[Any, Any],
+    extract: Callable[[Any, Any], None],
+    folder: Path,
+    made_with: Mapping[str, Any],
+    skip_invalid: bool,
+    description: str,
+) -> dict[Any, str]:
     present = _open_output(folder, made_with)
     skipped = {}
     for identifier, item in tqdm(items.items(), desc=description):
@@ -147,7 +155,7 @@ def _extract_missing(items, extract, folder, made_with, skip_invalid, descriptio
             continue
         try:
             extract(identifier, item)
-        except (ValueError, FileNotFoundError) as error:  # another OSError is of the output, and of all that follow
+        except (ValueError, FileNotFoundError) as error:  # any other OSError concerns the output, thus all items
             if not skip_invalid:
                 raise
             skipped[identifier] = str(error)
@@ -155,20 +163,19 @@ def _extract_missing(items, extract, folder, made_with, skip_invalid, descriptio
 
 
 def _open_output(folder: Path, made_with: Mapping[str, Any]) -> Mapping:
-    """The features that a folder holds already, after a check that they are of this making."""
+    """Return the features that are in a folder already. Raise `ValueError` if they were made with something else."""
     path = folder / METADATA_FILE
-    if not any(folder.glob("[!.]*.npz")):  # a file that is not finished is hidden
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(made_with) + "\n", encoding="utf-8")
+    if not any(folder.glob("[!.]*.npz")):  # temporary files are hidden
+        save_json(made_with, path, indent=None)
         return {}
     if not path.exists():
-        raise ValueError(f"{folder}: holds features without a {METADATA_FILE} that says how they were made")
+        raise ValueError(f"{folder}: holds features, but no {METADATA_FILE} that says what they were made with")
     features = open_features(folder)
-    found = json.loads(path.read_bytes())
+    found = parse_json_object(path.read_bytes())
     for key, value in made_with.items():
         if found.get(key) != value:
             raise ValueError(
-                f"{folder}: holds features of {key} {found.get(key)!r}, these would be of {value!r}; use another"
+                f"{folder}: holds features with {key} {found.get(key)!r}, not {value!r}; choose another folder"
             )
     return features
 

@@ -24,10 +24,10 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def save_json(content: Any, path: str | os.PathLike) -> None:
-    """Write indented JSON, atomically."""
+def save_json(content: Any, path: str | os.PathLike, indent: int | None = 2) -> None:
+    """Write JSON, atomically: indented, or in one line with `indent=None`."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
 def save_jsonl(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike) -> None:

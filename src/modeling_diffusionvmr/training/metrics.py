@@ -67,6 +67,34 @@ def evaluate_predictions(
     return {"brief": brief, **dict(sorted(scores.items())), "extra": extra}
 
 
+def scorable(
+    predictions: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]], str | None]:
+    """
+    Select what `evaluate_predictions` can score: the rows with windows, and the predictions for them.
+
+    Args:
+        predictions: dicts with `qid`, in any order.
+        rows: from `load_annotations`. `relevant_windows: []` means that the query is not in the video, a missing field
+            that the row is unlabeled.
+
+    Returns:
+        Predictions, rows, and one message that counts the rows that are not scored, or `None` if there are none. Both
+        lists may be empty, which `evaluate_predictions` rejects.
+    """
+    without_windows = [row for row in rows if not row.get("relevant_windows")]
+    if not without_windows:
+        return list(predictions), list(rows), None
+    absent = sum(row.get("relevant_windows") is not None for row in without_windows)
+    message = (
+        f"{len(without_windows)} of {len(rows)} rows are not scored: {absent} with `relevant_windows: []` (not in the "
+        f"video), {len(without_windows) - absent} without `relevant_windows` (unlabeled)"
+    )
+    left_out = {str(row["qid"]) for row in without_windows}
+    scored = [prediction for prediction in predictions if str(prediction["qid"]) not in left_out]
+    return scored, [row for row in rows if row.get("relevant_windows")], message
+
+
 def _moment_scores(
     predictions: Mapping[str, Mapping[str, Any]], references: Mapping[str, Mapping[str, Any]]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, float | None]]:

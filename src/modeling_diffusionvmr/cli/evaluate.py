@@ -1,0 +1,153 @@
+"""`diffusionvmr evaluate`: score a model with the official metrics."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .options import (
+    CommandParser,
+    add_data_arguments,
+    add_device_argument,
+    add_model_arguments,
+    choose_device,
+    clip_seconds_of,
+    load_model,
+    resolve_model,
+)
+
+POST_PROCESSING = ("threshold", "top_k", "nms_threshold", "round_to")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments of the command."""
+    parser = CommandParser(
+        "evaluate",
+        description="Predict the moments of a benchmark, and score them with the official metrics.\n"
+        "Writes predictions.jsonl and, if there is ground truth, metrics.json.\n"
+        "With several numbers of proposals, tries each and writes the results of the best;\n"
+        "use a validation split for that.",
+    )
+    add_model_arguments(parser)
+    add_data_arguments(parser)
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("evaluation"), metavar="DIR", help="output folder (default: evaluation)"
+    )
+    parser.add_argument("--num_proposals", type=int, nargs="+", metavar="N", help="spans drawn from noise")
+    parser.add_argument("--num_sampling_steps", type=int, metavar="S", help="DDIM steps")
+    parser.add_argument("--metric", default="MR-full-mAP", help="metric that chooses N (default: MR-full-mAP)")
+    parser.add_argument("--threshold", type=float, metavar="SCORE", help="lowest score of a moment")
+    parser.add_argument("--top_k", type=int, metavar="K", help="most moments per query")
+    parser.add_argument(
+        "--nms_threshold", type=float, metavar="IOU", help="drop moments that overlap a better one by more than this"
+    )
+    parser.add_argument(
+        "--round_to", type=float, metavar="SECONDS", help="round starts and ends (officially 2 for QVHighlights)"
+    )
+    parser.add_argument("--batch_size", type=int, default=100, help="queries per batch (default: 100)")
+    add_device_argument(parser)
+    return parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the predictions and their metrics."""
+    from ..training.metrics import evaluate_predictions, scorable
+    from ..training.prediction import predict_moments
+
+    _check(arguments)
+    device = choose_device(arguments.device)
+    model, processor = load_model(arguments)
+    model.to(device)
+    dataset = _open_dataset(arguments, model.config, processor)
+    _, scored, message = scorable([], dataset.rows)
+    if message is not None:
+        print(message)
+    candidates = arguments.num_proposals or [model.config.num_proposals]
+    if scored:
+        _check_references(scored, arguments.metric)
+    elif len(candidates) > 1:
+        raise ValueError(f"{arguments.annotations}: N cannot be chosen on rows without `relevant_windows`")
+
+    options = {name: getattr(arguments, name) for name in POST_PROCESSING if getattr(arguments, name) is not None}
+    # Saved with the metrics, which depend on them: only a query's first 10 windows count, for example
+    settings = {name: getattr(processor, name) for name in POST_PROCESSING} | options
+    settings |= {
+        "num_sampling_steps": arguments.num_sampling_steps or model.config.num_sampling_steps,
+        "clip_seconds": dataset.clip_seconds,
+        "queries": len(scored),
+        "annotations": arguments.annotations,
+        "split": arguments.split,
+        "model": resolve_model(arguments.model),
+    }
+    best_score, best_predictions, best_metrics = -1.0, [], None
+    for num_proposals in candidates:
+        predictions = predict_moments(
+            model, dataset, arguments.batch_size, num_proposals, arguments.num_sampling_steps, **options
+        )
+        if not scored:
+            best_predictions = predictions
+            break
+        metrics: dict[str, dict[str, Any]] = evaluate_predictions(*scorable(predictions, dataset.rows)[:2])
+        metrics["settings"] = {"num_proposals": num_proposals, **settings}
+        print(json.dumps({name: metrics[name] for name in ("settings", "brief", "extra")}, indent=2))
+        score = metrics["brief"][arguments.metric]
+        if score > best_score:
+            best_score, best_predictions, best_metrics = score, predictions, metrics
+    _save(arguments.output_dir, best_predictions, best_metrics)
+    print(f"wrote {arguments.output_dir}")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise an error for flags that would fail only after the work."""
+    from ..checks import check_positive
+
+    check_positive(arguments.batch_size, "--batch_size")
+    if arguments.clip_seconds is not None:
+        check_positive(arguments.clip_seconds, "--clip_seconds")
+    for path in (arguments.output_dir, *arguments.output_dir.parents):
+        if path.is_file():
+            raise NotADirectoryError(f"--output_dir {arguments.output_dir}: {path} is a file")
+
+
+def _open_dataset(arguments: argparse.Namespace, config, processor):
+    from ..data.annotations import load_annotations
+    from ..data.features import open_text_features, open_video_features
+    from ..training.dataset import MomentRetrievalDataset
+
+    rows = load_annotations(arguments.annotations, arguments.split, arguments.skip_invalid)
+    video = open_video_features(arguments.video_features)
+    return MomentRetrievalDataset(
+        rows,
+        video,
+        open_text_features(arguments.text_features, rows),
+        processor,
+        clip_seconds=clip_seconds_of(arguments, video, config),
+        skip_invalid=arguments.skip_invalid,
+    )
+
+
+def _check_references(rows: Sequence[Mapping[str, Any]], metric: str) -> None:
+    """Raise `ValueError` for rows that cannot be scored or an unknown metric, before the model runs."""
+    from ..training.metrics import evaluate_predictions
+
+    nothing = [{"qid": row["qid"], "pred_relevant_windows": [], "pred_saliency_scores": []} for row in rows]
+    brief = evaluate_predictions(nothing, rows)["brief"]
+    if brief.get(metric) is None:
+        known = [name for name, value in brief.items() if value is not None]
+        raise ValueError(f"--metric must be one of {', '.join(known)}, got {metric!r}")
+
+
+def _save(output_dir: Path, predictions: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any] | None) -> None:
+    """
+    Write `predictions.jsonl` and `metrics.json`; without metrics, only the former.
+
+    Two files cannot be replaced at once. The old metrics are removed first and the new ones written last, so wherever
+    this is stopped, there are no metrics or those of the predictions beside them, never those of other predictions.
+    """
+    from ..data.files import save_json, save_jsonl
+
+    (output_dir / "metrics.json").unlink(missing_ok=True)
+    save_jsonl(predictions, output_dir / "predictions.jsonl")
+    if metrics is not None:
+        save_json(metrics, output_dir / "metrics.json")

@@ -1,0 +1,76 @@
+"""`diffusionvmr plot`: plot predictions beside the truth."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .options import CommandParser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments of the command."""
+    parser = CommandParser("plot", description="Plot the predictions of one or more files beside the truth.")
+    parser.add_argument(
+        "--annotations", required=True, metavar="FILE", help="annotation file; its windows and saliency are the truth"
+    )
+    parser.add_argument(
+        "--predictions", required=True, nargs="+", metavar="FILE", help="prediction files in the official format"
+    )
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="names in the picture (default: the file names)")
+    parser.add_argument("--qid", required=True, nargs="+", help="queries to plot, one panel each")
+    parser.add_argument("--output", required=True, metavar="OUT.png", help="the picture")
+    parser.add_argument("--top_k", type=int, default=5, metavar="K", help="most windows per file (default: 5)")
+    parser.add_argument(
+        "--clip_seconds",
+        type=float,
+        help="seconds per saliency score (default: 2 with annotated saliency, otherwise scores share the duration)",
+    )
+    return parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Save the picture."""
+    from ..data.annotations import load_annotations
+    from ..plotting import plot_predictions, prediction_panels, save_figure
+    from ..training.metrics import rows_by_qid
+
+    paths = arguments.predictions
+    names = _names(arguments)
+    truth = rows_by_qid(load_annotations(arguments.annotations), "annotation")
+    files = [_load_predictions(path) for path in paths]
+    panels = prediction_panels(len(arguments.qid), len(files), arguments.top_k)
+    for qid, axes in zip(arguments.qid, panels):
+        row = _find(truth, qid, arguments.annotations)
+        predictions = {name: _find(rows, qid, path) for name, rows, path in zip(names, files, paths)}
+        figure = plot_predictions(row, predictions, arguments.top_k, arguments.clip_seconds, axes)
+    save_figure(figure, arguments.output)
+    print(f"saved {arguments.output}")
+
+
+def _names(arguments: argparse.Namespace) -> list[str]:
+    """What the prediction files are called in the picture: a name each, all different."""
+    names = arguments.names or [Path(path).stem for path in arguments.predictions]
+    if len(names) != len(arguments.predictions):
+        raise ValueError(f"--names: got {len(names)} names for {len(arguments.predictions)} prediction files")
+    if len(set(names)) < len(names):
+        raise ValueError(f"--names: the names of the prediction files must differ, got {', '.join(names)}")
+    return names
+
+
+def _load_predictions(path: str) -> dict[str, Mapping[str, Any]]:
+    """Read a prediction file by qid. Every error names the file."""
+    from ..data.files import load_jsonl
+    from ..training.metrics import rows_by_qid
+
+    rows = load_jsonl(path)
+    try:
+        return rows_by_qid(rows, "prediction")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _find(rows: Mapping[str, Mapping[str, Any]], qid: str, path: str) -> Mapping[str, Any]:
+    if qid not in rows:
+        raise ValueError(f"{path}: no qid {qid}")
+    return rows[qid]

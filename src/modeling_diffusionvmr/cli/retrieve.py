@@ -1,0 +1,62 @@
+"""`diffusionvmr retrieve`: find the moments of a video that sentences describe."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from .options import CommandParser, add_model_arguments, load_model, loading
+
+NUM_FRAMES = 12  # below the timeline
+PIPELINE_OPTIONS = ("top_k", "threshold", "nms_threshold", "num_proposals", "num_sampling_steps")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments of the command."""
+    parser = CommandParser("retrieve", description="Find the moments of a video that sentences describe.")
+    parser.add_argument("video", metavar="VIDEO", help="video file")
+    parser.add_argument(
+        "query", metavar="QUERY", nargs="+", help="sentence; the video is encoded once for all sentences"
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--top_k", type=int, default=5, metavar="K", help="most moments per query (default: 5)")
+    parser.add_argument("--threshold", type=float, metavar="SCORE", help="lowest score of a moment")
+    parser.add_argument(
+        "--nms_threshold", type=float, metavar="IOU", help="drop moments that overlap a better one by more than this"
+    )
+    parser.add_argument("--num_proposals", type=int, metavar="N", help="spans drawn from noise")
+    parser.add_argument("--num_sampling_steps", type=int, metavar="S", help="DDIM steps")
+    parser.add_argument("--plot", metavar="OUT.png", help="save a timeline as a picture")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the moments, and plot them if asked to."""
+    from ..pipeline_diffusionvmr import VideoMomentRetrievalPipeline
+
+    # Not through `pipeline("video-moment-retrieval")`, which reports an unusable checkpoint as a traceback
+    model, processor = load_model(arguments)
+    with loading(model.name_or_path):
+        retrieve = VideoMomentRetrievalPipeline(model=model, processor=processor)
+    options = {name: getattr(arguments, name) for name in PIPELINE_OPTIONS if getattr(arguments, name) is not None}
+    results = retrieve(arguments.video, arguments.query, return_saliency=True, progress=True, **options)
+    if arguments.json:
+        print(json.dumps([{"query": query, **result} for query, result in zip(arguments.query, results)]))
+    else:
+        for query, result in zip(arguments.query, results):
+            print(query)
+            for moment in result["moments"]:
+                print(f"  {moment['start']:8.2f} s - {moment['end']:8.2f} s   score {moment['score']:.3f}")
+    if arguments.plot:
+        _plot(arguments, results)
+
+
+def _plot(arguments: argparse.Namespace, results: list[dict]) -> None:
+    from ..plotting import plot_timeline, save_figure
+    from ..video import open_video
+
+    duration = open_video(arguments.video, 1.0).duration
+    frames = list(open_video(arguments.video, duration / NUM_FRAMES))
+    save_figure(plot_timeline(arguments.query, results, duration, frames), arguments.plot)
+    print(f"saved {arguments.plot}", file=sys.stderr)

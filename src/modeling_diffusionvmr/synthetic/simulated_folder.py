@@ -1,0 +1,142 @@
+"""Simulated features as files in the official layout."""
+
+import multiprocessing
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from ..data.features import METADATA_FILE, TEXT_KEY, TEXT_PREFIX, VIDEO_KEY, write_features
+from ..data.files import parse_json_object, save_json
+from .simulated_features import BACKBONE, NOISE_LEVELS, SimulatedFeatures
+
+TEXT_FOLDER, MOTION = "clip_text", "slowfast"
+SETTINGS_FILE = "simulation.json"
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+Task = tuple[str, str]  # (folder inside the output, vid or qid)
+
+
+def write_simulated_features(
+    simulation: SimulatedFeatures, output_dir: str | os.PathLike, motion_size: int | None = None, workers: int = 1
+) -> tuple[int, int]:
+    """
+    Write the features of all videos and sentences, with a progress bar. Skip files that can be read, so that an
+    interrupted run can be resumed.
+
+    Args:
+        simulation: the features.
+        output_dir: gets the folders `clip`, `clip_text` and, with `motion_size`, `slowfast`.
+        motion_size: numbers per clip of a second backbone that shares no space with text; none by default.
+        workers: number of processes. The files do not depend on it.
+
+    Returns:
+        The number of files written, and of those skipped.
+
+    Raises:
+        ValueError: if the folder holds features of other settings, or for an id that cannot be a file name.
+    """
+    output_dir = Path(output_dir)
+    _write_settings(simulation, output_dir)
+    folders = [BACKBONE] + [MOTION] * (motion_size is not None)
+    for folder in folders:
+        metadata = {"clip_seconds": simulation.clip_seconds, "simulated": True}
+        save_json(metadata, output_dir / folder / METADATA_FILE, indent=None)
+    tasks = [(folder, vid) for folder in folders for vid in simulation.rows_of_video]
+    tasks += [(TEXT_FOLDER, qid) for qid in simulation.rows]
+    results = _run(tasks, _Writer(simulation, output_dir, motion_size), workers)
+    written = sum(tqdm(results, total=len(tasks), desc="simulating", unit="file", mininterval=1))
+    return written, len(tasks) - written
+
+
+def _write_settings(simulation: SimulatedFeatures, output_dir: Path) -> None:
+    """Save what the folder is made with, or raise `ValueError` if it was made with something else."""
+    path = output_dir / SETTINGS_FILE
+    settings: dict[str, Any] = {
+        "simulated": True,
+        "seed": simulation.seed,
+        "noise": next((name for name, level in NOISE_LEVELS.items() if level == simulation.noise), None),
+        "noise_level": asdict(simulation.noise),
+        "clip_seconds": simulation.clip_seconds,
+        "size": simulation.size,
+    }
+    if not path.exists():
+        save_json(settings, path)
+        return
+    try:
+        found = parse_json_object(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if found != settings:
+        raise ValueError(f"{path}: this folder was made with other settings; choose another folder or remove this one")
+
+
+@dataclass
+class _Writer:
+    """Writes one file per task. Returns whether there was anything to do."""
+
+    simulation: SimulatedFeatures
+    output_dir: Path
+    motion_size: int | None
+
+    def __call__(self, task: Task) -> bool:
+        folder, identifier = task
+        is_text = folder == TEXT_FOLDER
+        if _can_be_read(self.output_dir / folder / f"{TEXT_PREFIX if is_text else ''}{identifier}.npz"):
+            return False
+        if is_text:
+            features = self.simulation.text(identifier)
+        else:
+            features = self.simulation.video(identifier, folder, self.motion_size if folder == MOTION else None)
+        write_features(self.output_dir / folder, identifier, features, TEXT_KEY if is_text else VIDEO_KEY)
+        return True
+
+
+def _can_be_read(path: Path) -> bool:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return all(file[name].size for name in (VIDEO_KEY, TEXT_KEY) if name in file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        return False
+
+
+def _run(tasks: Sequence[Task], write: _Writer, workers: int) -> Iterator[bool]:
+    if workers == 1:
+        yield from map(write, tasks)
+        return
+    with _one_thread_each(), multiprocessing.get_context("spawn").Pool(workers, _start_worker, [write]) as pool:
+        yield from pool.imap_unordered(_write, tasks, chunksize=16)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Make processes that start meanwhile use one thread each, or NumPy's threads would compete for the cores."""
+    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+_writer: _Writer  # of a worker process; sent once, since it holds all annotations
+
+
+def _start_worker(writer: _Writer) -> None:
+    global _writer
+    _writer = writer
+
+
+def _write(task: Task) -> bool:
+    return _writer(task)

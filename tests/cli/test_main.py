@@ -1,0 +1,149 @@
+"""The `diffusionvmr` command: wrong arguments, its entry points, and how errors are reported."""
+
+import argparse
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from modeling_diffusionvmr.cli import main
+from modeling_diffusionvmr.cli.options import HUB_ID, load_model, run_safely
+
+CONSOLE = "import sys; from diffusionvmr_command import main"  # as the console script that pip installs
+ROW = '{"qid": 1, "query": "a dog", "vid": "v", "duration": 10}\n'
+
+
+def python(*arguments, folder) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, env=environment, timeout=300
+    )
+
+
+def exit_of(*argv) -> SystemExit:
+    with pytest.raises(SystemExit) as caught:
+        main(list(argv))
+    return caught.value
+
+
+# Arguments
+
+
+def test_no_arguments_print_the_help(capsys):
+    assert exit_of().code == 0
+    without = capsys.readouterr().out
+    exit_of("--help")
+    assert without == capsys.readouterr().out and without.startswith("usage: diffusionvmr")
+
+
+@pytest.mark.parametrize("argv", [["fly"], ["fly", "--top_k", "1"], ["--fly"], [""]])
+def test_unknown_command(capsys, argv):
+    assert exit_of(*argv).code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ") and len(captured.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["plot"], "the following arguments are required: --annotations"),
+        (["simulate", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["simulate", "--noise", "loud"], "argument --noise: invalid choice: 'loud'"),
+        (["evaluate", "--batch"], "error: "),
+        (["retrieve", "a.mp4"], "the following arguments are required: QUERY"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_status_2(capsys, argv, message):
+    assert exit_of(*argv).code == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and message in captured.err
+    assert captured.err.startswith("error: ") and len(captured.err.splitlines()) == 1
+    assert f"`diffusionvmr {argv[0]} --help`" in captured.err
+
+
+# Entry points
+
+
+def test_console_script(tmp_path):
+    """It parses first, then executes the package and runs the command, with worker processes. An error is one line."""
+    (tmp_path / "rows.jsonl").write_text(ROW)
+    code = (
+        CONSOLE
+        + """
+sys.argv[1:] = "simulate --annotations rows.jsonl --output_dir out --size 8 --workers 2".split()
+main()
+print(file=sys.stderr)
+sys.argv[1:] = "simulate --annotations absent.jsonl --output_dir absent".split()
+main()
+"""
+    )
+    result = python("-c", code, folder=tmp_path)
+    assert "wrote 2 files" in result.stderr and (tmp_path / "out" / "clip" / "v.npz").exists()
+    assert result.returncode == 1 and result.stdout == ""
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("error: ") and "absent.jsonl" in line and "Traceback" not in result.stderr
+
+
+def test_module(tmp_path):
+    """`python -m modeling_diffusionvmr` is the same command."""
+    (tmp_path / "rows.jsonl").write_text(ROW)
+    command = "simulate --annotations rows.jsonl --output_dir out --size 8".split()
+    result = python("-m", "modeling_diffusionvmr", *command, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "wrote 2 files" in result.stderr and (tmp_path / "out" / "clip" / "v.npz").exists()
+
+
+# What they share
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (ValueError("a.jsonl, line 3: not JSON"), "error: a.jsonl, line 3: not JSON"),
+        (FileNotFoundError(2, "No such file or directory", "a"), "error: [Errno 2] No such file or directory: 'a'"),
+        (ImportError("needs av"), "error: needs av"),
+        (OSError("first line\n   second line\n"), "error: first line second line"),
+        (ValueError(), "error: ValueError"),
+        (MemoryError("8 TiB"), "error: not enough memory; use smaller sizes or batches (8 TiB)"),
+        (torch.OutOfMemoryError("CUDA"), "error: not enough memory; use smaller sizes or batches (CUDA)"),
+    ],
+)
+def test_errors_are_one_line(error, line):
+    def run(arguments):
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_safely(run, argparse.Namespace())
+    assert caught.value.code == line
+
+
+@pytest.mark.parametrize("error", [KeyError("a fault"), RuntimeError("a fault"), TypeError("a fault")])
+def test_faults_of_the_code_keep_their_traceback(error):
+    def run(arguments):
+        raise error
+
+    with pytest.raises(type(error)):
+        run_safely(run, argparse.Namespace())
+
+
+def test_warnings_are_one_line_and_only_inside(capsys):
+    before = warnings.showwarning
+    run_safely(lambda arguments: warnings.warn("of the data", stacklevel=1), argparse.Namespace())
+    assert capsys.readouterr().err == "warning: of the data\n"
+    assert warnings.showwarning is before
+
+
+@pytest.mark.parametrize("name", ["clip", "openai/clip-vit-base-patch32", "A_1/b.c"])
+def test_hub_id(name):
+    assert HUB_ID.fullmatch(name)
+
+
+@pytest.mark.parametrize("name", ["", "/a", "./a", "../a", "a/b/c", "a/", "a b", "-a", "a\\b"])
+def test_not_a_hub_id(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="not a local folder or a valid Hub id"):
+        load_model(argparse.Namespace(model=name, trust_remote_code=False))

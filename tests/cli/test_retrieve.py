@@ -1,0 +1,129 @@
+"""`diffusionvmr retrieve`, with the embedded model on a rendered video."""
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from modeling_diffusionvmr import DEFAULT_MODEL
+from modeling_diffusionvmr.cli import main
+from modeling_diffusionvmr.synthetic.rendered_world import plan_video, write_video
+
+QUERIES = ["a red circle", "two yellow triangles"]
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    path = tmp_path_factory.mktemp("video") / "video.mp4"
+    write_video(plan_video(3), path)
+    return path
+
+
+@pytest.fixture
+def retrieve(video, capsys):
+    """Run the command on the video; return what it prints to stdout."""
+
+    def run(*arguments) -> str:
+        capsys.readouterr()
+        main(["retrieve", str(video), *map(str, arguments)])
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_json_and_plot(retrieve, tmp_path):
+    found = json.loads(retrieve(*QUERIES, "--json", "--top_k", 2, "--plot", tmp_path / "out.png"))
+    assert [entry["query"] for entry in found] == QUERIES
+    assert all(len(entry["moments"]) == 2 for entry in found)
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.width > 300
+
+
+def test_text_shows_the_same_moments(retrieve):
+    options = ("--top_k", 3, "--num_proposals", 7, "--num_sampling_steps", 2)
+    lines = retrieve(*QUERIES, *options).splitlines()
+    expected = []
+    for entry in json.loads(retrieve(*QUERIES, *options, "--json")):
+        expected.append(entry["query"])
+        expected += [
+            f"  {moment['start']:8.2f} s - {moment['end']:8.2f} s   score {moment['score']:.3f}"
+            for moment in entry["moments"]
+        ]
+    assert lines == expected and len(lines) == 8
+
+
+def test_filters(retrieve):
+    (entry,) = json.loads(retrieve(QUERIES[0], "--json", "--top_k", 100))
+    scores = [moment["score"] for moment in entry["moments"]]
+    (filtered,) = json.loads(retrieve(QUERIES[0], "--json", "--top_k", 100, "--threshold", scores[1]))
+    assert filtered["moments"] == entry["moments"][: scores.index(scores[1]) + 1]
+    (distinct,) = json.loads(retrieve(QUERIES[0], "--json", "--top_k", 100, "--nms_threshold", 0.1))
+    assert 1 <= len(distinct["moments"]) < len(scores)
+
+
+def test_query_with_dollar_signs(retrieve, tmp_path):
+    retrieve("from $5 to $10 $x_{$", "--plot", tmp_path / "out.png")
+    assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name, content", [("absent.mp4", None), ("text.mp4", b"no video"), ("empty.mp4", b"")])
+def test_not_a_video(error_of, tmp_path, name, content):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert name in error_of("retrieve", tmp_path / name, "a red circle", "--plot", tmp_path / "out.png")
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_folder_is_not_a_video(error_of, tmp_path):
+    assert str(tmp_path) in error_of("retrieve", tmp_path, "a red circle")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([" "], "a query must be"),
+        (["a dog", "--model", "a/b/c"], "a/b/c: not a local folder or a valid Hub id"),
+        (["a dog", "--model", __file__], "a checkpoint is a folder, not a file"),
+        (["a dog", "--model", f"{DEFAULT_MODEL}/clip"], "a model of type clip, not diffusionvmr"),
+        (["a dog", "--top_k", "-1"], "top_k"),
+        (["a dog", "--threshold", "nan"], "threshold"),
+        (["a dog", "--nms_threshold", "-0.5"], "nms_threshold"),
+        (["a dog", "--num_proposals", "0"], "num_proposals"),
+        (["a dog", "--num_sampling_steps", "-3"], "num_sampling_steps"),
+        (["a dog", "--plot", "{tmp}/out.xyz"], "xyz"),
+        (["a dog", "--plot", "{tmp}"], "{tmp}"),
+    ],
+)
+def test_bad_arguments(video, error_of, tmp_path, arguments, message):
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    assert message.format(tmp=tmp_path) in error_of("retrieve", video, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def cut_off(model):
+    with open(model / "model.safetensors", "r+b") as file:
+        file.truncate(1000)
+
+
+def other_sizes(model):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "d_model": 96}))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (cut_off, "weights are damaged or cut off"),
+        (other_sizes, "the sizes in its config.json do not fit its weights"),
+        (lambda model: (model / "config.json").write_text("[]"), "config.json: must be a JSON object"),
+        (lambda model: (model / "clip" / "config.json").write_text("[]"), "clip/config.json: must be a JSON object"),
+        (lambda model: cut_off(model / "clip"), "weights are damaged or cut off"),
+    ],
+    ids="cut_off other_sizes list_config list_backbone_config cut_off_backbone".split(),
+)
+def test_damaged_checkpoint(video, error_of, tmp_path, damage, message):
+    shutil.copytree(DEFAULT_MODEL, tmp_path / "model")
+    damage(tmp_path / "model")
+    error = error_of("retrieve", video, "a red circle", "--model", tmp_path / "model")
+    assert str(tmp_path / "model") in error and message in error
