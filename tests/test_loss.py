@@ -44,8 +44,7 @@ def test_matching_is_the_best_of_all(num_proposals, counts, scale):
         # Costs below and above 0, of problems that differ by much
         cost = scale * random.normal(size=(len(counts), num_proposals, max(counts)))
         cost += 10 * scale * random.normal(size=(len(counts), 1, 1))
-        mask = np.arange(max(counts)) < np.array(counts)[:, None]
-        problem, proposal, window = match(cost, mask)
+        problem, proposal, window = match(cost, np.array(counts))
         for index, count in enumerate(counts):
             pairs = set(zip(proposal[problem == index].tolist(), window[problem == index].tolist(), strict=True))
             assert len(pairs) == (problem == index).sum() == min(count, num_proposals)
@@ -55,7 +54,7 @@ def test_matching_is_the_best_of_all(num_proposals, counts, scale):
 
 
 def test_matching_of_equal_costs_is_complete():
-    problem, proposal, window = match(np.zeros((2, 4, 3)), np.ones((2, 3), dtype=bool))
+    problem, proposal, window = match(np.zeros((2, 4, 3)), np.array([3, 3]))
     for index in range(2):
         assert len(set(proposal[problem == index])) == 3 and set(window[problem == index]) == {0, 1, 2}
 

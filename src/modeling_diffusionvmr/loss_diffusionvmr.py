@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -57,40 +56,26 @@ class Targets:
         return cls(pad(spans), mask(spans), pad(positive), pad(negative), mask(positive))
 
 
-def match(cost: np.ndarray, window_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def match(cost: np.ndarray, num_windows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
-    Eq. 9 for many problems at once: the assignment of windows to proposals with the least total cost.
+    Assign windows to proposals at the least total cost (Eq. 9), in Q independent problems.
 
-    The problems are the blocks of one sparse matrix, which scipy solves in one call. Where there are more windows than
-    proposals, the cheapest ones take part.
+    If there are more windows than proposals, only the cheapest ones are matched.
 
     Args:
-        cost: (Q, N, M), finite, of Q problems.
-        window_mask: (Q, M), which windows are real.
+        cost: (Q, N, M), finite.
+        num_windows: (Q,), the number of real windows in each problem; they come first, padding follows.
 
     Returns:
-        The matched pairs, as three arrays: problem, proposal, window.
+        The matched pairs as three arrays: problem, proposal and window.
     """
-    num_problems, num_proposals, num_windows = cost.shape
-    problem, window = np.nonzero(window_mask)
-    if not len(problem):
-        return problem, window, window
-    # The solver takes weights above 0 and matches every row. A row is a window; columns that stand for no proposal, at
-    # a cost above any real one, take those windows that are too many.
-    weights = cost.transpose(0, 2, 1)[problem, window].astype(np.float64)
-    weights -= weights.min() - 1
-    spare = max(num_windows - num_proposals, 0)
-    weights = np.pad(weights, ((0, 0), (0, spare)), constant_values=weights.max() * (num_windows + 1))
-    num_columns = num_proposals + spare
-    columns = problem[:, None] * num_columns + np.arange(num_columns)
-    blocks = csr_array(
-        (weights.ravel(), columns.ravel(), np.arange(len(problem) + 1) * num_columns),
-        shape=(len(problem), num_problems * num_columns),
-    )
-    rows, matched = min_weight_full_bipartite_matching(blocks)
-    proposal = matched % num_columns
-    is_real = proposal < num_proposals
-    return problem[rows][is_real], proposal[is_real], window[rows][is_real]
+    problems, proposals, windows = [], [], []
+    for problem, (pair_cost, count) in enumerate(zip(cost, num_windows)):
+        window, proposal = linear_sum_assignment(pair_cost[:, :count].T)
+        problems.append(np.full(len(window), problem))
+        proposals.append(proposal)
+        windows.append(window)
+    return np.concatenate(problems), np.concatenate(proposals), np.concatenate(windows)
 
 
 def matching_cost(logits: Tensor, spans: Tensor, targets: Targets, l1_weight: float, iou_weight: float) -> Tensor:
@@ -122,13 +107,12 @@ def detection_losses(logits: Tensor, spans: Tensor, targets: Targets, config) ->
     batch, layers, num_proposals, _ = logits.shape
     with torch.no_grad():
         cost = matching_cost(logits, spans, targets, config.l1_loss_coefficient, config.iou_loss_coefficient)
-        # The only transfer to the host of a training step: all layers and samples together. A model that diverged has
-        # costs that are no numbers, which the solver would never return from.
-        host = torch.cat((cost.nan_to_num().flatten(1), targets.window_mask.to(cost.dtype)), dim=1).cpu().numpy()
-        num_windows = targets.window_mask.shape[1]
-        window_mask = host[:, host.shape[1] - num_windows :].astype(bool)
-        cost = host[:, : host.shape[1] - num_windows].reshape(batch * layers, num_proposals, num_windows)
-        matched = match(cost, window_mask.repeat(layers, axis=0))
+        # The only transfer to the host in a training step: all samples and layers at once, costs and counts. The costs
+        # of a model that diverged are NaN, which the solver refuses.
+        num_windows = targets.window_mask.sum(1, keepdim=True, dtype=cost.dtype)
+        host = torch.cat((cost.nan_to_num().flatten(1), num_windows), dim=1).cpu().numpy()
+        cost = host[:, :-1].reshape(batch * layers, num_proposals, targets.spans.shape[1])
+        matched = match(cost, host[:, -1].astype(int).repeat(layers))
         problem, proposal, window = torch.from_numpy(np.stack(matched)).to(logits.device, non_blocking=True)
         sample, layer = problem // layers, problem % layers
 
