@@ -5,8 +5,10 @@ Plain tensors; nothing here knows of the network. Spans in [0, 1] are diffused a
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -67,14 +69,6 @@ class Draws:
     padding: Tensor
     timesteps: Tensor
     noise: Tensor
-
-    def of(self, samples: Tensor) -> "Draws":
-        """Those of some of the samples, by their indices."""
-        return Draws(*(numbers[samples] for numbers in self.tensors()))
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All, in the order in which `Draws` takes them."""
-        return self.order, self.padding, self.timesteps, self.noise
 
 
 class DiffusionSchedule(nn.Module):
@@ -140,28 +134,29 @@ class DiffusionSchedule(nn.Module):
         noise = (noisy - alpha.sqrt() * predicted) / (1 - alpha).sqrt()
         return next_alpha.sqrt() * predicted + (1 - next_alpha).sqrt() * noise
 
-    def draw(
-        self,
-        batch: int,
-        most: int,
-        num_proposals: int,
-        generator: torch.Generator | None = None,
-        device: torch.device | None = None,
-    ) -> Draws:
-        """
-        All that `corrupt` needs of chance.
-
-        Args:
-            batch: B; most: M, the spans of the sample that has most; num_proposals: N.
-            generator: for draws that can be repeated, on `device`.
-        """
-        options = {"device": device, "generator": generator}
+    def draw(self, batch: int, most: int, num_proposals: int, device: torch.device | None = None) -> Draws:
+        """Draw the random numbers that `corrupt` needs for B samples of up to M spans, from torch's global generator."""
         return Draws(
-            padding=torch.rand(batch, num_proposals, 2, **options),
-            timesteps=torch.randint(self.num_steps, (batch,), **options),
-            noise=torch.randn(batch, num_proposals, 2, **options),
-            order=torch.rand(most, batch, **options).T,  # last and so that a greater M changes nothing else
+            padding=torch.rand(batch, num_proposals, 2, device=device),
+            timesteps=torch.randint(self.num_steps, (batch,), device=device),
+            noise=torch.randn(batch, num_proposals, 2, device=device),
+            order=torch.rand(most, batch, device=device).T,  # last and so that a larger M changes nothing else
         )
+
+    def draw_samples(self, rngs: Sequence[np.random.Generator], most: int, num_proposals: int) -> Draws:
+        """Draw the same for B samples, from one NumPy generator per sample, so that it does not depend on the batch."""
+        padding, timesteps, noise, order = zip(
+            *(
+                (
+                    rng.random((num_proposals, 2), dtype=np.float32),
+                    rng.integers(self.num_steps),
+                    rng.standard_normal((num_proposals, 2), dtype=np.float32),
+                    rng.random(most, dtype=np.float32),  # last: a larger M, of another batch, changes nothing else
+                )
+                for rng in rngs
+            )
+        )
+        return Draws(*(torch.from_numpy(np.stack(numbers)) for numbers in (order, padding, timesteps, noise)))
 
     def corrupt(self, spans: Tensor, counts: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """
@@ -174,7 +169,7 @@ class DiffusionSchedule(nn.Module):
         Args:
             spans: (B, M, 2), padded on the right.
             counts: (B,), the real spans of each sample.
-            draws: from `draw`.
+            draws: from `draw` or `draw_samples`.
 
         Returns:
             X_t (B, N, 2) in signal space, and t (B,), long.

@@ -102,7 +102,7 @@ def test_several_backbones(features, tiny_config):
 def test_windows_beyond_the_features(make_dataset):
     windows = [[2.0, 4.0], [18.0, 30.0], [20.0, 25.0], [22.0, 30.0]]
     rows = [{**ROWS[0], "duration": 30.0, "relevant_windows": windows}, ROWS[1]]
-    with pytest.warns(UserWarning, match="^qid 1: a window lies wholly beyond the 20 s") as caught:
+    with pytest.warns(UserWarning, match="^qid 1: a window lies entirely beyond the 20 s") as caught:
         dataset = make_dataset(rows, clip_seconds=2.0)
         sample, _ = dataset[0], dataset[0]  # 10 clips of 2 s cover 20 s
     assert len(caught) == 1
@@ -337,7 +337,7 @@ def test_same_draws_among_more_rows(make_dataset):
 
 
 def test_each_row_has_draws_of_its_own(make_dataset):
-    """Rows that are alike, and so many that their draws are made in several parts."""
+    """Rows that are alike."""
     dataset = make_dataset([ROWS[0], ROWS[1]] * 300)
     noise = torch.stack([sample["noisy_spans"] for sample in dataset.__getitems__(range(600))])
     assert len(noise.flatten(1).unique(dim=0)) == 600

@@ -3,24 +3,23 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..configuration_diffusionvmr import DiffusionVMRConfig
 from ..data.annotations import SALIENCY_CLIP_SECONDS, check_row, warn_dropped
 from ..data.features import common_clip_seconds, name_of
-from ..diffusion import DiffusionSchedule, Draws
+from ..diffusion import DiffusionSchedule
 from ..processing_diffusionvmr import DiffusionVMRProcessor
 from ..spans import relevant_clips, window_to_span
 
 NUM_SALIENCY_PAIRS = 2  # a sample's, as in Moment-DETR: a hard and an easy one
-DRAWN_ROWS = 256  # that share a stream of random numbers, which no other row has a part in
 MAX_AVERAGED_VIDEOS = 256  # that are kept in memory, 1.2 MB each with VGG's or C3D's features
 
 
@@ -76,7 +75,6 @@ class MomentRetrievalDataset(Dataset):
         else:
             for row in self.rows:
                 self._check_present(row)
-        self._truth = _Truth(self.rows)
         self._has_warned = False
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that live on see it change
         if config is not None:
@@ -84,7 +82,6 @@ class MomentRetrievalDataset(Dataset):
                 if "relevant_windows" not in row:
                     raise ValueError(f"qid {row['qid']}: training needs its `relevant_windows`")
             self.schedule = DiffusionSchedule(config.num_diffusion_steps, config.signal_scale)
-            self._draws_of: tuple[int, _EpochDraws] | None = None
             self._group_by_video()
 
     @staticmethod
@@ -159,35 +156,30 @@ class MomentRetrievalDataset(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The samples of a batch. A `DataLoader` asks for them so: what is computed is computed for all at once."""
-        samples = []
-        indices = [range(len(self))[index] for index in indices]  # -1 is the last one
-        for index in indices:
-            row = self.rows[index]
-            video, covered = self._video(row)
-            samples.append(
-                {"row": index, "covered_duration": covered, "video_features": video, "text_features": self._text(row)}
-            )
-        rows = torch.tensor(indices)
-        spans, counts = self._truth.spans(rows, torch.tensor([sample["covered_duration"] for sample in samples]))
-        self._warn_of_lost_windows(rows, counts, samples)
-        for sample, sample_spans, count in zip(samples, spans, counts.tolist()):
-            if "relevant_windows" in self.rows[sample["row"]]:
-                sample["labels"] = {"spans": sample_spans[:count]}
+        """Return several samples; a `DataLoader` asks for a batch this way."""
+        samples = [self._sample(range(len(self))[index]) for index in indices]  # -1 is the last row
         if self.config is not None:
-            self._draw(samples, rows, spans, counts)
+            self._add_draws(samples)
         return samples
 
-    def _warn_of_lost_windows(self, rows: Tensor, counts: Tensor, samples: Sequence[dict[str, Any]]):
-        lost = counts < self._truth.windows[rows, :, 0].isfinite().sum(1)
-        if lost.any() and not self._has_warned:
+    def _sample(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        video, covered = self._video(row)
+        sample = {"row": index, "covered_duration": covered, "video_features": video, "text_features": self._text(row)}
+        if "relevant_windows" in row:
+            spans = true_spans(row["relevant_windows"], covered)
+            if len(spans) < len(row["relevant_windows"]):
+                self._warn_of_lost_windows(row, covered)
+            sample["labels"] = {"spans": spans}
+        return sample
+
+    def _warn_of_lost_windows(self, row: Mapping[str, Any], covered: float):
+        if not self._has_warned:
             self._has_warned = True
-            sample = samples[int(lost.byte().argmax())]
-            qid, covered = self.rows[sample["row"]]["qid"], sample["covered_duration"]
             warnings.warn(
-                f"qid {qid}: a window lies wholly beyond the {covered:g} s that the features of its video cover, and "
-                "is left out; others are not named. Is the length of a clip right?",
-                stacklevel=4,
+                f"qid {row['qid']}: a window lies entirely beyond the {covered:g} s that the features of its video "
+                "cover, and is left out. Other rows may have such windows too: is the length of a clip right?",
+                stacklevel=5,
             )
 
     def _video(self, row: Mapping[str, Any]) -> tuple[Tensor, float]:
@@ -206,134 +198,107 @@ class MomentRetrievalDataset(Dataset):
     def _text(self, row: Mapping[str, Any]) -> Tensor:
         return self.processor.prepare_text(self.text_features[row["qid"]], f"qid {row['qid']}")
 
-    def _draw(self, samples: Sequence[dict[str, Any]], rows: Tensor, spans: Tensor, counts: Tensor):
-        """Adds what is random in training to B samples; rows (B,), spans (B, M, 2) and counts (B,) are theirs."""
-        draws = self._epoch_draws()
-        noisy_spans, timesteps = self.schedule.corrupt(spans, counts, draws.corruption.of(rows))
+    def _add_draws(self, samples: Sequence[dict[str, Any]]):
+        """Add the random part of training samples: a sentence of another video, saliency pairs and noisy spans."""
+        rngs = [np.random.default_rng((self.seed, self.epoch, sample["row"])) for sample in samples]
+        for sample, rng in zip(samples, rngs):
+            row, labels = self.rows[sample["row"]], sample["labels"]
+            sample["negative_text_features"] = self._text(self.rows[self._row_of_another_video(sample["row"], rng)])
+            scores = clip_scores(row, labels["spans"], sample["covered_duration"], len(sample["video_features"]))
+            labels["saliency_pos"], labels["saliency_neg"] = draw_saliency_pairs(scores, rng)
 
-        num_clips = torch.tensor([sample["video_features"].shape[0] for sample in samples])
-        covered = torch.tensor([sample["covered_duration"] for sample in samples])
-        scores = self._truth.clip_scores(rows, spans, counts, covered, num_clips)
-        pairs, num_pairs = _saliency_pairs(scores, num_clips, draws.saliency[rows])
+        # For the whole batch at once: sample by sample it would take 5 % of a training step
+        spans = [sample["labels"]["spans"] for sample in samples]
+        counts, padded = torch.tensor([len(own) for own in spans]), pad_sequence(spans, batch_first=True)
+        draws = self.schedule.draw_samples(rngs, padded.shape[1], self.config.max_training_proposals)
+        for sample, noisy_spans, timestep in zip(samples, *self.schedule.corrupt(padded, counts, draws)):
+            sample["noisy_spans"], sample["timesteps"] = noisy_spans, timestep
 
-        others = (draws.negative[rows].double().numpy() * (len(self.rows) - self._count[rows])).astype(int)
-        others += self._count[rows] * (others >= self._first[rows])
-        for index, sample in enumerate(samples):
-            sample["noisy_spans"], sample["timesteps"] = noisy_spans[index], timesteps[index]
-            sample["labels"]["saliency_pos"] = pairs[0, index, : num_pairs[index]]
-            sample["labels"]["saliency_neg"] = pairs[1, index, : num_pairs[index]]
-            sample["negative_text_features"] = self._text(self.rows[self._by_video[others[index]]])
-
-    def _epoch_draws(self) -> "_EpochDraws":
-        """The random numbers of all rows in this epoch: a few MB, and some calls instead of some a sample."""
-        epoch = self.epoch
-        if self._draws_of is None or self._draws_of[0] != epoch:
-            most = self._truth.windows.shape[1]
-            blocks = [self._block_draws(epoch, block, most) for block in range(math.ceil(len(self) / DRAWN_ROWS))]
-            self._draws_of = (
-                epoch,
-                _EpochDraws(
-                    Draws(*(torch.cat(parts) for parts in zip(*(block.corruption.tensors() for block in blocks)))),
-                    torch.cat([block.saliency for block in blocks]),
-                    torch.cat([block.negative for block in blocks]),
-                ),
-            )
-        return self._draws_of[1]
-
-    def _block_draws(self, epoch: int, block: int, most: int) -> "_EpochDraws":
-        random = torch.Generator()
-        random.manual_seed(int(np.random.SeedSequence((self.seed, epoch, block)).generate_state(1)[0]))
-        return _EpochDraws(
-            saliency=torch.rand(DRAWN_ROWS, 2, NUM_SALIENCY_PAIRS, generator=random),
-            negative=torch.rand(DRAWN_ROWS, generator=random),
-            corruption=self.schedule.draw(DRAWN_ROWS, most, self.config.max_training_proposals, random),
-        )
+    def _row_of_another_video(self, row: int, rng: np.random.Generator) -> int:
+        # A place among the rows by video, without this video's. `random` takes as much from the generator for any number
+        # of rows; `integers` does not, and the draws that follow would depend on it.
+        place = int(rng.random() * (len(self) - self._count[row]))
+        return self._by_video[place + self._count[row] * (place >= self._first[row])]
 
 
-@dataclass(frozen=True)
-class _EpochDraws:
-    """Of R rows: for `corrupt`; for the pairs of clips, (R, 2, P); for the query of another video, (R,); in [0, 1)."""
-
-    corruption: Draws
-    saliency: Tensor
-    negative: Tensor
-
-
-class _Truth:
+def true_spans(windows: Sequence[Sequence[float]], covered: float) -> Tensor:
     """
-    The annotations of R rows as tensors: true windows in seconds (R, M, 2), padded with NaN, and what annotators gave
-    each of their clips, the sum of all and 1 (R, A); 0 for clips that they gave nothing.
+    Return the spans (n, 2) of windows in seconds, in a video whose features cover `covered` seconds.
+
+    A window that reaches beyond the features is cut off there; one entirely beyond them is left out.
     """
-
-    def __init__(self, rows: Sequence[Mapping[str, Any]]):
-        windows = [row.get("relevant_windows") or [] for row in rows]
-        table = np.full((len(rows), max(map(len, windows), default=0), 2), np.nan, dtype=np.float32)
-        for row, row_windows in zip(table, windows):
-            row[: len(row_windows)] = np.reshape(row_windows, (-1, 2))
-        self.windows = torch.from_numpy(table)
-
-        scored = {index: row for index, row in enumerate(rows) if row.get("saliency_scores")}
-        most = max((max(row["relevant_clip_ids"]) + 1 for row in scored.values()), default=1)
-        table = np.zeros((len(rows), most), dtype=np.float32)
-        for index, row in scored.items():
-            table[index, row["relevant_clip_ids"]] = np.sum(row["saliency_scores"], axis=1) + 1
-        self.scores = torch.from_numpy(table)
-
-    def spans(self, rows: Tensor, covered: Tensor) -> tuple[Tensor, Tensor]:
-        """
-        The true spans (B, M, 2) of some rows, the real ones first, and their counts (B,), where features cover so many
-        seconds (B,). Of a window that reaches beyond them it is the part that they cover; of one wholly beyond, none.
-        """
-        windows = self.windows[rows] / covered[:, None, None]
-        inside = windows[..., 0] < 1  # false of NaN
-        order = (~inside).byte().argsort(dim=1, stable=True)[..., None].expand(-1, -1, 2)
-        return window_to_span(windows.clamp(max=1).nan_to_num()).gather(1, order), inside.sum(1)
-
-    def clip_scores(self, rows: Tensor, spans: Tensor, counts: Tensor, covered: Tensor, num_clips: Tensor) -> Tensor:
-        """
-        How salient each clip is (B, L): above 0 where it is relevant, and more where annotators gave more. Spans and
-        counts are those of `spans`; without annotators' scores all relevant clips have the same.
-        """
-        longest = int(num_clips.max())
-        relevant = relevant_clips(spans, torch.arange(spans.shape[1]) < counts[:, None], num_clips, longest).float()
-        # A clip has the scores of those annotators' clips whose centre it holds, and of the one that holds its centre
-        centers = (torch.arange(self.scores.shape[1]) + 0.5) * SALIENCY_CLIP_SECONDS
-        scores = self.scores[rows] * (centers < covered[:, None])
-        held = torch.minimum((centers / covered[:, None] * num_clips[:, None]).long(), num_clips[:, None] - 1)
-        centers = (torch.arange(longest) + 0.5) * (covered / num_clips)[:, None]
-        holders = (centers / SALIENCY_CLIP_SECONDS).long().clamp(max=scores.shape[1])
-        annotated = nn.functional.pad(scores, (0, 1)).gather(1, holders).scatter_reduce(1, held, scores, "amax")
-        annotated = annotated * (torch.arange(longest) < num_clips[:, None])
-        return torch.where(scores.any(1, keepdim=True), annotated, relevant)
+    shares = torch.tensor(windows, dtype=torch.float32).reshape(-1, 2) / covered
+    return window_to_span(shares[shares[:, 0] < 1].clamp(max=1))
 
 
-def _saliency_pairs(scores: Tensor, num_clips: Tensor, uniform: Tensor) -> tuple[Tensor, list[int]]:
+def clip_scores(row: Mapping[str, Any], spans: Tensor, covered: float, num_clips: int) -> np.ndarray:
     """
-    Clips that are more salient, and clips that are less: (2, B, P), and how many pairs of each sample are to be used.
+    Return how salient each clip is, (num_clips,): above 0 where it is relevant, and higher where annotators gave more.
 
-    As in Moment-DETR one pair is hard, the best against the worst of the relevant clips by the annotators' scores, and
-    one easy, a relevant clip against one that is not. Where a video gives one kind only, both are of that kind.
+    Without annotators' scores all clips of a true span have the same.
 
     Args:
-        scores: (B, L), from `_Truth.clip_scores`.
-        num_clips: (B,), the real clips.
-        uniform: (B, 2, P) in [0, 1).
+        row: the annotations; spans: its true spans (n, 2).
+        covered: seconds that the features cover.
+        num_clips: the number of clips in the features.
     """
-    relevant = scores > 0
-    other = ~relevant & (torch.arange(scores.shape[1]) < num_clips[:, None])
-    best = relevant & (scores == scores.amax(1, keepdim=True))
-    worst = relevant & (scores == scores.masked_fill(~relevant, math.inf).amin(1, keepdim=True)) & ~best
-    hard, easy = torch.stack((best, worst)), torch.stack((relevant, other))  # (2, B, L)
-    has_hard, has_easy = (pair.any(2).all(0) for pair in (hard, easy))
-    kinds = (
-        torch.where(has_hard[:, None], hard, easy),
-        torch.where(has_easy[:, None], easy, hard),
-    )
-    allowed = torch.stack(kinds, dim=2)  # (2, B, P, L)
-    # The position at which as many are counted as a uniform choice among them says
-    counted = allowed.cumsum(3)
-    rank = torch.minimum((uniform.transpose(0, 1) * counted[..., -1]).long() + 1, counted[..., -1])
-    return (counted >= rank[..., None]).byte().argmax(3), ((has_hard | has_easy) * NUM_SALIENCY_PAIRS).tolist()
+    if row.get("saliency_scores"):
+        annotated = np.asarray(row["relevant_clip_ids"])
+        totals = np.sum(row["saliency_scores"], axis=1) + 1.0
+        inside = (annotated + 0.5) * SALIENCY_CLIP_SECONDS < covered
+        if inside.any():
+            return annotated_scores(annotated[inside], totals[inside], covered, num_clips)
+    is_real = torch.ones(1, len(spans), dtype=torch.bool)
+    return relevant_clips(spans[None], is_real, torch.tensor([num_clips]), num_clips)[0].numpy().astype(float)
+
+
+def annotated_scores(annotated: np.ndarray, totals: np.ndarray, covered: float, num_clips: int) -> np.ndarray:
+    """
+    Map scores of annotated clips, of 2 s each, to clips of the features: (A,) to (num_clips,).
+
+    A clip gets the highest score among the annotated clips whose center it holds and the one that holds its own center.
+    """
+    scores = np.zeros(num_clips)
+    np.maximum.at(scores, clips_holding_annotated(annotated, covered, num_clips), totals)
+    holders = annotated_clips_holding(covered, num_clips)
+    total_of = np.zeros(max(annotated.max(), holders.max()) + 1)
+    total_of[annotated] = totals
+    return np.maximum(scores, total_of[holders])
+
+
+def clips_holding_annotated(annotated: np.ndarray, covered: float, num_clips: int) -> np.ndarray:
+    """Return which clip of the features holds the center of each annotated clip, (A,)."""
+    centers = (annotated + 0.5) * SALIENCY_CLIP_SECONDS
+    return np.minimum((centers / covered * num_clips).astype(int), num_clips - 1)
+
+
+def annotated_clips_holding(covered: float, num_clips: int) -> np.ndarray:
+    """Return which annotated clip holds the center of each clip of the features, (num_clips,)."""
+    centers = (np.arange(num_clips) + 0.5) * (covered / num_clips)
+    return (centers / SALIENCY_CLIP_SECONDS).astype(int)
+
+
+def draw_saliency_pairs(scores: np.ndarray, rng: np.random.Generator) -> Tensor:
+    """
+    Draw pairs of a more and a less salient clip: long (2, P), the better ones first; P is 0 where no clips differ.
+
+    As in Moment-DETR one pair is hard, the best against the worst of the relevant clips, and one easy, a relevant clip
+    against one that is not. Where a video has only one kind, both pairs are of that kind.
+
+    Args:
+        scores: (L,) from `clip_scores`.
+    """
+    relevant, irrelevant = np.flatnonzero(scores > 0), np.flatnonzero(scores == 0)
+    best = np.flatnonzero(scores == scores.max())
+    worst = relevant[scores[relevant] == scores[relevant].min(initial=np.inf)]
+    kinds = []
+    if len(relevant) and scores[best[0]] > scores[worst[0]]:
+        kinds.append((best, worst))
+    if len(relevant) and len(irrelevant):
+        kinds.append((relevant, irrelevant))
+    pairs = [kinds[pair % len(kinds)] for pair in range(NUM_SALIENCY_PAIRS)] if kinds else []
+    drawn = [[rng.choice(better), rng.choice(worse)] for better, worse in pairs]
+    return torch.tensor(drawn, dtype=torch.long).reshape(-1, 2).T
 
 
 class Labels(list):
