@@ -269,7 +269,7 @@ def test_gradients():
     labels, *tensors = make_batch()
     # More windows than proposals in the one, padding in the other
     targets = Targets.from_labels(labels[2:], "cpu")
-    targets.spans = targets.spans.double()
+    targets["spans"] = targets.spans.double()
     *inputs, mask = (tensor[2:] for tensor in tensors)
     inputs = [tensor.double().requires_grad_() for tensor in inputs]
 
@@ -303,6 +303,20 @@ def test_targets():
     assert targets.pair_mask.tolist() == [[True, True], [False] * 2, [False] * 2]
     assert targets.saliency_pos[0].tolist() == [4, 2] and targets.saliency_neg[0].tolist() == [0, 1]
     assert targets.spans[2, 1].tolist() == pytest.approx([0.2, 0.1])
+
+
+def test_targets_read_like_the_labels():
+    labels = make_labels([2, 0, 3], pairs=[1, 0, 2])
+    targets = Targets.from_labels(labels)
+    assert len(targets) == 3
+    for index in (0, 1, 2, -1):
+        assert targets[index].keys() == labels[index].keys()
+        for name, value in labels[index].items():
+            assert torch.equal(targets[index][name], value)
+    with pytest.raises(IndexError):
+        targets[3]
+    with pytest.raises(AttributeError, match="no attribute 'windows'"):
+        targets.windows  # noqa: B018
 
 
 @pytest.mark.parametrize(

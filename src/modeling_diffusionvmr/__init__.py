@@ -22,7 +22,7 @@ DEFAULT_MODEL = str(Path(__file__).parent / "default_model")
 
 # Resolved when asked for: `transformers.Trainer` loads datasets, and features and metrics are not needed to retrieve
 LAZY = {
-    "DiffusionVMRDataCollator": "training.dataset",
+    "DiffusionVMRDataCollator": "training.collator",
     "DiffusionVMRTrainer": "training.trainer",
     "MomentRetrievalDataset": "training.dataset",
     "evaluate_predictions": "training.metrics",

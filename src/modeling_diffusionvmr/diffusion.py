@@ -135,7 +135,7 @@ class DiffusionSchedule(nn.Module):
         return next_alpha.sqrt() * predicted + (1 - next_alpha).sqrt() * noise
 
     def draw(self, batch: int, most: int, num_proposals: int, device: torch.device | None = None) -> Draws:
-        """Draw the random numbers that `corrupt` needs for B samples of up to M spans, from torch's global generator."""
+        """Draw what `corrupt` needs at random for B samples of up to M spans, from torch's global generator."""
         return Draws(
             padding=torch.rand(batch, num_proposals, 2, device=device),
             timesteps=torch.randint(self.num_steps, (batch,), device=device),

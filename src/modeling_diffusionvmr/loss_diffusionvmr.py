@@ -1,6 +1,6 @@
 """The training objective (section 3.5): matching (Eq. 9 and 10) and the terms of the loss (Eq. 11 to 13)."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,12 +12,15 @@ from torch.nn.utils.rnn import pad_sequence
 from .spans import iou_and_generalized_iou, relevant_clips
 
 
-@dataclass
-class Targets:
+class Targets(dict[str, Tensor]):
     """
-    The labels of B samples as tensors. M is the largest number of windows, P of saliency pairs.
+    The labels of B samples as padded tensors. M is the largest number of windows, P of saliency pairs.
 
-    spans (B, M, 2) and window_mask (B, M); saliency_pos, saliency_neg (B, P), indices of clips, and pair_mask (B, P).
+    `spans` (B, M, 2) and `window_mask` (B, M); `saliency_pos` and `saliency_neg` (B, P), indices of clips, and
+    `pair_mask` (B, P). Padding is on the right.
+
+    This is a dict because accelerate, `Trainer`, pinned memory and `nn.DataParallel` all rebuild a dict, of any class,
+    from its items. Like the list of labels that it replaces, it has length B, and `targets[i]` is one sample's label.
     """
 
     spans: Tensor
@@ -27,20 +30,20 @@ class Targets:
     pair_mask: Tensor
 
     @classmethod
-    @torch.compiler.disable  # it would be compiled anew for every shape of every label
-    def from_labels(cls, labels: list[dict[str, Tensor]], device: torch.device) -> "Targets":
+    @torch.compiler.disable  # it would be compiled again for every shape of every label
+    def from_labels(cls, labels: Sequence[Mapping[str, Tensor]], device: torch.device | str | None = None) -> "Targets":
         """
-        Pads the labels of `DiffusionVMRForMomentRetrieval.forward`.
+        Pad the labels that `DiffusionVMRForMomentRetrieval.forward` describes.
 
         Raises:
-            ValueError: for shapes that do not fit; it names the label.
+            ValueError: for tensors of the wrong shape; the message names the label.
         """
         for index, label in enumerate(labels):
             if label["spans"].ndim != 2 or label["spans"].shape[1] != 2:
                 raise ValueError(f"`labels[{index}]`: `spans` must be (n, 2), got {tuple(label['spans'].shape)}")
             pairs = [tuple(label[name].shape) for name in ("saliency_pos", "saliency_neg") if name in label]
             if pairs and (len(pairs) != 2 or pairs[0] != pairs[1] or len(pairs[0]) != 1):
-                raise ValueError(f"`labels[{index}]`: `saliency_pos` and `saliency_neg` must be (p,) both, got {pairs}")
+                raise ValueError(f"`labels[{index}]`: `saliency_pos` and `saliency_neg` must both be (p,), got {pairs}")
         spans = [label["spans"].float() for label in labels]
         no_pairs = spans[0].new_zeros(0, dtype=torch.long)
         positive = [label.get("saliency_pos", no_pairs) for label in labels]
@@ -48,12 +51,35 @@ class Targets:
 
         def mask(rows: list[Tensor]) -> Tensor:
             lengths = torch.tensor([len(row) for row in rows])
-            return (torch.arange(lengths.max()) < lengths[:, None]).to(device, non_blocking=True)
+            return torch.arange(lengths.max()) < lengths[:, None]
 
-        def pad(rows: list[Tensor]) -> Tensor:
-            return pad_sequence(rows, batch_first=True).to(device, non_blocking=True)
+        padded = cls(
+            spans=pad_sequence(spans, batch_first=True),
+            window_mask=mask(spans),
+            saliency_pos=pad_sequence(positive, batch_first=True),
+            saliency_neg=pad_sequence(negative, batch_first=True),
+            pair_mask=mask(positive),
+        )
+        return padded if device is None else padded.to(device, non_blocking=True)
 
-        return cls(pad(spans), mask(spans), pad(positive), pad(negative), mask(positive))
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
+        """Return the same labels on a device."""
+        return type(self)({name: value.to(device, non_blocking=non_blocking) for name, value in self.items()})
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, key):
+        if isinstance(key, str):
+            return super().__getitem__(key)
+        windows, pairs = self.window_mask[key], self.pair_mask[key]
+        label = {"spans": self.spans[key][windows]}
+        return label | {name: self[name][key][pairs] for name in ("saliency_pos", "saliency_neg")}
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name in self:
+            return self[name]
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
 
 def match(cost: np.ndarray, num_windows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -568,33 +568,3 @@ def test_rows_with_and_without_annotators(make_dataset):
         assert_same(samples[3], plain[5])
         assert (samples[1]["labels"]["saliency_pos"][0], samples[1]["labels"]["saliency_neg"][0]) == (14, 2)
         assert len(samples[2]["labels"]["saliency_pos"]) == 0
-
-
-# Batches
-
-
-def test_collator(make_dataset):
-    dataset = make_dataset()
-    samples = [dataset[index] for index in (0, 1, 5)]
-    batch = DiffusionVMRDataCollator()(samples)
-    shapes = {name: tuple(value.shape) for name, value in batch.items() if name != "labels"}
-    negatives = [len(sample["negative_text_features"]) for sample in samples]
-    assert shapes == {
-        "video_features": (3, 20, 12),
-        "video_mask": (3, 20),
-        "text_features": (3, 7, 8),
-        "text_mask": (3, 7),
-        "negative_text_features": (3, max(negatives), 8),
-        "negative_text_mask": (3, max(negatives)),
-        "noisy_spans": (3, 6, 2),
-        "timesteps": (3,),
-    }
-    assert batch["video_mask"].sum(1).tolist() == [10, 15, 20]
-    assert batch["text_mask"].sum(1).tolist() == [2, 3, 7]
-    assert batch["negative_text_mask"].sum(1).tolist() == negatives
-    assert [len(label["spans"]) for label in batch["labels"]] == [1, 2, 8]
-    for row, sample in enumerate(samples):
-        torch.testing.assert_close(batch["noisy_spans"][row], sample["noisy_spans"], atol=0, rtol=0)
-        length = len(sample["video_features"])
-        torch.testing.assert_close(batch["video_features"][row, :length], sample["video_features"], atol=0, rtol=0)
-        assert (batch["video_features"][row, length:] == 0).all()

@@ -1,6 +1,5 @@
-"""Rows and features -> samples, with the random draws of training; samples -> batches."""
+"""Rows and features -> samples, with the random draws of training."""
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,39 +11,41 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from ..checks import check_positive
 from ..configuration_diffusionvmr import DiffusionVMRConfig
-from ..data.annotations import SALIENCY_CLIP_SECONDS, check_row, warn_dropped
+from ..data.annotations import check_row, warn_dropped
 from ..data.features import common_clip_seconds, name_of
 from ..diffusion import DiffusionSchedule
 from ..processing_diffusionvmr import DiffusionVMRProcessor
-from ..spans import relevant_clips, window_to_span
+from .supervision import clip_scores, draw_saliency_pairs, true_spans
 
-NUM_SALIENCY_PAIRS = 2  # a sample's, as in Moment-DETR: a hard and an easy one
-MAX_AVERAGED_VIDEOS = 256  # that are kept in memory, 1.2 MB each with VGG's or C3D's features
+MAX_AVERAGED_VIDEOS = 256  # kept in memory: 1.2 MB each with features of VGG or C3D
 
 
 class MomentRetrievalDataset(Dataset):
     """
-    One sample a row (a query on its video), as tensors.
+    One sample per row (a query on its video), as tensors.
 
-    All that is random in a training sample comes from (seed, epoch, row), so that it does not depend on how rows are
-    shuffled, batched or spread over workers.
+    The random part of a training sample depends on (seed, epoch, row) alone, and so not on how rows are shuffled,
+    batched or spread over workers.
 
     Args:
-        rows: from `load_annotations`, or any sequence of dicts with `qid, query, vid, duration, relevant_windows`.
-        video_features: a mapping from `vid` to an array (clips, size), or a sequence of them, one a backbone.
+        rows: from `load_annotations`, or any sequence of dicts with `qid`, `query`, `vid`, `duration` (seconds) and
+            `relevant_windows` ([[start, end], ...], seconds; `[]` if the query is not in the video, and no such field
+            if the row is unlabeled).
+        video_features: a mapping from `vid` to an array (clips, size), or a sequence of them, one per backbone.
         text_features: a mapping from `qid` to an array (tokens, size).
-        processor: the door into the model.
-        config: of the model that is trained; its samples carry draws. `None` for inference.
-        clip_seconds: length of a clip; by default what the features say of themselves, and where they say nothing they
-            cover the whole `duration`.
-        seed: of the draws.
-        skip_invalid: read all features once, and drop the rows whose features cannot be used, with one warning that
-            says how many and which.
+        processor: prepares the features.
+        config: the configuration of the model to train; samples then have a random part. `None` for inference.
+        clip_seconds: the length of a clip. By default the length that the feature folders state; if they state none,
+            the features cover the whole `duration`.
+        seed: seed of the random part.
+        skip_invalid: read all features once and skip the rows whose features cannot be used, with one warning that
+            lists them.
 
     Raises:
-        ValueError: for a row that `check_row` refuses, with windows that reach beyond its video, or without features;
-            and when a sample is asked for whose features the processor refuses. It names the qid or vid.
+        ValueError: for a row that `check_row` rejects, a window that ends after its video, or missing features. When a
+            sample is read: for features that the processor rejects. The message names the qid or vid.
     """
 
     def __init__(
@@ -63,8 +64,8 @@ class MomentRetrievalDataset(Dataset):
         self.processor = processor
         self.config = config
         self.clip_seconds = common_clip_seconds(self.video_features) if clip_seconds is None else clip_seconds
-        if self.clip_seconds is not None and not 0 < self.clip_seconds < math.inf:
-            raise ValueError(f"`clip_seconds` must be a number of seconds above 0, got {self.clip_seconds}")
+        if self.clip_seconds is not None:
+            check_positive(self.clip_seconds, "`clip_seconds`")
         self.seed = seed
         self._averaged: dict[str, tuple[Tensor, int]] = {}
         self.rows = [self._checked(row) for row in rows]
@@ -215,129 +216,7 @@ class MomentRetrievalDataset(Dataset):
             sample["noisy_spans"], sample["timesteps"] = noisy_spans, timestep
 
     def _row_of_another_video(self, row: int, rng: np.random.Generator) -> int:
-        # A place among the rows by video, without this video's. `random` takes as much from the generator for any number
-        # of rows; `integers` does not, and the draws that follow would depend on it.
+        # A place among the rows sorted by video, without this video's. `random` always takes the same from the
+        # generator; `integers` does not, and then the draws that follow would depend on the number of rows.
         place = int(rng.random() * (len(self) - self._count[row]))
         return self._by_video[place + self._count[row] * (place >= self._first[row])]
-
-
-def true_spans(windows: Sequence[Sequence[float]], covered: float) -> Tensor:
-    """
-    Return the spans (n, 2) of windows in seconds, in a video whose features cover `covered` seconds.
-
-    A window that reaches beyond the features is cut off there; one entirely beyond them is left out.
-    """
-    shares = torch.tensor(windows, dtype=torch.float32).reshape(-1, 2) / covered
-    return window_to_span(shares[shares[:, 0] < 1].clamp(max=1))
-
-
-def clip_scores(row: Mapping[str, Any], spans: Tensor, covered: float, num_clips: int) -> np.ndarray:
-    """
-    Return how salient each clip is, (num_clips,): above 0 where it is relevant, and higher where annotators gave more.
-
-    Without annotators' scores all clips of a true span have the same.
-
-    Args:
-        row: the annotations; spans: its true spans (n, 2).
-        covered: seconds that the features cover.
-        num_clips: the number of clips in the features.
-    """
-    if row.get("saliency_scores"):
-        annotated = np.asarray(row["relevant_clip_ids"])
-        totals = np.sum(row["saliency_scores"], axis=1) + 1.0
-        inside = (annotated + 0.5) * SALIENCY_CLIP_SECONDS < covered
-        if inside.any():
-            return annotated_scores(annotated[inside], totals[inside], covered, num_clips)
-    is_real = torch.ones(1, len(spans), dtype=torch.bool)
-    return relevant_clips(spans[None], is_real, torch.tensor([num_clips]), num_clips)[0].numpy().astype(float)
-
-
-def annotated_scores(annotated: np.ndarray, totals: np.ndarray, covered: float, num_clips: int) -> np.ndarray:
-    """
-    Map scores of annotated clips, of 2 s each, to clips of the features: (A,) to (num_clips,).
-
-    A clip gets the highest score among the annotated clips whose center it holds and the one that holds its own center.
-    """
-    scores = np.zeros(num_clips)
-    np.maximum.at(scores, clips_holding_annotated(annotated, covered, num_clips), totals)
-    holders = annotated_clips_holding(covered, num_clips)
-    total_of = np.zeros(max(annotated.max(), holders.max()) + 1)
-    total_of[annotated] = totals
-    return np.maximum(scores, total_of[holders])
-
-
-def clips_holding_annotated(annotated: np.ndarray, covered: float, num_clips: int) -> np.ndarray:
-    """Return which clip of the features holds the center of each annotated clip, (A,)."""
-    centers = (annotated + 0.5) * SALIENCY_CLIP_SECONDS
-    return np.minimum((centers / covered * num_clips).astype(int), num_clips - 1)
-
-
-def annotated_clips_holding(covered: float, num_clips: int) -> np.ndarray:
-    """Return which annotated clip holds the center of each clip of the features, (num_clips,)."""
-    centers = (np.arange(num_clips) + 0.5) * (covered / num_clips)
-    return (centers / SALIENCY_CLIP_SECONDS).astype(int)
-
-
-def draw_saliency_pairs(scores: np.ndarray, rng: np.random.Generator) -> Tensor:
-    """
-    Draw pairs of a more and a less salient clip: long (2, P), the better ones first; P is 0 where no clips differ.
-
-    As in Moment-DETR one pair is hard, the best against the worst of the relevant clips, and one easy, a relevant clip
-    against one that is not. Where a video has only one kind, both pairs are of that kind.
-
-    Args:
-        scores: (L,) from `clip_scores`.
-    """
-    relevant, irrelevant = np.flatnonzero(scores > 0), np.flatnonzero(scores == 0)
-    best = np.flatnonzero(scores == scores.max())
-    worst = relevant[scores[relevant] == scores[relevant].min(initial=np.inf)]
-    kinds = []
-    if len(relevant) and scores[best[0]] > scores[worst[0]]:
-        kinds.append((best, worst))
-    if len(relevant) and len(irrelevant):
-        kinds.append((relevant, irrelevant))
-    pairs = [kinds[pair % len(kinds)] for pair in range(NUM_SALIENCY_PAIRS)] if kinds else []
-    drawn = [[rng.choice(better), rng.choice(worse)] for better, worse in pairs]
-    return torch.tensor(drawn, dtype=torch.long).reshape(-1, 2).T
-
-
-class Labels(list):
-    """
-    The labels of a batch. They stay where they are when a batch is sent to a device: there are many small tensors, and
-    the loss sends them at once, padded.
-    """
-
-    def to(self, *args, **kwargs) -> "Labels":
-        """Itself."""
-        return self
-
-
-class DiffusionVMRDataCollator:
-    """
-    Samples of a `MomentRetrievalDataset` -> the arguments of `DiffusionVMRForMomentRetrieval.forward`.
-
-    Args:
-        with_rows: add `rows` (B,), the samples' indices, and `covered_durations` (B,), for predictions.
-    """
-
-    def __init__(self, with_rows: bool = False):
-        self.with_rows = with_rows
-
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        batch = {}
-        for name in ("video", "text", "negative_text"):
-            if f"{name}_features" in samples[0]:
-                batch[f"{name}_features"], batch[f"{name}_mask"] = DiffusionVMRProcessor.pad(
-                    [sample[f"{name}_features"] for sample in samples]
-                )
-        for name in ("noisy_spans", "timesteps"):
-            if name in samples[0]:
-                batch[name] = torch.stack([sample[name] for sample in samples])
-        if all("labels" in sample for sample in samples):
-            batch["labels"] = Labels(sample["labels"] for sample in samples)
-        if self.with_rows:
-            batch["rows"] = torch.tensor([sample["row"] for sample in samples])
-            batch["covered_durations"] = torch.tensor(
-                [sample["covered_duration"] for sample in samples], dtype=torch.float64
-            )
-        return batch

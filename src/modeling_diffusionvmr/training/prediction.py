@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.annotations import SALIENCY_CLIP_SECONDS
-from .dataset import DiffusionVMRDataCollator, MomentRetrievalDataset
+from .collator import DiffusionVMRDataCollator
+from .dataset import MomentRetrievalDataset
 
 # And no draws of training, which hold the truth but for some noise
 MODEL_INPUTS = ("video_features", "video_mask", "text_features", "text_mask")

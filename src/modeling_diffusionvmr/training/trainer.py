@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import slice_tensors
 from huggingface_hub import HfApi
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
 
 from .checkpoints import MANIFEST, STAGING_FOLDER, find_fault, last_whole_checkpoint, write_manifest
-from .dataset import DiffusionVMRDataCollator, Labels
+from .collator import DiffusionVMRDataCollator
 from .metrics import evaluate_predictions
 from .prediction import RowOutputs, official_predictions, row_outputs
 
@@ -137,8 +138,7 @@ class DiffusionVMRTrainer(Trainer):
         inputs = {**inputs, "num_proposals": self._num_proposals}
         count = inputs.pop("num_samples", len(inputs["video_features"]))
         if count < len(inputs["video_features"]):  # at least one, for other processes wait for this one's gradients
-            kept = max(count, 1)
-            inputs = {name: value[:kept] if hasattr(value, "__len__") else value for name, value in inputs.items()}
+            inputs = slice_tensors(inputs, slice(max(count, 1)))
         outputs = model(**inputs)
         # Of the sum over processes; DistributedDataParallel takes the mean
         share = 1.0 if num_items_in_batch is None else count / num_items_in_batch
@@ -199,9 +199,6 @@ class DiffusionVMRTrainer(Trainer):
                 }
             )
         return output._replace(predictions=predictions)
-
-    def _prepare_input(self, data):
-        return data if isinstance(data, Labels) else super()._prepare_input(data)
 
     # Checkpoints
 

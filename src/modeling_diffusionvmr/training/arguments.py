@@ -1,0 +1,46 @@
+"""The arguments of a training: those of `transformers`, and how the number of proposals grows."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from ..checks import is_number
+
+PROPOSAL_SCHEDULES = ("progress", "stable")
+
+
+@dataclass
+class DiffusionVMRTrainingArguments(TrainingArguments):
+    """
+    `TrainingArguments` with the growth of the number of proposals (section 3.2 and Table 6 of the paper).
+
+    Args:
+        proposal_schedule: "progress" trains with 1 proposal at first and ends with `config.max_training_proposals`;
+            "stable" trains with all of them from the start.
+        proposal_growth: share of the training, in (0, 1], over which "progress" grows the number in equal parts.
+
+    Raises:
+        ValueError: for an unknown schedule or a growth out of range.
+    """
+
+    _argument_group_name = "training (fields of DiffusionVMRTrainingArguments)"  # heads its flags in --help
+
+    proposal_schedule: str = field(
+        default="progress",
+        metadata={
+            "help": "Whether the number of proposals grows during training, or is the same throughout.",
+            "choices": PROPOSAL_SCHEDULES,
+        },
+    )
+    proposal_growth: float = field(
+        default=1.0,
+        metadata={"help": "Share of the training, in (0, 1], over which the number of proposals grows."},
+    )
+
+    def __post_init__(self):
+        if self.proposal_schedule not in PROPOSAL_SCHEDULES:
+            known = ", ".join(PROPOSAL_SCHEDULES)
+            raise ValueError(f"`proposal_schedule` must be one of {known}, got {self.proposal_schedule!r}")
+        if not is_number(self.proposal_growth) or not 0 < self.proposal_growth <= 1:
+            raise ValueError(f"`proposal_growth` must be a number in (0, 1], got {self.proposal_growth!r}")
+        super().__post_init__()
