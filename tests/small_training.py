@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-from transformers import TrainingArguments, modeling_utils, set_seed
+from transformers import modeling_utils, set_seed
 
 from modeling_diffusionvmr import (
     DiffusionVMRConfig,
@@ -29,6 +29,7 @@ from modeling_diffusionvmr import (
     DiffusionVMRTrainer,
     MomentRetrievalDataset,
 )
+from modeling_diffusionvmr.training.arguments import DiffusionVMRTrainingArguments
 
 LENGTHS = (10, 15, 20, 34)  # clips of the videos
 TERMS = ("class", "l1", "iou", "hinge", "contrastive")
@@ -74,7 +75,7 @@ def make_trainer(
     callbacks: list | None = None,
     **arguments,
 ) -> DiffusionVMRTrainer:
-    """A trainer of a new model, the same each time; `arguments` are those of `TrainingArguments`."""
+    """A trainer of a new model, the same each time; `arguments` are those of `DiffusionVMRTrainingArguments`."""
     set_seed(0)
     options = {
         "max_steps": 12,
@@ -85,15 +86,15 @@ def make_trainer(
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
+        "proposal_schedule": proposal_schedule,
+        "proposal_growth": proposal_growth,
     }
     return DiffusionVMRTrainer(
         model=DiffusionVMRForMomentRetrieval(config),
-        args=TrainingArguments(str(folder), **{**options, **arguments}),
+        args=DiffusionVMRTrainingArguments(str(folder), **{**options, **arguments}),
         train_dataset=make_dataset(config, num_rows) if train_dataset is None else train_dataset,
         eval_dataset=make_dataset(None) if eval_dataset is None else eval_dataset,
         processing_class=processor,
-        proposal_schedule=proposal_schedule,
-        proposal_growth=proposal_growth,
         callbacks=callbacks,
     )
 

@@ -158,7 +158,7 @@ def test_goes_on_from_any_step_to_the_same_weights(uninterrupted, in_process, tm
 
 def test_starts_anew_without_a_checkpoint_only_where_asked_to(tiny_config, tmp_path):
     trainer = make_trainer(tmp_path, tiny_config(), max_steps=1)
-    with pytest.raises(ValueError, match="no whole checkpoint to resume from"):
+    with pytest.raises(ValueError, match="no complete checkpoint to resume from"):
         trainer.train(resume_from_checkpoint=True)
     (tmp_path / STAGING_FOLDER / "checkpoint-1").mkdir(parents=True)
     trainer.train()
@@ -191,7 +191,7 @@ DAMAGES = (truncate, cut_off_the_end, empty, replace, Path.unlink)
 def test_files_of_a_checkpoint(uninterrupted):
     """All that are damaged below, and the code, but nothing that only unpickling reads."""
     found = {name for name in contents(uninterrupted / "run/checkpoint-4") if not name.endswith(".py")}
-    assert found == set(FILES) or found - set(FILES) <= {"manifest.json"}
+    assert found == {*FILES, "manifest.json"}
     assert not list(uninterrupted.rglob("training_args.bin"))
 
 
@@ -199,7 +199,9 @@ def test_files_of_a_checkpoint(uninterrupted):
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_checkpoint_is_skipped(copied, name, damage):
     damage(copied / "run/checkpoint-4" / name)
-    with pytest.warns(UserWarning, match=f"checkpoint-4 is not whole and is skipped: .*{FAULTS.get(name, name)}"):
+    with pytest.warns(
+        UserWarning, match=f"checkpoint-4 cannot be resumed from and is skipped: .*{FAULTS.get(name, name)}"
+    ):
         assert last_whole_checkpoint(copied / "run") == str(copied / "run/checkpoint-3")
 
 
@@ -230,6 +232,37 @@ def test_a_damaged_checkpoint_is_refused_by_name(copied, tiny_config):
     with pytest.raises(ValueError, match="checkpoint-7"):
         trainer.train(resume_from_checkpoint=str(copied / "run/checkpoint-7"))
     assert trainer.state.global_step == 0
+
+
+STATES = {
+    "{}": (lambda state: {}, "`global_step` must be a number, got None"),
+    "other fields": (lambda state: {**state, "steps": 4}, "unknown field `steps`"),
+    "no batch size": (
+        lambda state: {**state, "train_batch_size": None},
+        "`train_batch_size` must be a number, got None",
+    ),
+    "text for a number": (lambda state: {**state, "epoch": "2"}, "`epoch` must be a number, got '2'"),
+    "no list": (lambda state: {**state, "log_history": "x"}, "`log_history` must be a list, got 'x'"),
+    "no object": (
+        lambda state: {**state, "stateful_callbacks": "x"},
+        "`stateful_callbacks` must be an object, got 'x'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_of_other_fields_is_refused_by_name(copied, tiny_config, name):
+    """Even in a checkpoint of plain `Trainer`, which has no manifest."""
+    change, fault = STATES[name]
+    checkpoint = copied / "run/checkpoint-4"
+    assert find_fault(checkpoint) is None
+    (checkpoint / "manifest.json").unlink()
+    path = checkpoint / "trainer_state.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    trainer = make_trainer(copied / "run", tiny_config(), **TRAINING)
+    with pytest.raises(ValueError) as error:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert str(error.value) == f"{checkpoint}: cannot be resumed from, trainer_state.json: {fault}"
 
 
 class Hostile:

@@ -1,5 +1,6 @@
 import copy
 import itertools
+import warnings
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from modeling_diffusionvmr import (
     predict_moments,
 )
 from modeling_diffusionvmr.training import trainer as trainer_module
+from modeling_diffusionvmr.training.arguments import DiffusionVMRTrainingArguments
 
 STEPS = 12
 
@@ -114,14 +116,35 @@ def test_proposals_grow_early(make_trainer, tmp_path, growth, expected):
 
 
 @pytest.mark.parametrize("growth", [0, -0.5, 1.5, float("nan"), "half", None])
-def test_impossible_growth(growth):
-    with pytest.raises(ValueError, match="`proposal_growth` must be a number above 0 and at most 1, got"):
-        DiffusionVMRTrainer(proposal_growth=growth)
+def test_impossible_growth(tmp_path, growth):
+    with pytest.raises(ValueError, match=r"`proposal_growth` must be a number in \(0, 1\], got"):
+        DiffusionVMRTrainingArguments(str(tmp_path), proposal_growth=growth)
 
 
-def test_unknown_schedule():
-    with pytest.raises(ValueError, match="`proposal_schedule` must be one of .*'progress', 'stable'.*'linear'"):
-        DiffusionVMRTrainer(proposal_schedule="linear")
+def test_unknown_schedule(tmp_path):
+    with pytest.raises(ValueError, match="`proposal_schedule` must be one of progress, stable, got 'linear'"):
+        DiffusionVMRTrainingArguments(str(tmp_path), proposal_schedule="linear")
+
+
+def test_plain_training_arguments_have_the_default_growth(make_dataset, tiny_config, tmp_path):
+    trainer = DiffusionVMRTrainer(
+        DiffusionVMRForMomentRetrieval(tiny_config()),
+        TrainingArguments(str(tmp_path), report_to="none"),
+        train_dataset=make_dataset(),
+    )
+    assert (trainer.proposal_schedule, trainer.proposal_growth) == ("progress", 1.0)
+
+
+def test_two_gpus_in_one_process_are_refused(make_dataset, tiny_config, tmp_path):
+    arguments = DiffusionVMRTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    arguments._n_gpu = 2  # what `transformers` finds on a machine with two
+    model = DiffusionVMRForMomentRetrieval(tiny_config())
+    with pytest.raises(ValueError) as error:
+        DiffusionVMRTrainer(model, arguments, train_dataset=make_dataset())
+    message = str(error.value)
+    assert "2 GPUs need one process each" in message and "\n" not in message
+    assert "`accelerate launch --num_processes 2 -m modeling_diffusionvmr train" in message
+    assert "CUDA_VISIBLE_DEVICES=0" in message
 
 
 def test_evaluation_loss(trained, make_dataset):
@@ -132,7 +155,8 @@ def test_evaluation_loss(trained, make_dataset):
     assert set(seen) == {5}  # of inference
     assert metrics["eval_loss"] > 0
     assert trainer.evaluate()["eval_loss"] == metrics["eval_loss"]
-    assert all("num_proposals" not in log for log in trainer.state.log_history[history:])
+    logs = trainer.state.log_history[history:]
+    assert len(logs) == 2 and all("num_proposals" not in log for log in logs)
 
 
 def test_checkpoint_loads(trained, make_dataset):
@@ -218,20 +242,35 @@ def test_several_sets_to_evaluate_on(make_trainer, make_dataset, tmp_path):
 
 
 def test_rows_without_truth(trained, make_dataset):
-    """There is nothing to score them by; a part of the truth would give numbers of another set."""
     trainer, _ = trained
     dataset = make_dataset(train=False, truth=False)
-    assert not metrics_of(trainer.evaluate(dataset))
+    with pytest.warns(UserWarning, match="8 of 8 rows are not scored: 8 without `relevant_windows`"):
+        assert not metrics_of(trainer.evaluate(dataset))
     output = trainer.predict(dataset)
     assert not metrics_of(output.metrics, "test_") and "test_loss" not in output.metrics
     assert [prediction["qid"] for prediction in output.predictions] == list(range(8))
 
-    mixed = make_dataset(train=False)
+
+def test_only_rows_with_windows_are_scored(make_trainer, make_dataset, tmp_path):
+    """One message counts the others, however often they are evaluated on."""
+    mixed, rest = make_dataset(train=False), make_dataset(train=False)
     del mixed.rows[2]["relevant_windows"]
     mixed.rows[5]["relevant_windows"] = []
-    output = trainer.predict(mixed)
-    assert not metrics_of(output.metrics, "test_")
-    assert len(output.predictions) == 8
+    rest.rows = [row for row in rest.rows if row["qid"] not in (2, 5)]
+    options = {"eval_steps": 2, "save_steps": 2, "max_steps": 4, "metric_for_best_model": "MR-full-mAP"}
+    trainer = make_trainer(tmp_path, eval_dataset=mixed, eval_strategy="steps", **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    messages = [str(warning.message) for warning in caught if "not scored" in str(warning.message)]
+    assert messages == [
+        "2 of 8 rows are not scored: 1 with `relevant_windows: []` (not in the video), "
+        "1 without `relevant_windows` (unlabeled)"
+    ]
+    logs = evaluations(trainer)
+    assert len(logs) == 2 and metrics_of(logs[-1])
+    assert metrics_of(logs[-1]) == official(trainer.model, rest)
+    assert len(trainer.predict(mixed).predictions) == 8
 
 
 @pytest.mark.parametrize("train", [False, True])

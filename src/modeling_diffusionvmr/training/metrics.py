@@ -67,6 +67,34 @@ def evaluate_predictions(
     return {"brief": brief, **dict(sorted(scores.items())), "extra": extra}
 
 
+def scorable(
+    predictions: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]], str | None]:
+    """
+    Select what `evaluate_predictions` can score: the rows with windows, and the predictions for them.
+
+    Args:
+        predictions: dicts with `qid`, in any order.
+        rows: from `load_annotations`. `relevant_windows: []` means that the query is not in the video, a missing field
+            that the row is unlabeled.
+
+    Returns:
+        Predictions, rows, and one message that counts the rows that are not scored, or `None` if there are none. Both
+        lists may be empty, which `evaluate_predictions` rejects.
+    """
+    without_windows = [row for row in rows if not row.get("relevant_windows")]
+    if not without_windows:
+        return list(predictions), list(rows), None
+    absent = sum(row.get("relevant_windows") is not None for row in without_windows)
+    unlabeled = len(without_windows) - absent
+    reasons = [f"{absent} with `relevant_windows: []` (not in the video)"] if absent else []
+    reasons += [f"{unlabeled} without `relevant_windows` (unlabeled)"] if unlabeled else []
+    message = f"{len(without_windows)} of {len(rows)} rows are not scored: {', '.join(reasons)}"
+    left_out = {str(row["qid"]) for row in without_windows}
+    scored = [prediction for prediction in predictions if str(prediction["qid"]) not in left_out]
+    return scored, [row for row in rows if row.get("relevant_windows")], message
+
+
 def _moment_scores(
     predictions: Mapping[str, Mapping[str, Any]], references: Mapping[str, Mapping[str, Any]]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, float | None]]:
@@ -95,9 +123,16 @@ def _moment_scores(
 
 
 def rows_by_qid(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Mapping[str, Any]]:
-    """Rows of one kind by their qid as a string: 7 and "7" are the same. Raises `ValueError` for none, or for two."""
-    by_qid = {}
+    """
+    Return rows by their qid as a string: 7 and "7" are the same.
+
+    Raises:
+        ValueError: if there are no rows, for a row that is not a dict or has no qid, and for two rows with one qid.
+    """
+    by_qid: dict[str, Mapping[str, Any]] = {}
     for index, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{kind} number {index} must be a dict, got {str(row)[:80]!r}")
         if row.get("qid") is None:
             raise ValueError(f"{kind} number {index} has no `qid`")
         if str(row["qid"]) in by_qid:
