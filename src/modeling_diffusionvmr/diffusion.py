@@ -1,7 +1,7 @@
 """
 The diffusion process on spans (section 3.1): schedule, forward process, DDIM step and the fixed noise.
 
-Plain tensors; nothing here knows of the network. Spans in [0, 1] are diffused as signals in [-scale, scale].
+Plain tensors; nothing here depends on the network. Spans in [0, 1] are diffused as signals in [-scale, scale].
 """
 
 import math
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 def cosine_alphas_cumprod(num_steps: int) -> Tensor:
     """
-    The products of alpha up to each step (Eq. 2) of the cosine schedule of Nichol and Dhariwal (arXiv 2102.09672), as
-    in DiffusionDet, with beta at most 0.999. A float64 tensor (num_steps,), falling from nearly 1 to nearly 0.
+    Return the cumulative products of alpha (Eq. 2), float64 (num_steps,), falling from nearly 1 to nearly 0.
+
+    This is the cosine schedule of Nichol and Dhariwal (arXiv 2102.09672), as in DiffusionDet, with beta at most 0.999.
     """
     steps = torch.arange(num_steps + 1, dtype=torch.float64, device="cpu")
     remaining = torch.cos((steps / num_steps + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -26,11 +27,11 @@ def cosine_alphas_cumprod(num_steps: int) -> Tensor:
 
 def fixed_noise(num_proposals: int) -> Tensor:
     """
-    The noise from which every inference starts: (num_proposals, 2) float32, computed on the CPU so that it is the same
-    on every device, and a prefix of itself as num_proposals grows.
+    Return the noise from which every inference starts, float32 (num_proposals, 2).
 
-    Its rows are the Sobol sequence sent through the inverse normal distribution: Gaussian, but with little of the gaps
-    and of the bias that a few independent draws have.
+    It is computed on the CPU, so that it is the same on every device, and a prefix of itself as num_proposals grows.
+    Its rows are the Sobol sequence mapped through the inverse normal distribution: Gaussian, but with fewer gaps and
+    less bias than a few independent draws have.
     """
     with torch.device("cpu"):  # a model may be under construction on another one
         uniform = torch.quasirandom.SobolEngine(2).fast_forward(1).draw(num_proposals, dtype=torch.float64)
@@ -38,20 +39,21 @@ def fixed_noise(num_proposals: int) -> Tensor:
 
 
 def spans_to_signal(spans: Tensor, scale: float) -> Tensor:
-    """Spans in [0, 1] -> signals in [-scale, scale]."""
+    """Map spans in [0, 1] to signals in [-scale, scale]."""
     return (spans * 2 - 1) * scale
 
 
 def signal_to_spans(signal: Tensor, scale: float) -> Tensor:
-    """Signals -> spans in [0, 1]; what noise drove beyond the scale is clamped."""
+    """Map signals to spans in [0, 1]; signals beyond the scale are clamped."""
     return (signal.clamp(-scale, scale) / scale + 1) / 2
 
 
 def sampling_timesteps(timesteps: Tensor, num_sampling_steps: int) -> Tensor:
     """
-    The steps at which a sampler visits the network on its way from `timesteps` (B,) to 0, evenly spaced and starting
-    at `timesteps` itself ("trailing": Lin et al., arXiv 2305.08891). Long (num_sampling_steps + 1, B); the last row is
-    -1, the clean signal. Where fewer steps than that are left, 0 is visited more than once.
+    Return the steps at which a sampler calls the network on its way from `timesteps` (B,) to 0.
+
+    They are evenly spaced and start at `timesteps` itself ("trailing": Lin et al., arXiv 2305.08891). Long
+    (num_sampling_steps + 1, B); the last row is -1, the clean signal. If fewer steps are left, 0 is repeated.
     """
     left = torch.arange(num_sampling_steps, 0, -1, device=timesteps.device)[:, None] / num_sampling_steps
     visited = (((timesteps + 1) * left).round().long() - 1).clamp(min=0)
@@ -61,8 +63,10 @@ def sampling_timesteps(timesteps: Tensor, num_sampling_steps: int) -> Tensor:
 @dataclass(frozen=True)
 class Draws:
     """
-    The random numbers of B training samples: `order` (B, M) in [0, 1) shuffles the true spans; `padding` (B, N, 2) in
-    [0, 1) are the two ends of random ones; `noise` (B, N, 2) is normal; `timesteps` (B,) are t, long.
+    The random numbers of B training samples with up to M true spans and N proposals.
+
+    `order` (B, M) in [0, 1) shuffles the true spans; `padding` (B, N, 2) in [0, 1) holds the two ends of random spans;
+    `timesteps` (B,), long, is t; `noise` (B, N, 2) is Gaussian.
     """
 
     order: Tensor
@@ -73,39 +77,39 @@ class Draws:
 
 class DiffusionSchedule(nn.Module):
     """
-    The noise schedule as tables on the model's device: float32 whatever the model's type, and not saved.
+    The noise schedule, as tables on the model's device: float32 whatever the model's type, and not saved.
 
     Args:
         num_steps: T.
         scale: the signal scale.
     """
 
-    table_size = 1024  # fixed noise for as many proposals is kept; more is computed when asked for
+    table_size = 1024  # proposals for which the fixed noise is kept; for more it is computed each time
 
     def __init__(self, num_steps: int, scale: float):
         super().__init__()
         self.num_steps = num_steps
         self.scale = scale
-        device = torch.empty(0).device  # of the context in which a model is built; it may be "meta"
+        device = torch.empty(0).device  # of the context in which the model is built, possibly "meta"
         for name, table in self.tables().items():
             self.register_buffer(name, table.to(device), persistent=False)
 
     def tables(self) -> dict[str, Tensor]:
-        """What the buffers hold."""
+        """Return the contents of the buffers."""
         return {
             "alphas_cumprod": cosine_alphas_cumprod(self.num_steps).float(),
             "noise_table": fixed_noise(self.table_size),
         }
 
     def _apply(self, fn, recurse=True):
-        # `model.to(torch.bfloat16)` moves the tables and leaves their type: bfloat16 resolves 0.6 s of 150 s
+        # `model.to(torch.bfloat16)` moves the tables but keeps their type: bfloat16 resolves only 0.6 s of 150 s
         for name, buffer in self._buffers.items():
             moved = fn(buffer)
             self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
         return self
 
     def initial_noise(self, num_proposals: int) -> Tensor:
-        """The first rows of the fixed noise, (num_proposals, 2) on the model's device."""
+        """Return the first rows of the fixed noise, (num_proposals, 2), on the model's device."""
         if num_proposals <= self.table_size:
             return self.noise_table[:num_proposals]
         return fixed_noise(num_proposals).to(self.noise_table.device)
@@ -115,19 +119,22 @@ class DiffusionSchedule(nn.Module):
         return torch.where(timesteps < 0, 1.0, alpha)[:, None, None]
 
     def add_noise(self, signal: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Eq. 2: X_t from X_0. Signal and noise (B, N, 2), timesteps (B,)."""
+        """Return X_t from X_0 (Eq. 2). Signal and noise are (B, N, 2), timesteps (B,)."""
         alpha = self._alpha(timesteps)
         return alpha.sqrt() * signal + (1 - alpha).sqrt() * noise
 
     def ddim_step(self, noisy: Tensor, predicted: Tensor, timesteps: Tensor, next_timesteps: Tensor) -> Tensor:
         """
-        One deterministic step (eta = 0) of DDIM (Song et al., arXiv 2010.02502), for a network that predicts X_0.
+        Take one deterministic step (eta = 0) of DDIM (Song et al., arXiv 2010.02502), for a network that predicts X_0.
 
         Args:
             noisy: X_t, (B, N, 2).
-            predicted: X_0 as the network sees it, (B, N, 2); clamped to the signal scale.
+            predicted: X_0 as predicted by the network, (B, N, 2); clamped to the signal scale.
             timesteps: t, (B,).
-            next_timesteps: where to, (B,), below t; -1 is the clean signal.
+            next_timesteps: the step to go to, (B,), below t; -1 is the clean signal.
+
+        Returns:
+            X at `next_timesteps`, (B, N, 2).
         """
         predicted = predicted.clamp(-self.scale, self.scale)
         alpha, next_alpha = self._alpha(timesteps), self._alpha(next_timesteps)
@@ -160,11 +167,11 @@ class DiffusionSchedule(nn.Module):
 
     def corrupt(self, spans: Tensor, counts: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """
-        The training pipeline of section 3.2: pads the true spans with random ones, and adds the noise of step t.
+        Pad the true spans with random ones and add the noise of step t (section 3.2).
 
-        The true spans come first, in random order, so that the first N rows are right for any N; where there are more
-        of them than proposals, some are left out. The padding lies between two random points of the video: any part of
-        it, of any width, so that at a small t the width does not give the true ones away.
+        The true spans come first, in random order, so that the first N rows are valid for any N; if there are more of
+        them than proposals, some are left out. A random span lies between two random points of the video, so that its
+        width does not tell it from a true span at a small t.
 
         Args:
             spans: (B, M, 2), padded on the right.

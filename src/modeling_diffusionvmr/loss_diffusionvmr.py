@@ -105,7 +105,15 @@ def match(cost: np.ndarray, num_windows: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def matching_cost(logits: Tensor, spans: Tensor, targets: Targets, l1_weight: float, iou_weight: float) -> Tensor:
-    """Eq. 10, for logits (B, K, N, 2) and spans (B, K, N, 2) against the windows (B, M): (B, K, N, M)."""
+    """
+    Return the matching cost (Eq. 10) of each proposal and window, (B, K, N, M).
+
+    Args:
+        logits: (B, K, N, 2) of K decoder layers; index 0 is foreground.
+        spans: (B, K, N, 2).
+        targets: the windows, B samples of up to M.
+        l1_weight, iou_weight: coefficients of the L1 distance and of the generalized IoU.
+    """
     foreground = logits.softmax(-1)[..., :1]
     truth = targets.spans[:, None, None]
     distance = (spans[..., None, :] - truth).abs().mean(-1)
@@ -114,7 +122,7 @@ def matching_cost(logits: Tensor, spans: Tensor, targets: Targets, l1_weight: fl
 
 
 def mean_per_sample(values: Tensor, sample: Tensor, num_samples: int) -> Tensor:
-    """The mean of values (R,) within each sample, then over all of `num_samples`; one without values counts as 0."""
+    """Average values (R,) within each sample, then over all `num_samples`. A sample without values counts as 0."""
     totals = values.new_zeros(num_samples).index_add(0, sample, values)
     counts = values.new_zeros(num_samples).index_add(0, sample, torch.ones_like(values))
     return (totals / counts.clamp(min=1)).mean()
@@ -122,13 +130,13 @@ def mean_per_sample(values: Tensor, sample: Tensor, num_samples: int) -> Tensor:
 
 def detection_losses(logits: Tensor, spans: Tensor, targets: Targets, config) -> dict[str, Tensor]:
     """
-    The class, L1 and IoU terms (Eq. 11 and 12), each summed over the decoder's layers, as DETR does it.
+    Return the terms `class`, `l1` and `iou` (Eq. 11 and 12), each summed over the decoder layers as in DETR.
 
     Args:
         logits: (B, K, N, 2); index 0 is foreground.
         spans: (B, K, N, 2).
         targets: the windows.
-        config: for the coefficients.
+        config: a `DiffusionVMRConfig`, for the coefficients.
     """
     batch, layers, num_proposals, _ = logits.shape
     with torch.no_grad():
@@ -145,8 +153,8 @@ def detection_losses(logits: Tensor, spans: Tensor, targets: Targets, config) ->
     is_background = torch.ones(batch, layers, num_proposals, dtype=torch.long, device=logits.device)
     is_background[sample, layer, proposal] = 0
     class_loss = F.cross_entropy(logits.flatten(0, 2), is_background.flatten(), reduction="none")
-    # Divided by the sum of a sample's weights, as DETR does it for a batch, and not by N as Moment-DETR: else the share
-    # of the few that are foreground would shrink as N grows
+    # Divided by the sum of a sample's weights, as DETR does for a batch, not by N as in Moment-DETR: otherwise the
+    # share of the few foreground proposals would shrink as N grows
     class_weight = torch.where(is_background == 1, config.background_coefficient, 1.0)
     class_weight = class_weight / class_weight.sum(-1, keepdim=True).clamp(min=torch.finfo(class_weight.dtype).tiny)
     class_loss = (class_loss.view_as(class_weight) * class_weight).sum(-1)
@@ -162,7 +170,14 @@ def detection_losses(logits: Tensor, spans: Tensor, targets: Targets, config) ->
 
 
 def hinge_loss(saliency_scores: Tensor, targets: Targets, margin: float) -> Tensor:
-    """The hinge term of Eq. 13: each clip of high saliency above its partner of low saliency, by the margin."""
+    """
+    Return the hinge term of Eq. 13: in each pair the more salient clip scores higher by the margin, at least.
+
+    Args:
+        saliency_scores: (B, Lv).
+        targets: the pairs.
+        margin: the margin.
+    """
     if not targets.pair_mask.shape[1]:
         return saliency_scores.sum() * 0
     high = saliency_scores.gather(1, targets.saliency_pos)
@@ -173,15 +188,15 @@ def hinge_loss(saliency_scores: Tensor, targets: Targets, margin: float) -> Tens
 
 def contrastive_loss(scores: Tensor, negative_scores: Tensor, targets: Targets, video_mask: Tensor) -> Tensor:
     """
-    The contrastive term of Eq. 13: a relevant clip of the true pair above all clips of the negative pair.
+    Return the contrastive term of Eq. 13: relevant clips score higher than all clips under a sentence of another video.
 
-    The paper gives no formula; this is InfoNCE, the log-likelihood of each relevant clip among itself and the clips of
-    the same video under a sentence of another one.
+    The paper gives no formula. This is InfoNCE: the log-likelihood of each relevant clip among itself and the clips of
+    the same video under the other sentence.
 
     Args:
         scores, negative_scores: (B, Lv), saliency of the video's clips under its own and under the other sentence.
-        targets: the windows, which say what is relevant.
-        video_mask: (B, Lv).
+        targets: the windows, which tell the relevant clips.
+        video_mask: (B, Lv), 1 = real.
     """
     relevant = relevant_clips(targets.spans, targets.window_mask, video_mask.sum(1), scores.shape[1])
     against = negative_scores.masked_fill(~video_mask.bool(), -torch.inf).logsumexp(1, keepdim=True)
@@ -189,7 +204,7 @@ def contrastive_loss(scores: Tensor, negative_scores: Tensor, targets: Targets, 
     return (loss.sum(1) / relevant.sum(1).clamp(min=1)).mean()
 
 
-@torch.compiler.disable  # matching runs on the host, and would be compiled anew for every number of proposals
+@torch.compiler.disable  # matching runs on the host, and would be compiled again for every number of proposals
 def diffusionvmr_loss(
     logits: Tensor,
     spans: Tensor,
@@ -200,17 +215,17 @@ def diffusionvmr_loss(
     negative_saliency_scores: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """
-    Eq. 11: the total loss, and its terms without their coefficients (`class`, `l1`, `iou`, `hinge`, `contrastive`).
+    Return the total loss (Eq. 11) and its terms without coefficients: `class`, `l1`, `iou`, `hinge`, `contrastive`.
 
-    Each sample's terms are averaged over its own proposals, windows and pairs, then over samples; so a sample weighs
-    the same in any batch. All is computed in float32.
+    Each sample's terms are averaged over its own proposals, windows and pairs, then over samples, so that a sample
+    weighs the same in any batch. Everything is computed in float32.
 
     Args:
         logits, spans: (B, K, N, 2) of every decoder layer.
         saliency_scores: (B, Lv).
         targets: the labels.
-        video_mask: (B, Lv).
-        config: a `DiffusionVMRConfig`, for coefficients and margin.
+        video_mask: (B, Lv), 1 = real.
+        config: a `DiffusionVMRConfig`, for the coefficients and the margin.
         negative_saliency_scores: (B, Lv), under a sentence of another video; without them the contrastive term is 0.
     """
     logits, spans, saliency_scores = logits.float(), spans.float(), saliency_scores.float()

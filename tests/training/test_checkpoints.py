@@ -1,4 +1,4 @@
-"""Restart: a training killed at any moment goes on from the last whole checkpoint, to the same weights."""
+"""A training killed at any moment resumes from the last complete checkpoint and ends with the same weights."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoProcessor, TrainerCallback
 from modeling_diffusionvmr.training import trainer as trainer_module
 from modeling_diffusionvmr.training.checkpoints import STAGING_FOLDER, find_fault, last_whole_checkpoint
 
-# An epoch has 5 micro-batches and 3 steps, so that most checkpoints are in the middle of one; and there is dropout
+# An epoch has 5 micro-batches and 3 steps, so that most checkpoints are in the middle of one. Dropout is on.
 TRAINING = {
     "num_rows": 10,
     "per_device_train_batch_size": 2,
@@ -43,7 +43,7 @@ FILES = (
 
 @pytest.fixture(scope="module")
 def in_process(tiny_config):
-    """Calls a function of `small_training` in a process of its own, with what is trained here."""
+    """Call a function of `small_training` in another process, with the arguments above."""
 
     def run(function, where, *positional, **arguments):
         fields = tiny_config().to_diff_dict()
@@ -54,7 +54,7 @@ def in_process(tiny_config):
 
 @pytest.fixture(scope="module")
 def uninterrupted(in_process, tmp_path_factory) -> Path:
-    """The folder of a training that nothing happened to; all its checkpoints are in `run`."""
+    """The folder of a training that was not interrupted; all its checkpoints are in `run`."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     in_process(small_training.train, str(folder))
     return folder
@@ -69,7 +69,7 @@ def copied(uninterrupted, tmp_path) -> Path:
 
 
 def assert_same_end(folder: Path, uninterrupted: Path):
-    """The same weights, to the bit."""
+    """Compare weights, bit by bit."""
     ours, theirs = (safetensors.torch.load_file(path / "weights") for path in (folder, uninterrupted))
     assert ours.keys() == theirs.keys()
     different = [name for name, weights in ours.items() if not torch.equal(weights, theirs[name])]
@@ -92,7 +92,7 @@ def killed(in_process, tmp_path_factory) -> list[Path]:
 
 
 def test_every_file_is_a_moment_to_be_killed_at(killed):
-    """The test below is of what it says."""
+    """The moments that the next test relies on exist."""
     moments = [(folder / "moment").read_text() for folder in killed]
     staged = f"run/{STAGING_FOLDER}/checkpoint-2"
     for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
@@ -122,7 +122,7 @@ def test_a_checkpoint_is_whole_or_not_there(killed, uninterrupted):
 
 
 def test_a_killed_training_goes_on_to_the_same_weights(killed, uninterrupted, in_process):
-    """After half of a file, between writing and moving, after moving, and in the middle of removing the old one."""
+    """Killed halfway through a file, between writing and moving, after moving, and while removing the old one."""
     moments = [(folder / "moment").read_text() for folder in killed]
     staged = f"run/{STAGING_FOLDER}/checkpoint-2"
     moved = moments.index(f"os.rename {staged}")
@@ -139,7 +139,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(killed, uninterrupted, in
 
 
 def test_goes_on_from_any_step_to_the_same_weights(uninterrupted, in_process, tmp_path):
-    """At the end of an epoch and in its middle, with dropout; whether or not the samples come from workers."""
+    """At the end and in the middle of an epoch, with dropout, with and without workers."""
     logs = json.loads((uninterrupted / "logs").read_text())
     workers = {"dataloader_num_workers": 2, "dataloader_multiprocessing_context": "fork"}
     for step, options in ((1, {}), (2, workers), (3, {}), (5, {})):
@@ -189,7 +189,7 @@ DAMAGES = (truncate, cut_off_the_end, empty, replace, Path.unlink)
 
 
 def test_files_of_a_checkpoint(uninterrupted):
-    """All that are damaged below, and the code, but nothing that only unpickling reads."""
+    """Those that are damaged below, and the code, but nothing that only unpickling could read."""
     found = {name for name in contents(uninterrupted / "run/checkpoint-4") if not name.endswith(".py")}
     assert found == {*FILES, "manifest.json"}
     assert not list(uninterrupted.rglob("training_args.bin"))
@@ -252,7 +252,7 @@ STATES = {
 
 @pytest.mark.parametrize("name", STATES)
 def test_a_state_of_other_fields_is_refused_by_name(copied, tiny_config, name):
-    """Even in a checkpoint of plain `Trainer`, which has no manifest."""
+    """Also in a checkpoint of plain `Trainer`, which has no manifest."""
     change, fault = STATES[name]
     checkpoint = copied / "run/checkpoint-4"
     assert find_fault(checkpoint) is None
@@ -304,7 +304,7 @@ def test_hostile_training_arguments_are_not_read(copied, tiny_config):
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Has the evaluations give these scores, one after the other."""
+    """Make evaluations return these scores, one after the other."""
 
     def script(scores):
         scores = iter(scores)
@@ -332,7 +332,7 @@ def weights_in(checkpoint: str | Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_best_checkpoint_stays_and_is_loaded(scripted, tiny_config, tmp_path):
-    """Whatever is rotated, before a resume and after it."""
+    """Whatever is rotated, before and after resuming."""
     scripted([10, 40, 30, 20])
     trainer = make_trainer(tmp_path, tiny_config(), **{**BEST, "max_steps": 4})
     trainer.train()
@@ -376,7 +376,7 @@ def test_weights_alone_are_a_checkpoint(tiny_config, tmp_path):
 
 
 def test_saved_model(tiny_config, tmp_path):
-    """`save_model` gives what loads, and nothing of the training."""
+    """`save_model` writes what loading needs, and nothing of the training."""
     trainer = make_trainer(tmp_path / "run", tiny_config(), max_steps=1, save_strategy="no")
     trainer.train()
     trainer.save_model()
@@ -394,7 +394,7 @@ def test_saved_model(tiny_config, tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Takes the place of the Hub; gives what was uploaded: `(files by their path there, commit message)`."""
+    """Replace the Hub; return the uploads as `(paths of the files, commit message)`."""
     uploads = []
 
     def upload(self, *, repo_id, folder_path, path_in_repo=None, ignore_patterns=None, run_as_future=False, **options):
@@ -452,7 +452,7 @@ def test_what_is_pushed(hub, tiny_config, tmp_path, strategy, folders):
 
 
 def test_a_checkpoint_is_not_removed_while_it_is_pushed(monkeypatch, tiny_config, tmp_path):
-    """A push takes longer than the next save, which makes it one checkpoint too many."""
+    """Even if uploading takes longer than until the next save."""
     goes_on = threading.Event()
     pushes = []
 

@@ -41,14 +41,14 @@ def naive_average_precision(windows, true_windows, threshold):
 
 
 def random_pairs(seed, count):
-    random = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
 
     def windows(most, least=1):
-        windows = np.sort(random.choice(76, (random.integers(least, most + 1), 2)) * 2.0, axis=1)
+        windows = np.sort(rng.choice(76, (rng.integers(least, most + 1), 2)) * 2.0, axis=1)
         return windows[windows[:, 0] < windows[:, 1]].tolist()
 
     for qid in range(count):
-        scored = [[*window, random.integers(5) / 4] for window in windows(14, 0)]
+        scored = [[*window, rng.integers(5) / 4] for window in windows(14, 0)]
         yield pair(qid, scored, windows(6) or [[0, 2]])
 
 

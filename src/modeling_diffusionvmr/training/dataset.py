@@ -77,11 +77,11 @@ class MomentRetrievalDataset(Dataset):
             for row in self.rows:
                 self._check_present(row)
         self._has_warned = False
-        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that live on see it change
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # persistent workers see it change
         if config is not None:
             for row in self.rows:
                 if "relevant_windows" not in row:
-                    raise ValueError(f"qid {row['qid']}: training needs its `relevant_windows`")
+                    raise ValueError(f"qid {row['qid']}: training needs `relevant_windows`")
             self.schedule = DiffusionSchedule(config.num_diffusion_steps, config.signal_scale)
             self._group_by_video()
 
@@ -104,7 +104,7 @@ class MomentRetrievalDataset(Dataset):
             raise ValueError(f"qid {row['qid']}: no features of its sentence in {name_of(self.text_features)}")
 
     def _readable(self) -> tuple[list[dict[str, Any]], list[str]]:
-        videos: dict[str, ValueError | None] = {}  # each is read once
+        videos: dict[str, ValueError | None] = {}  # each video is read once
         kept, dropped = [], []
         for row in tqdm(self.rows, desc="reading all features"):
             try:
@@ -124,14 +124,16 @@ class MomentRetrievalDataset(Dataset):
             else:
                 kept.append(row)
         if not kept:
-            raise ValueError(f"there are usable features for none of {len(self.rows)} rows; {dropped[0]}")
+            raise ValueError(f"none of {len(self.rows)} rows has usable features; {dropped[0]}")
         return kept, dropped
 
     def _group_by_video(self):
-        # Rows of one video side by side, so that a row of another one is a single draw
+        # Sorted by video, the rows of one video are adjacent, so that a row of another video takes a single draw
         videos, video_of_row = np.unique([row["vid"] for row in self.rows], return_inverse=True)
         if len(videos) < 2:
-            raise ValueError("training needs rows of at least two videos, since negative queries come from another one")
+            raise ValueError(
+                "training needs rows of at least two videos, because negative queries come from another video"
+            )
         self._by_video = np.argsort(video_of_row, kind="stable")
         counts = np.bincount(video_of_row)
         self._first = (np.cumsum(counts) - counts)[video_of_row]
@@ -142,15 +144,15 @@ class MomentRetrievalDataset(Dataset):
 
     @property
     def epoch(self) -> int:
-        """The epoch whose draws samples carry."""
+        """The epoch that the random part of the samples depends on."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int):
-        """Sets the epoch; `Trainer` calls it."""
+        """Set the epoch; `Trainer` calls this."""
         self._epoch.fill_(epoch)
 
     def covered_duration(self, row: Mapping[str, Any], num_clips: int) -> float:
-        """Seconds that the features of a row's video cover."""
+        """Return the seconds that the features of a row's video cover."""
         return row["duration"] if self.clip_seconds is None else num_clips * self.clip_seconds
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -184,14 +186,14 @@ class MomentRetrievalDataset(Dataset):
             )
 
     def _video(self, row: Mapping[str, Any]) -> tuple[Tensor, float]:
-        """The features (Lv, Dv) of a row's video, and the seconds that they cover."""
+        """Return the features (Lv, Dv) of a row's video, and the seconds that they cover."""
         vid = row["vid"]
         if vid in self._averaged:
             features, length = self._averaged[vid]
         else:
             arrays = [store[vid] for store in self.video_features]
             features, length = self.processor.prepare_video(arrays, f"video {vid}"), min(map(len, arrays))
-            # A long video is small now, was slow to read, and has many queries (TACoS: 130)
+            # A video that was averaged down is small, was slow to read, and may have many queries (TACoS: 130)
             if length > len(features) and len(self._averaged) < MAX_AVERAGED_VIDEOS:
                 self._averaged[vid] = features, length
         return features, self.covered_duration(row, length)
