@@ -29,7 +29,8 @@ from tqdm.auto import tqdm
 
 from modeling_diffusionvmr.data.files import atomic_write
 from modeling_diffusionvmr.spans import iou_and_generalized_iou, keep_inside, window_to_span
-from modeling_diffusionvmr.training.dataset import DiffusionVMRDataCollator, MomentRetrievalDataset
+from modeling_diffusionvmr.training.collator import DiffusionVMRDataCollator
+from modeling_diffusionvmr.training.dataset import MomentRetrievalDataset
 from modeling_diffusionvmr.training.metrics import evaluate_predictions
 from modeling_diffusionvmr.training.prediction import MODEL_INPUTS, predict_moments
 

@@ -1,5 +1,5 @@
 """
-A training of seconds, that several test files share, and what runs of it in processes of their own do.
+A training that takes seconds, shared by several test files, and functions that run it in other processes.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-from transformers import TrainingArguments, modeling_utils, set_seed
+from transformers import modeling_utils, set_seed
 
 from modeling_diffusionvmr import (
     DiffusionVMRConfig,
@@ -29,13 +29,14 @@ from modeling_diffusionvmr import (
     DiffusionVMRTrainer,
     MomentRetrievalDataset,
 )
+from modeling_diffusionvmr.training.arguments import DiffusionVMRTrainingArguments
 
 LENGTHS = (10, 15, 20, 34)  # clips of the videos
 TERMS = ("class", "l1", "iou", "hinge", "contrastive")
 
 
 class Recording(MomentRetrievalDataset):
-    """Knows which epochs it was told of."""
+    """Records the epochs that it was told."""
 
     def set_epoch(self, epoch):
         super().set_epoch(epoch)
@@ -49,15 +50,15 @@ def make_dataset(
     lengths: tuple[int, ...] = LENGTHS,
     num_tokens: int | None = None,
 ) -> Recording:
-    """Random features; `config` where it is to train on."""
-    random = np.random.default_rng(0)
-    video = {f"v{index}": random.normal(size=(length, 12)).astype("f4") for index, length in enumerate(lengths)}
+    """Make a data set of random features; with `config`, one to train on."""
+    rng = np.random.default_rng(0)
+    video = {f"v{index}": rng.normal(size=(length, 12)).astype("f4") for index, length in enumerate(lengths)}
     rows, text = [], {}
     for qid in range(num_rows):
         rows.append({"qid": qid, "query": f"query {qid}", "vid": f"v{qid % 4}", "duration": 2.0 * lengths[qid % 4]})
         if truth:
             rows[-1]["relevant_windows"] = [[2.0, 8.0], [10.0, 18.0]][: 1 + qid % 2]
-        text[qid] = random.normal(size=(num_tokens or 2 + qid % 8, 8)).astype("f4")
+        text[qid] = rng.normal(size=(num_tokens or 2 + qid % 8, 8)).astype("f4")
     processor = DiffusionVMRProcessor([12], 8, max_clips=20, max_tokens=10)
     return Recording(rows, video, text, processor, config, clip_seconds=2.0)
 
@@ -74,7 +75,7 @@ def make_trainer(
     callbacks: list | None = None,
     **arguments,
 ) -> DiffusionVMRTrainer:
-    """A trainer of a new model, the same each time; `arguments` are those of `TrainingArguments`."""
+    """Make a trainer with a new model, the same each time; `arguments` are those of `DiffusionVMRTrainingArguments`."""
     set_seed(0)
     options = {
         "max_steps": 12,
@@ -85,30 +86,30 @@ def make_trainer(
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
+        "proposal_schedule": proposal_schedule,
+        "proposal_growth": proposal_growth,
     }
     return DiffusionVMRTrainer(
         model=DiffusionVMRForMomentRetrieval(config),
-        args=TrainingArguments(str(folder), **{**options, **arguments}),
+        args=DiffusionVMRTrainingArguments(str(folder), **{**options, **arguments}),
         train_dataset=make_dataset(config, num_rows) if train_dataset is None else train_dataset,
         eval_dataset=make_dataset(None) if eval_dataset is None else eval_dataset,
         processing_class=processor,
-        proposal_schedule=proposal_schedule,
-        proposal_growth=proposal_growth,
         callbacks=callbacks,
     )
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of all its parameters."""
+    """Copy all parameters."""
     return {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
 
 
-# In processes of their own
+# In other processes
 
 
 @functools.cache
 def process_context() -> multiprocessing.context.BaseContext:
-    """Makes processes that have imported everything, as copies of one that has, and that see no GPU."""
+    """Return a context whose processes are forked from one that has imported everything, and that see no GPU."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["small_training"])
     environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -125,7 +126,7 @@ def process_context() -> multiprocessing.context.BaseContext:
 
 
 def in_process(function: Callable, *positional, **arguments):
-    """Calls a function of this file, and waits for it."""
+    """Call a function of this file in another process and wait for it."""
     process = process_context().Process(target=function, args=positional, kwargs=arguments)
     process.start()
     process.join()
@@ -133,7 +134,7 @@ def in_process(function: Callable, *positional, **arguments):
 
 
 def launch(specification: Path, num_processes: int):
-    """`run_specification` in several processes, with the environment that torchrun and `accelerate launch` give."""
+    """Call `run_specification` in several processes, with the environment that torchrun and `accelerate launch` set."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -159,7 +160,7 @@ def run_launched(specification: Path, environment: dict[str, str]):
 
 
 def train(folder: str, fields: dict, resume: str | bool | None = None, **arguments):
-    """Trains in a folder, and leaves the `weights` and the `logs` there."""
+    """Train in a folder and write `weights` and `logs` there."""
     os.chdir(folder)
     trainer = make_trainer("run", DiffusionVMRConfig(**fields), use_cpu=True, **arguments)
     trainer.train(resume_from_checkpoint=resume)
@@ -168,15 +169,17 @@ def train(folder: str, fields: dict, resume: str | bool | None = None, **argumen
 
 
 def resume_everywhere(folders: list[str], fields: dict, **arguments):
-    """`train`, resumed, in one folder after the other."""
+    """Resume training in one folder after the other."""
     for folder in folders:
         train(folder, fields, True, **arguments)
 
 
 def save_and_die(folder: str, fields: dict, step: int, **arguments):
     """
-    Trains in a folder up to the moment at which the checkpoint of `step` is saved. Copies of the process save it, each
-    in a copy of the folder, `0`, `1` and so on; each is killed at a later moment than the one before, until one lives.
+    Train in a folder until the checkpoint of `step` is saved.
+
+    Copies of the process save it, each in a copy of the folder, `0`, `1` and so on. Each is killed at a later moment
+    than the one before, until one survives.
     """
     os.chdir(folder)
     trainer = make_trainer("run", DiffusionVMRConfig(**fields), use_cpu=True, **arguments)
@@ -208,10 +211,10 @@ def save_and_die(folder: str, fields: dict, step: int, **arguments):
 @contextlib.contextmanager
 def die_at(moment: int):
     """
-    Kills this process at one of the moments at which it does something to files here; what it was is left in `moment`.
+    Kill this process at one of the moments at which it changes files here, and describe it in the file `moment`.
 
-    What Python opens for writing, moves and removes is seen before it is done; what `torch.save` and safetensors write,
-    before, when half of it is there, and after.
+    There is a moment before Python opens a file for writing, moves or removes one; and before, halfway through and
+    after `torch.save` and safetensors write one.
     """
     moments = iter(range(moment, -1, -1))
     here = os.getcwd()
@@ -249,8 +252,9 @@ def die_at(moment: int):
 
 def run_specification(path: str | Path):
     """
-    The runs of a specification, one after the other: `{"config": fields, "runs": {name: options}}`, of which
-    `global_batch` and `num_eval_rows` are its own and the rest are `make_trainer`'s. The first process leaves
+    Run the trainings of a specification one after the other: `{"config": fields, "runs": {name: options}}`.
+
+    The options are those of `make_trainer`, and `global_batch` and `num_eval_rows`. The first process writes
     `NAME.json`, the logs and the predictions, and `NAME.safetensors`.
     """
     path = Path(path)

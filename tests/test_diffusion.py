@@ -212,7 +212,8 @@ class Uncorrupted(DiffusionSchedule):
 def corrupt(spans, counts, num_proposals, seed=0):
     """The clean spans, the noise and the steps that `corrupt` drew, and what it made of them."""
     schedule = Uncorrupted(NUM_STEPS, SCALE)
-    draws = schedule.draw(*spans.shape[:2], num_proposals, torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)
+    draws = schedule.draw(*spans.shape[:2], num_proposals)
     result = schedule.corrupt(spans, counts, draws)
     signal, noise, timesteps = schedule.given
     assert torch.equal(result[1], timesteps)

@@ -1,4 +1,4 @@
-"""The matching against all assignments, and every term against numbers worked out on their own."""
+"""Matching is compared with all assignments, and every term with numbers computed independently."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ CONFIG = DiffusionVMRConfig()
 
 
 def best_by_trying_all(cost: np.ndarray) -> tuple[float, set[tuple[int, int]]]:
-    """The least cost of assigning as many windows (columns) to proposals (rows) as can be, and the pairs."""
+    """The lowest cost of assigning as many windows (columns) to proposals (rows) as possible, and the pairs."""
     num_proposals, num_windows = cost.shape
     size = min(cost.shape)
     best = (math.inf, set())
@@ -39,13 +39,12 @@ def best_by_trying_all(cost: np.ndarray) -> tuple[float, set[tuple[int, int]]]:
 )
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_matching_is_the_best_of_all(num_proposals, counts, scale):
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for _ in range(5):
-        # Costs below and above 0, of problems that differ by much
-        cost = scale * random.normal(size=(len(counts), num_proposals, max(counts)))
-        cost += 10 * scale * random.normal(size=(len(counts), 1, 1))
-        mask = np.arange(max(counts)) < np.array(counts)[:, None]
-        problem, proposal, window = match(cost, mask)
+        # Costs below and above 0, and problems of very different costs
+        cost = scale * rng.normal(size=(len(counts), num_proposals, max(counts)))
+        cost += 10 * scale * rng.normal(size=(len(counts), 1, 1))
+        problem, proposal, window = match(cost, np.array(counts))
         for index, count in enumerate(counts):
             pairs = set(zip(proposal[problem == index].tolist(), window[problem == index].tolist(), strict=True))
             assert len(pairs) == (problem == index).sum() == min(count, num_proposals)
@@ -55,30 +54,30 @@ def test_matching_is_the_best_of_all(num_proposals, counts, scale):
 
 
 def test_matching_of_equal_costs_is_complete():
-    problem, proposal, window = match(np.zeros((2, 4, 3)), np.ones((2, 3), dtype=bool))
+    problem, proposal, window = match(np.zeros((2, 4, 3)), np.array([3, 3]))
     for index in range(2):
         assert len(set(proposal[problem == index])) == 3 and set(window[problem == index]) == {0, 1, 2}
 
 
 def make_labels(counts: list[int], pairs: list[int] | None = None, num_clips: int = 6, seed: int = 0) -> list[dict]:
-    random = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     labels = []
     for index, count in enumerate(counts):
-        width = 0.1 + 0.4 * torch.rand(count, generator=random)
-        center = width / 2 + (1 - width) * torch.rand(count, generator=random)
+        width = 0.1 + 0.4 * torch.rand(count, generator=generator)
+        center = width / 2 + (1 - width) * torch.rand(count, generator=generator)
         label = {"spans": torch.stack((center, width), dim=-1)}
         if pairs is not None:
             for name in ("saliency_pos", "saliency_neg"):
-                label[name] = torch.randint(num_clips, (pairs[index],), generator=random)
+                label[name] = torch.randint(num_clips, (pairs[index],), generator=generator)
         labels.append(label)
     return labels
 
 
 def make_predictions(batch: int, layers: int, num_proposals: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    random = torch.Generator().manual_seed(seed)
-    logits = torch.randn(batch, layers, num_proposals, 2, generator=random)
-    width = 0.05 + 0.5 * torch.rand(batch, layers, num_proposals, generator=random)
-    center = torch.rand(batch, layers, num_proposals, generator=random)
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(batch, layers, num_proposals, 2, generator=generator)
+    width = 0.05 + 0.5 * torch.rand(batch, layers, num_proposals, generator=generator)
+    center = torch.rand(batch, layers, num_proposals, generator=generator)
     return logits, torch.stack((center, width), dim=-1)
 
 
@@ -130,7 +129,7 @@ def test_detection_terms(num_proposals, counts):
 
 
 def test_background_that_does_not_count():
-    """Then a sample without windows has no class loss, and a gradient of 0."""
+    """A sample without windows then has no class loss, and a gradient of 0."""
     logits, spans = make_predictions(1, 2, 3)
     config = DiffusionVMRConfig(background_coefficient=0)
     targets = Targets.from_labels([{"spans": torch.zeros(0, 2)}], "cpu")
@@ -170,7 +169,7 @@ def test_hinge_by_hand():
 
 
 def test_contrastive_by_hand():
-    # Clips centred at 1/8, 3/8, 5/8, 7/8; the moment from 0.25 to 0.75 holds the middle two. The second video has two
+    # Clips centered at 1/8, 3/8, 5/8, 7/8; the moment from 0.25 to 0.75 holds the middle two. The second video has two
     # clips, and its moment the first; the third sample has no moment
     labels = [{"spans": torch.tensor([row])} for row in ([0.5, 0.5], [0.25, 0.5])] + [{"spans": torch.zeros(0, 2)}]
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]])
@@ -196,8 +195,8 @@ def make_batch():
     labels = make_labels(counts, pairs)
     del labels[1]["saliency_pos"], labels[1]["saliency_neg"]
     logits, spans = make_predictions(4, 2, 3)
-    random = torch.Generator().manual_seed(2)
-    scores, negative = torch.randn(2, 4, 6, generator=random)
+    generator = torch.Generator().manual_seed(2)
+    scores, negative = torch.randn(2, 4, 6, generator=generator)
     mask = (torch.arange(6) < torch.tensor([6, 6, 6, 6])[:, None]).long()
     mask[3, 4:] = 0
     labels[3]["saliency_pos"], labels[3]["saliency_neg"] = torch.tensor([0, 3]), torch.tensor([2, 1])
@@ -250,7 +249,7 @@ def test_without_negative_text_pairs_or_windows():
     # All is background
     expected = -logits.log_softmax(-1)[..., 1].mean((0, 2)).sum()
     torch.testing.assert_close(terms["class"], expected)
-    # Every output keeps a gradient, if of 0: else distributed training waits for it
+    # Every output keeps a gradient, even if it is 0: distributed training would wait for it
     for gradient in torch.autograd.grad(total, (logits, spans, scores)):
         assert gradient.isfinite().all()
     _, terms = everything(labels, logits, spans, scores, None, mask)
@@ -270,7 +269,7 @@ def test_gradients():
     labels, *tensors = make_batch()
     # More windows than proposals in the one, padding in the other
     targets = Targets.from_labels(labels[2:], "cpu")
-    targets.spans = targets.spans.double()
+    targets["spans"] = targets.spans.double()
     *inputs, mask = (tensor[2:] for tensor in tensors)
     inputs = [tensor.double().requires_grad_() for tensor in inputs]
 
@@ -304,6 +303,20 @@ def test_targets():
     assert targets.pair_mask.tolist() == [[True, True], [False] * 2, [False] * 2]
     assert targets.saliency_pos[0].tolist() == [4, 2] and targets.saliency_neg[0].tolist() == [0, 1]
     assert targets.spans[2, 1].tolist() == pytest.approx([0.2, 0.1])
+
+
+def test_targets_read_like_the_labels():
+    labels = make_labels([2, 0, 3], pairs=[1, 0, 2])
+    targets = Targets.from_labels(labels)
+    assert len(targets) == 3
+    for index in (0, 1, 2, -1):
+        assert targets[index].keys() == labels[index].keys()
+        for name, value in labels[index].items():
+            assert torch.equal(targets[index][name], value)
+    with pytest.raises(IndexError):
+        targets[3]
+    with pytest.raises(AttributeError, match="no attribute 'windows'"):
+        targets.windows  # noqa: B018
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ DEFAULT_MODEL = str(Path(__file__).parent / "default_model")
 
 # Imported on first access: `transformers.Trainer` loads datasets, and retrieval needs no features and no metrics
 LAZY = {
-    "DiffusionVMRDataCollator": "training.dataset",
+    "DiffusionVMRDataCollator": "training.collator",
     "DiffusionVMRTrainer": "training.trainer",
     "DiffusionVMRTrainingArguments": "training.arguments",
     "MomentRetrievalDataset": "training.dataset",

@@ -5,8 +5,10 @@ Works on plain tensors and does not depend on the network. Spans in [0, 1] are s
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -63,22 +65,16 @@ def sampling_timesteps(timesteps: Tensor, num_sampling_steps: int) -> Tensor:
 @dataclass(frozen=True)
 class Draws:
     """
-    The random numbers of B training samples: `order` (B, M) in [0, 1) shuffles the true spans; `padding` (B, N, 2) in
-    [0, 1) are the two ends of random ones; `noise` (B, N, 2) is normal; `timesteps` (B,) are t, long.
+    The random numbers of B training samples with up to M true spans and N proposals.
+
+    `order` (B, M) in [0, 1) shuffles the true spans; `padding` (B, N, 2) in [0, 1) holds the two ends of random spans;
+    `timesteps` (B,), long, is t; `noise` (B, N, 2) is Gaussian.
     """
 
     order: Tensor
     padding: Tensor
     timesteps: Tensor
     noise: Tensor
-
-    def of(self, samples: Tensor) -> "Draws":
-        """Those of some of the samples, by their indices."""
-        return Draws(*(numbers[samples] for numbers in self.tensors()))
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All, in the order in which `Draws` takes them."""
-        return self.order, self.padding, self.timesteps, self.noise
 
 
 class DiffusionSchedule(nn.Module):
@@ -147,41 +143,42 @@ class DiffusionSchedule(nn.Module):
         noise = (noisy - alpha.sqrt() * predicted) / (1 - alpha).sqrt()
         return next_alpha.sqrt() * predicted + (1 - next_alpha).sqrt() * noise
 
-    def draw(
-        self,
-        batch: int,
-        most: int,
-        num_proposals: int,
-        generator: torch.Generator | None = None,
-        device: torch.device | None = None,
-    ) -> Draws:
-        """
-        All that `corrupt` needs of chance.
-
-        Args:
-            batch: B; most: M, the spans of the sample that has most; num_proposals: N.
-            generator: for draws that can be repeated, on `device`.
-        """
-        options = {"device": device, "generator": generator}
+    def draw(self, batch: int, most: int, num_proposals: int, device: torch.device | None = None) -> Draws:
+        """Draw what `corrupt` needs at random for B samples of up to M spans, from torch's global generator."""
         return Draws(
-            padding=torch.rand(batch, num_proposals, 2, **options),
-            timesteps=torch.randint(self.num_steps, (batch,), **options),
-            noise=torch.randn(batch, num_proposals, 2, **options),
-            order=torch.rand(most, batch, **options).T,  # last and so that a greater M changes nothing else
+            padding=torch.rand(batch, num_proposals, 2, device=device),
+            timesteps=torch.randint(self.num_steps, (batch,), device=device),
+            noise=torch.randn(batch, num_proposals, 2, device=device),
+            order=torch.rand(most, batch, device=device).T,  # last and so that a larger M changes nothing else
         )
+
+    def draw_samples(self, rngs: Sequence[np.random.Generator], most: int, num_proposals: int) -> Draws:
+        """Draw the same for B samples, from one NumPy generator per sample, so that it does not depend on the batch."""
+        padding, timesteps, noise, order = zip(
+            *(
+                (
+                    rng.random((num_proposals, 2), dtype=np.float32),
+                    rng.integers(self.num_steps),
+                    rng.standard_normal((num_proposals, 2), dtype=np.float32),
+                    rng.random(most, dtype=np.float32),  # last: a larger M, of another batch, changes nothing else
+                )
+                for rng in rngs
+            )
+        )
+        return Draws(*(torch.from_numpy(np.stack(numbers)) for numbers in (order, padding, timesteps, noise)))
 
     def corrupt(self, spans: Tensor, counts: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """
-        The training pipeline of section 3.2: pads the true spans with random ones, and adds the noise of step t.
+        Pad the true spans with random ones and add the noise of step t (section 3.2).
 
-        The true spans come first, in random order, so that the first N rows are right for any N; where there are more
-        of them than proposals, some are left out. The padding lies between two random points of the video: any part of
-        it, of any width, so that at a small t the width does not give the true ones away.
+        The true spans come first, in random order, so that the first N rows are valid for any N; if there are more of
+        them than proposals, some are left out. A random span lies between two random points of the video, so that its
+        width does not tell it from a true span at a small t.
 
         Args:
             spans: (B, M, 2), padded on the right.
             counts: (B,), the real spans of each sample.
-            draws: from `draw`.
+            draws: from `draw` or `draw_samples`.
 
         Returns:
             X_t (B, N, 2) in signal space, and t (B,), long.

@@ -1,24 +1,26 @@
 """The training objective (section 3.5): matching (Eq. 9 and 10) and the terms of the loss (Eq. 11 to 13)."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .spans import iou_and_generalized_iou, relevant_clips
 
 
-@dataclass
-class Targets:
+class Targets(dict[str, Tensor]):
     """
-    The labels of B samples as tensors. M is the largest number of windows, P of saliency pairs.
+    The labels of B samples as padded tensors. M is the largest number of windows, P of saliency pairs.
 
-    spans (B, M, 2) and window_mask (B, M); saliency_pos, saliency_neg (B, P), indices of clips, and pair_mask (B, P).
+    `spans` (B, M, 2) and `window_mask` (B, M); `saliency_pos` and `saliency_neg` (B, P), indices of clips, and
+    `pair_mask` (B, P). Padding is on the right.
+
+    This is a dict because accelerate, `Trainer`, pinned memory and `nn.DataParallel` all rebuild a dict, of any class,
+    from its items. Like the list of labels that it replaces, it has length B, and `targets[i]` is one sample's label.
     """
 
     spans: Tensor
@@ -28,20 +30,20 @@ class Targets:
     pair_mask: Tensor
 
     @classmethod
-    @torch.compiler.disable  # it would be compiled anew for every shape of every label
-    def from_labels(cls, labels: list[dict[str, Tensor]], device: torch.device) -> "Targets":
+    @torch.compiler.disable  # it would be compiled again for every shape of every label
+    def from_labels(cls, labels: Sequence[Mapping[str, Tensor]], device: torch.device | str | None = None) -> "Targets":
         """
-        Pads the labels of `DiffusionVMRForMomentRetrieval.forward`.
+        Pad the labels that `DiffusionVMRForMomentRetrieval.forward` describes.
 
         Raises:
-            ValueError: for shapes that do not fit; it names the label.
+            ValueError: for tensors of the wrong shape; the message names the label.
         """
         for index, label in enumerate(labels):
             if label["spans"].ndim != 2 or label["spans"].shape[1] != 2:
                 raise ValueError(f"`labels[{index}]`: `spans` must be (n, 2), got {tuple(label['spans'].shape)}")
             pairs = [tuple(label[name].shape) for name in ("saliency_pos", "saliency_neg") if name in label]
             if pairs and (len(pairs) != 2 or pairs[0] != pairs[1] or len(pairs[0]) != 1):
-                raise ValueError(f"`labels[{index}]`: `saliency_pos` and `saliency_neg` must be (p,) both, got {pairs}")
+                raise ValueError(f"`labels[{index}]`: `saliency_pos` and `saliency_neg` must both be (p,), got {pairs}")
         spans = [label["spans"].float() for label in labels]
         no_pairs = spans[0].new_zeros(0, dtype=torch.long)
         positive = [label.get("saliency_pos", no_pairs) for label in labels]
@@ -49,52 +51,69 @@ class Targets:
 
         def mask(rows: list[Tensor]) -> Tensor:
             lengths = torch.tensor([len(row) for row in rows])
-            return (torch.arange(lengths.max()) < lengths[:, None]).to(device, non_blocking=True)
+            return torch.arange(lengths.max()) < lengths[:, None]
 
-        def pad(rows: list[Tensor]) -> Tensor:
-            return pad_sequence(rows, batch_first=True).to(device, non_blocking=True)
+        padded = cls(
+            spans=pad_sequence(spans, batch_first=True),
+            window_mask=mask(spans),
+            saliency_pos=pad_sequence(positive, batch_first=True),
+            saliency_neg=pad_sequence(negative, batch_first=True),
+            pair_mask=mask(positive),
+        )
+        return padded if device is None else padded.to(device, non_blocking=True)
 
-        return cls(pad(spans), mask(spans), pad(positive), pad(negative), mask(positive))
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
+        """Return the same labels on a device."""
+        return type(self)({name: value.to(device, non_blocking=non_blocking) for name, value in self.items()})
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, key):
+        if isinstance(key, str):
+            return super().__getitem__(key)
+        windows, pairs = self.window_mask[key], self.pair_mask[key]
+        label = {"spans": self.spans[key][windows]}
+        return label | {name: self[name][key][pairs] for name in ("saliency_pos", "saliency_neg")}
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name in self:
+            return self[name]
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
 
-def match(cost: np.ndarray, window_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def match(cost: np.ndarray, num_windows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
-    Eq. 9 for many problems at once: the assignment of windows to proposals with the least total cost.
+    Assign windows to proposals at the least total cost (Eq. 9), in Q independent problems.
 
-    The problems are the blocks of one sparse matrix, which scipy solves in one call. Where there are more windows than
-    proposals, the cheapest ones take part.
+    If there are more windows than proposals, only the cheapest ones are matched.
 
     Args:
-        cost: (Q, N, M), finite, of Q problems.
-        window_mask: (Q, M), which windows are real.
+        cost: (Q, N, M), finite.
+        num_windows: (Q,), the number of real windows in each problem; they come first, padding follows.
 
     Returns:
-        The matched pairs, as three arrays: problem, proposal, window.
+        The matched pairs as three arrays: problem, proposal and window.
     """
-    num_problems, num_proposals, num_windows = cost.shape
-    problem, window = np.nonzero(window_mask)
-    if not len(problem):
-        return problem, window, window
-    # The solver takes weights above 0 and matches every row. A row is a window; columns that stand for no proposal, at
-    # a cost above any real one, take those windows that are too many.
-    weights = cost.transpose(0, 2, 1)[problem, window].astype(np.float64)
-    weights -= weights.min() - 1
-    spare = max(num_windows - num_proposals, 0)
-    weights = np.pad(weights, ((0, 0), (0, spare)), constant_values=weights.max() * (num_windows + 1))
-    num_columns = num_proposals + spare
-    columns = problem[:, None] * num_columns + np.arange(num_columns)
-    blocks = csr_array(
-        (weights.ravel(), columns.ravel(), np.arange(len(problem) + 1) * num_columns),
-        shape=(len(problem), num_problems * num_columns),
-    )
-    rows, matched = min_weight_full_bipartite_matching(blocks)
-    proposal = matched % num_columns
-    is_real = proposal < num_proposals
-    return problem[rows][is_real], proposal[is_real], window[rows][is_real]
+    problems, proposals, windows = [], [], []
+    for problem, (pair_cost, count) in enumerate(zip(cost, num_windows)):
+        window, proposal = linear_sum_assignment(pair_cost[:, :count].T)
+        problems.append(np.full(len(window), problem))
+        proposals.append(proposal)
+        windows.append(window)
+    return np.concatenate(problems), np.concatenate(proposals), np.concatenate(windows)
 
 
 def matching_cost(logits: Tensor, spans: Tensor, targets: Targets, l1_weight: float, iou_weight: float) -> Tensor:
-    """Eq. 10, for logits (B, K, N, 2) and spans (B, K, N, 2) against the windows (B, M): (B, K, N, M)."""
+    """
+    Return the matching cost (Eq. 10) of each proposal and window, (B, K, N, M).
+
+    Args:
+        logits: (B, K, N, 2) of K decoder layers; index 0 is foreground.
+        spans: (B, K, N, 2).
+        targets: the windows, B samples of up to M.
+        l1_weight, iou_weight: coefficients of the L1 distance and of the generalized IoU.
+    """
     foreground = logits.softmax(-1)[..., :1]
     truth = targets.spans[:, None, None]
     distance = (spans[..., None, :] - truth).abs().mean(-1)
@@ -103,7 +122,7 @@ def matching_cost(logits: Tensor, spans: Tensor, targets: Targets, l1_weight: fl
 
 
 def mean_per_sample(values: Tensor, sample: Tensor, num_samples: int) -> Tensor:
-    """The mean of values (R,) within each sample, then over all of `num_samples`; one without values counts as 0."""
+    """Average values (R,) within each sample, then over all `num_samples`. A sample without values counts as 0."""
     totals = values.new_zeros(num_samples).index_add(0, sample, values)
     counts = values.new_zeros(num_samples).index_add(0, sample, torch.ones_like(values))
     return (totals / counts.clamp(min=1)).mean()
@@ -111,32 +130,31 @@ def mean_per_sample(values: Tensor, sample: Tensor, num_samples: int) -> Tensor:
 
 def detection_losses(logits: Tensor, spans: Tensor, targets: Targets, config) -> dict[str, Tensor]:
     """
-    The class, L1 and IoU terms (Eq. 11 and 12), each summed over the decoder's layers, as DETR does it.
+    Return the terms `class`, `l1` and `iou` (Eq. 11 and 12), each summed over the decoder layers as in DETR.
 
     Args:
         logits: (B, K, N, 2); index 0 is foreground.
         spans: (B, K, N, 2).
         targets: the windows.
-        config: for the coefficients.
+        config: a `DiffusionVMRConfig`, for the coefficients.
     """
     batch, layers, num_proposals, _ = logits.shape
     with torch.no_grad():
         cost = matching_cost(logits, spans, targets, config.l1_loss_coefficient, config.iou_loss_coefficient)
-        # The only transfer to the host of a training step: all layers and samples together. A model that diverged has
-        # costs that are no numbers, which the solver would never return from.
-        host = torch.cat((cost.nan_to_num().flatten(1), targets.window_mask.to(cost.dtype)), dim=1).cpu().numpy()
-        num_windows = targets.window_mask.shape[1]
-        window_mask = host[:, host.shape[1] - num_windows :].astype(bool)
-        cost = host[:, : host.shape[1] - num_windows].reshape(batch * layers, num_proposals, num_windows)
-        matched = match(cost, window_mask.repeat(layers, axis=0))
+        # The only transfer to the host in a training step: all samples and layers at once, costs and counts. The costs
+        # of a model that diverged are NaN, which the solver refuses.
+        num_windows = targets.window_mask.sum(1, keepdim=True, dtype=cost.dtype)
+        host = torch.cat((cost.nan_to_num().flatten(1), num_windows), dim=1).cpu().numpy()
+        cost = host[:, :-1].reshape(batch * layers, num_proposals, targets.spans.shape[1])
+        matched = match(cost, host[:, -1].astype(int).repeat(layers))
         problem, proposal, window = torch.from_numpy(np.stack(matched)).to(logits.device, non_blocking=True)
         sample, layer = problem // layers, problem % layers
 
     is_background = torch.ones(batch, layers, num_proposals, dtype=torch.long, device=logits.device)
     is_background[sample, layer, proposal] = 0
     class_loss = F.cross_entropy(logits.flatten(0, 2), is_background.flatten(), reduction="none")
-    # Divided by the sum of a sample's weights, as DETR does it for a batch, and not by N as Moment-DETR: else the share
-    # of the few that are foreground would shrink as N grows
+    # Divided by the sum of a sample's weights, as DETR does for a batch, not by N as in Moment-DETR: otherwise the
+    # share of the few foreground proposals would shrink as N grows
     class_weight = torch.where(is_background == 1, config.background_coefficient, 1.0)
     class_weight = class_weight / class_weight.sum(-1, keepdim=True).clamp(min=torch.finfo(class_weight.dtype).tiny)
     class_loss = (class_loss.view_as(class_weight) * class_weight).sum(-1)
@@ -152,7 +170,14 @@ def detection_losses(logits: Tensor, spans: Tensor, targets: Targets, config) ->
 
 
 def hinge_loss(saliency_scores: Tensor, targets: Targets, margin: float) -> Tensor:
-    """The hinge term of Eq. 13: each clip of high saliency above its partner of low saliency, by the margin."""
+    """
+    Return the hinge term of Eq. 13: in each pair the more salient clip scores higher by the margin, at least.
+
+    Args:
+        saliency_scores: (B, Lv).
+        targets: the pairs.
+        margin: the margin.
+    """
     if not targets.pair_mask.shape[1]:
         return saliency_scores.sum() * 0
     high = saliency_scores.gather(1, targets.saliency_pos)
@@ -163,15 +188,15 @@ def hinge_loss(saliency_scores: Tensor, targets: Targets, margin: float) -> Tens
 
 def contrastive_loss(scores: Tensor, negative_scores: Tensor, targets: Targets, video_mask: Tensor) -> Tensor:
     """
-    The contrastive term of Eq. 13: a relevant clip of the true pair above all clips of the negative pair.
+    Return the contrastive term of Eq. 13: relevant clips score higher than all clips under a sentence of another video.
 
-    The paper gives no formula; this is InfoNCE, the log-likelihood of each relevant clip among itself and the clips of
-    the same video under a sentence of another one.
+    The paper gives no formula. This is InfoNCE: the log-likelihood of each relevant clip among itself and the clips of
+    the same video under the other sentence.
 
     Args:
         scores, negative_scores: (B, Lv), saliency of the video's clips under its own and under the other sentence.
-        targets: the windows, which say what is relevant.
-        video_mask: (B, Lv).
+        targets: the windows, which tell the relevant clips.
+        video_mask: (B, Lv), 1 = real.
     """
     relevant = relevant_clips(targets.spans, targets.window_mask, video_mask.sum(1), scores.shape[1])
     against = negative_scores.masked_fill(~video_mask.bool(), -torch.inf).logsumexp(1, keepdim=True)
@@ -179,7 +204,7 @@ def contrastive_loss(scores: Tensor, negative_scores: Tensor, targets: Targets, 
     return (loss.sum(1) / relevant.sum(1).clamp(min=1)).mean()
 
 
-@torch.compiler.disable  # matching runs on the host, and would be compiled anew for every number of proposals
+@torch.compiler.disable  # matching runs on the host, and would be compiled again for every number of proposals
 def diffusionvmr_loss(
     logits: Tensor,
     spans: Tensor,
@@ -190,17 +215,17 @@ def diffusionvmr_loss(
     negative_saliency_scores: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """
-    Eq. 11: the total loss, and its terms without their coefficients (`class`, `l1`, `iou`, `hinge`, `contrastive`).
+    Return the total loss (Eq. 11) and its terms without coefficients: `class`, `l1`, `iou`, `hinge`, `contrastive`.
 
-    Each sample's terms are averaged over its own proposals, windows and pairs, then over samples; so a sample weighs
-    the same in any batch. All is computed in float32.
+    Each sample's terms are averaged over its own proposals, windows and pairs, then over samples, so that a sample
+    weighs the same in any batch. Everything is computed in float32.
 
     Args:
         logits, spans: (B, K, N, 2) of every decoder layer.
         saliency_scores: (B, Lv).
         targets: the labels.
-        video_mask: (B, Lv).
-        config: a `DiffusionVMRConfig`, for coefficients and margin.
+        video_mask: (B, Lv), 1 = real.
+        config: a `DiffusionVMRConfig`, for the coefficients and the margin.
         negative_saliency_scores: (B, Lv), under a sentence of another video; without them the contrastive term is 0.
     """
     logits, spans, saliency_scores = logits.float(), spans.float(), saliency_scores.float()

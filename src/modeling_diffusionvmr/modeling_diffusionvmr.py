@@ -584,7 +584,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         timesteps: Tensor | None = None,
         num_proposals: int | None = None,
         num_sampling_steps: int | None = None,
-        labels: list[dict[str, Tensor]] | None = None,
+        labels: list[dict[str, Tensor]] | Targets | None = None,
         negative_text_features: Tensor | None = None,
         negative_text_mask: Tensor | None = None,
         output_attentions: bool | None = None,
@@ -606,7 +606,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
                 `noisy_spans` has more rows, the first N are used.
             num_sampling_steps: number of DDIM steps (S). Default: the configuration's value.
             labels: B dicts with `spans`, float (n, 2), n from 0 up; and optionally `saliency_pos` and `saliency_neg`,
-                long (p,), pairs of clips of which the first fits better (hinge term).
+                long (p,), pairs of clips of which the first fits better (hinge term). Or the same as `Targets`, padded.
             negative_text_features, negative_text_mask: a sentence of another video for each video, (B, L, Dt) and
                 (B, L) (contrastive term).
 
@@ -617,7 +617,9 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         if labels is not None and len(labels) != batch_size:
             raise ValueError(f"there are {batch_size} samples but {len(labels)} labels")
         flags = recording_flags(output_attentions, output_hidden_states)
-        targets = None if labels is None else Targets.from_labels(labels, video_features.device)
+        targets = labels
+        if labels is not None and not isinstance(labels, Targets):
+            targets = Targets.from_labels(labels, video_features.device)
         memory, negative_memory = self._encode_with_negative(
             (video_features, text_features, video_mask, text_mask), negative_text_features, negative_text_mask, flags
         )

@@ -1,4 +1,4 @@
-"""Restart: a training killed at any moment goes on from the last whole checkpoint, to the same weights."""
+"""A training killed at any moment resumes from the last complete checkpoint and ends with the same weights."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoProcessor, TrainerCallback
 from modeling_diffusionvmr.training import trainer as trainer_module
 from modeling_diffusionvmr.training.checkpoints import STAGING_FOLDER, find_fault, last_whole_checkpoint
 
-# An epoch has 5 micro-batches and 3 steps, so that most checkpoints are in the middle of one; and there is dropout
+# An epoch has 5 micro-batches and 3 steps, so that most checkpoints are in the middle of one. Dropout is on.
 TRAINING = {
     "num_rows": 10,
     "per_device_train_batch_size": 2,
@@ -43,7 +43,7 @@ FILES = (
 
 @pytest.fixture(scope="module")
 def in_process(tiny_config):
-    """Calls a function of `small_training` in a process of its own, with what is trained here."""
+    """Call a function of `small_training` in another process, with the arguments above."""
 
     def run(function, where, *positional, **arguments):
         fields = tiny_config().to_diff_dict()
@@ -54,7 +54,7 @@ def in_process(tiny_config):
 
 @pytest.fixture(scope="module")
 def uninterrupted(in_process, tmp_path_factory) -> Path:
-    """The folder of a training that nothing happened to; all its checkpoints are in `run`."""
+    """The folder of a training that was not interrupted; all its checkpoints are in `run`."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     in_process(small_training.train, str(folder))
     return folder
@@ -69,7 +69,7 @@ def copied(uninterrupted, tmp_path) -> Path:
 
 
 def assert_same_end(folder: Path, uninterrupted: Path):
-    """The same weights, to the bit."""
+    """Compare weights, bit by bit."""
     ours, theirs = (safetensors.torch.load_file(path / "weights") for path in (folder, uninterrupted))
     assert ours.keys() == theirs.keys()
     different = [name for name, weights in ours.items() if not torch.equal(weights, theirs[name])]
@@ -92,7 +92,7 @@ def killed(in_process, tmp_path_factory) -> list[Path]:
 
 
 def test_every_file_is_a_moment_to_be_killed_at(killed):
-    """The test below is of what it says."""
+    """The moments that the next test relies on exist."""
     moments = [(folder / "moment").read_text() for folder in killed]
     staged = f"run/{STAGING_FOLDER}/checkpoint-2"
     for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
@@ -122,7 +122,7 @@ def test_a_checkpoint_is_whole_or_not_there(killed, uninterrupted):
 
 
 def test_a_killed_training_goes_on_to_the_same_weights(killed, uninterrupted, in_process):
-    """After half of a file, between writing and moving, after moving, and in the middle of removing the old one."""
+    """Killed halfway through a file, between writing and moving, after moving, and while removing the old one."""
     moments = [(folder / "moment").read_text() for folder in killed]
     staged = f"run/{STAGING_FOLDER}/checkpoint-2"
     moved = moments.index(f"os.rename {staged}")
@@ -139,7 +139,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(killed, uninterrupted, in
 
 
 def test_goes_on_from_any_step_to_the_same_weights(uninterrupted, in_process, tmp_path):
-    """At the end of an epoch and in its middle, with dropout; whether or not the samples come from workers."""
+    """At the end and in the middle of an epoch, with dropout, with and without workers."""
     logs = json.loads((uninterrupted / "logs").read_text())
     workers = {"dataloader_num_workers": 2, "dataloader_multiprocessing_context": "fork"}
     for step, options in ((1, {}), (2, workers), (3, {}), (5, {})):
@@ -158,7 +158,7 @@ def test_goes_on_from_any_step_to_the_same_weights(uninterrupted, in_process, tm
 
 def test_starts_anew_without_a_checkpoint_only_where_asked_to(tiny_config, tmp_path):
     trainer = make_trainer(tmp_path, tiny_config(), max_steps=1)
-    with pytest.raises(ValueError, match="no whole checkpoint to resume from"):
+    with pytest.raises(ValueError, match="no complete checkpoint to resume from"):
         trainer.train(resume_from_checkpoint=True)
     (tmp_path / STAGING_FOLDER / "checkpoint-1").mkdir(parents=True)
     trainer.train()
@@ -189,9 +189,9 @@ DAMAGES = (truncate, cut_off_the_end, empty, replace, Path.unlink)
 
 
 def test_files_of_a_checkpoint(uninterrupted):
-    """All that are damaged below, and the code, but nothing that only unpickling reads."""
+    """Those that are damaged below, and the code, but nothing that only unpickling could read."""
     found = {name for name in contents(uninterrupted / "run/checkpoint-4") if not name.endswith(".py")}
-    assert found == set(FILES) or found - set(FILES) <= {"manifest.json"}
+    assert found == {*FILES, "manifest.json"}
     assert not list(uninterrupted.rglob("training_args.bin"))
 
 
@@ -199,7 +199,9 @@ def test_files_of_a_checkpoint(uninterrupted):
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_checkpoint_is_skipped(copied, name, damage):
     damage(copied / "run/checkpoint-4" / name)
-    with pytest.warns(UserWarning, match=f"checkpoint-4 is not whole and is skipped: .*{FAULTS.get(name, name)}"):
+    with pytest.warns(
+        UserWarning, match=f"checkpoint-4 cannot be resumed from and is skipped: .*{FAULTS.get(name, name)}"
+    ):
         assert last_whole_checkpoint(copied / "run") == str(copied / "run/checkpoint-3")
 
 
@@ -230,6 +232,37 @@ def test_a_damaged_checkpoint_is_refused_by_name(copied, tiny_config):
     with pytest.raises(ValueError, match="checkpoint-7"):
         trainer.train(resume_from_checkpoint=str(copied / "run/checkpoint-7"))
     assert trainer.state.global_step == 0
+
+
+STATES = {
+    "{}": (lambda state: {}, "`global_step` must be a number, got None"),
+    "other fields": (lambda state: {**state, "steps": 4}, "unknown field `steps`"),
+    "no batch size": (
+        lambda state: {**state, "train_batch_size": None},
+        "`train_batch_size` must be a number, got None",
+    ),
+    "text for a number": (lambda state: {**state, "epoch": "2"}, "`epoch` must be a number, got '2'"),
+    "no list": (lambda state: {**state, "log_history": "x"}, "`log_history` must be a list, got 'x'"),
+    "no object": (
+        lambda state: {**state, "stateful_callbacks": "x"},
+        "`stateful_callbacks` must be an object, got 'x'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_of_other_fields_is_refused_by_name(copied, tiny_config, name):
+    """Also in a checkpoint of plain `Trainer`, which has no manifest."""
+    change, fault = STATES[name]
+    checkpoint = copied / "run/checkpoint-4"
+    assert find_fault(checkpoint) is None
+    (checkpoint / "manifest.json").unlink()
+    path = checkpoint / "trainer_state.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    trainer = make_trainer(copied / "run", tiny_config(), **TRAINING)
+    with pytest.raises(ValueError) as error:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert str(error.value) == f"{checkpoint}: cannot be resumed from, trainer_state.json: {fault}"
 
 
 class Hostile:
@@ -271,7 +304,7 @@ def test_hostile_training_arguments_are_not_read(copied, tiny_config):
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Has the evaluations give these scores, one after the other."""
+    """Make evaluations return these scores, one after the other."""
 
     def script(scores):
         scores = iter(scores)
@@ -299,7 +332,7 @@ def weights_in(checkpoint: str | Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_best_checkpoint_stays_and_is_loaded(scripted, tiny_config, tmp_path):
-    """Whatever is rotated, before a resume and after it."""
+    """Whatever is rotated, before and after resuming."""
     scripted([10, 40, 30, 20])
     trainer = make_trainer(tmp_path, tiny_config(), **{**BEST, "max_steps": 4})
     trainer.train()
@@ -343,7 +376,7 @@ def test_weights_alone_are_a_checkpoint(tiny_config, tmp_path):
 
 
 def test_saved_model(tiny_config, tmp_path):
-    """`save_model` gives what loads, and nothing of the training."""
+    """`save_model` writes what loading needs, and nothing of the training."""
     trainer = make_trainer(tmp_path / "run", tiny_config(), max_steps=1, save_strategy="no")
     trainer.train()
     trainer.save_model()
@@ -361,7 +394,7 @@ def test_saved_model(tiny_config, tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Takes the place of the Hub; gives what was uploaded: `(files by their path there, commit message)`."""
+    """Replace the Hub; return the uploads as `(paths of the files, commit message)`."""
     uploads = []
 
     def upload(self, *, repo_id, folder_path, path_in_repo=None, ignore_patterns=None, run_as_future=False, **options):
@@ -419,7 +452,7 @@ def test_what_is_pushed(hub, tiny_config, tmp_path, strategy, folders):
 
 
 def test_a_checkpoint_is_not_removed_while_it_is_pushed(monkeypatch, tiny_config, tmp_path):
-    """A push takes longer than the next save, which makes it one checkpoint too many."""
+    """Even if uploading takes longer than until the next save."""
     goes_on = threading.Event()
     pushes = []
 

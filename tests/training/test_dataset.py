@@ -40,11 +40,11 @@ DRAWS = ("noisy_spans", "timesteps", "negative_text_features")
 
 @pytest.fixture(scope="module")
 def features() -> tuple[dict, dict]:
-    """Of videos, and of sentences, each of which begins with a token that tells its row."""
-    random = np.random.default_rng(0)
-    video = {vid: random.normal(size=(length, 12)).astype(np.float32) for vid, length in LENGTHS.items()}
+    """Features of videos and of sentences; the first token of a sentence encodes its row."""
+    rng = np.random.default_rng(0)
+    video = {vid: rng.normal(size=(length, 12)).astype(np.float32) for vid, length in LENGTHS.items()}
     text = {
-        qid: np.concatenate((np.eye(8, dtype=np.float32)[[index]], random.normal(size=(index + 1, 8)))).astype("f4")
+        qid: np.concatenate((np.eye(8, dtype=np.float32)[[index]], rng.normal(size=(index + 1, 8)))).astype("f4")
         for index, qid in enumerate(QIDS)
     }
     return video, text
@@ -102,7 +102,7 @@ def test_several_backbones(features, tiny_config):
 def test_windows_beyond_the_features(make_dataset):
     windows = [[2.0, 4.0], [18.0, 30.0], [20.0, 25.0], [22.0, 30.0]]
     rows = [{**ROWS[0], "duration": 30.0, "relevant_windows": windows}, ROWS[1]]
-    with pytest.warns(UserWarning, match="^qid 1: a window lies wholly beyond the 20 s") as caught:
+    with pytest.warns(UserWarning, match="^qid 1: a window lies entirely beyond the 20 s") as caught:
         dataset = make_dataset(rows, clip_seconds=2.0)
         sample, _ = dataset[0], dataset[0]  # 10 clips of 2 s cover 20 s
     assert len(caught) == 1
@@ -164,7 +164,7 @@ def test_two_videos_are_needed_to_train(make_dataset):
 
 
 class Counting(dict):
-    """A mapping that counts how often each array is read."""
+    """A mapping that counts the reads of each array."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -218,8 +218,11 @@ def test_skip_invalid_where_nothing_is(make_dataset, features):
 
 
 def test_skip_invalid_where_all_are(features):
-    """Then, too, it says why."""
-    with warnings.catch_warnings(record=True) as caught, pytest.raises(ValueError, match="for none of 6 rows") as error:
+    """The error gives the first reason."""
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        pytest.raises(ValueError, match="none of 6 rows has usable features") as error,
+    ):
         warnings.simplefilter("always")
         MomentRetrievalDataset(ROWS, *features, DiffusionVMRProcessor([13], 8), skip_invalid=True)
     assert "features must be (length, 13)" in f"{error.value} {[str(warning.message) for warning in caught]}"
@@ -324,7 +327,7 @@ def test_same_draws_in_any_batch(make_dataset, batch):
 
 
 def test_same_draws_among_more_rows(make_dataset):
-    """But for the sentence of another video, which is one of them all."""
+    """Except for the sentence of another video, which any of the rows may give."""
     many = [{**ROWS[5], "relevant_windows": [[i, i + 1.0] for i in range(12)]}] * 300
     few, more = make_dataset(), make_dataset([*ROWS, *many])
     few.set_epoch(2)
@@ -337,7 +340,7 @@ def test_same_draws_among_more_rows(make_dataset):
 
 
 def test_each_row_has_draws_of_its_own(make_dataset):
-    """Rows that are alike, and so many that their draws are made in several parts."""
+    """Even if the rows are the same."""
     dataset = make_dataset([ROWS[0], ROWS[1]] * 300)
     noise = torch.stack([sample["noisy_spans"] for sample in dataset.__getitems__(range(600))])
     assert len(noise.flatten(1).unique(dim=0)) == 600
@@ -367,7 +370,7 @@ def test_other_draws_in_another_epoch_seed_or_row(make_dataset):
     torch.testing.assert_close(dataset[0]["noisy_spans"], one, atol=0, rtol=0)
 
 
-# Both kinds of workers: those that start with each epoch, and those that live on
+# Workers that start with each epoch, and persistent ones
 @pytest.mark.parametrize(("workers", "persistent"), [(0, False), (2, False), (2, True)])
 def test_same_draws_in_workers(make_dataset, workers, persistent):
     dataset, alone = make_dataset(), make_dataset()
@@ -384,7 +387,7 @@ def test_same_draws_in_workers(make_dataset, workers, persistent):
 
 
 def test_windows_come_first_in_the_noisy_spans(make_dataset):
-    """Seen where there is little noise. Of more windows than proposals, some."""
+    """Visible at a small t. If there are more windows than proposals, some of them come first."""
     dataset = make_dataset(num_diffusion_steps=1000)
     assert dataset[0]["noisy_spans"].shape == (6, 2)
     first, seen = set(), {0: 0, 1: 0, 5: 0}
@@ -423,7 +426,7 @@ def test_negative_sentence_is_of_another_video(make_dataset):
 
 def test_saliency_pairs_are_inside_and_outside(make_dataset):
     dataset = make_dataset()
-    # Of 10, 15 and 10 clips of 2 s, by their centres; a window of 0.2 s that holds none is seen by the clip around it
+    # 10, 15 and 10 clips of 2 s, by their centers; a window of 0.2 s that holds no center belongs to the clip around it
     relevant = {0: {2, 3, 4}, 1: {0, 1, 10, 11, 12, 13, 14}, 4: {4}}
     seen = {index: (set(), set()) for index in relevant}
     for epoch in range(60):
@@ -457,10 +460,10 @@ def test_pairs_of_a_video_that_was_averaged_down(make_dataset):
         assert (sample["labels"]["saliency_neg"] < 10).all()
 
 
-# The pairs by annotators' scores
+# Saliency pairs by annotators' scores
 
 EPOCHS = 200
-SCORED = {  # clips of the features, duration, and the sums that people gave to clips of 2 s
+SCORED = {  # clips of the features, duration, and the sums of annotators' scores of 2 s clips
     "of 2 s": (10, 20, {2: 4, 3: 6, 4: 12, 7: 1, 8: 5}),
     "equally good and bad ones": (10, 20, {1: 9, 2: 4, 3: 9, 4: 6, 7: 4, 8: 6, 9: 4}),
     "all are relevant": (10, 20, {clip: (5, 6, 4)[clip % 3] for clip in range(10)}),
@@ -480,14 +483,15 @@ SCORED = {  # clips of the features, duration, and the sums that people gave to 
 
 
 def people(total: int) -> list[int]:
-    """What three gave, of this sum."""
+    """Split a sum into the scores of three annotators."""
     return [total // 3, (total + 1) // 3, (total + 2) // 3]
 
 
 def allowed_pairs(num_clips: int, covered: float, totals: dict[int, int]) -> list[tuple[set, set]]:
     """
-    By the definition, clip by clip: what each of a sample's two pairs may be of, (better, worse). A clip has the best
-    score of the annotated clips whose centre it holds, and of that which holds its own centre.
+    Apply the definition clip by clip: the clips that each of a sample's two pairs may be drawn from, (better, worse).
+
+    A clip has the highest score among the annotated clips whose center it holds and the one that holds its own center.
     """
     seconds, scores = covered / num_clips, {}
     for clip in range(num_clips):
@@ -504,14 +508,14 @@ def allowed_pairs(num_clips: int, covered: float, totals: dict[int, int]) -> lis
 
 @pytest.fixture(scope="module")
 def scored(tiny_config):
-    """What pairs a data set of one row a case draws, by case: for each of the two pairs how often which."""
-    random = np.random.default_rng(0)
+    """For each case (one row each), how often each pair of clips was drawn as the first and as the second pair."""
+    rng = np.random.default_rng(0)
     rows, video, text = [], {}, {}
     for qid, (name, (num_clips, duration, totals)) in enumerate(SCORED.items()):
-        video[name] = random.normal(size=(num_clips, 12)).astype(np.float32)
-        text[qid] = random.normal(size=(2, 8)).astype(np.float32)
+        video[name] = rng.normal(size=(num_clips, 12)).astype(np.float32)
+        text[qid] = rng.normal(size=(2, 8)).astype(np.float32)
         row = {"qid": qid, "query": "a", "vid": name, "duration": duration}
-        row["relevant_windows"] = [[0.0, duration / 3]]  # the annotators' word goes before theirs
+        row["relevant_windows"] = [[0.0, duration / 3]]  # annotators' scores take precedence
         row["relevant_clip_ids"] = list(totals)
         row["saliency_scores"] = [people(total) for total in totals.values()]
         rows.append(row)
@@ -545,7 +549,7 @@ def test_saliency_pairs_by_annotators(scored, name):
 
 
 def test_annotated_clips_beyond_the_features(make_dataset):
-    """The features of v1 cover 20 s; what people said of later clips is not taken for the last one's."""
+    """The features of v1 cover 20 s; scores of later clips do not go to the last clip."""
     row = {**ROWS[0], "duration": 26.0, "relevant_clip_ids": [1, 2, 10, 11]}
     row["saliency_scores"] = [people(total) for total in (4, 6, 12, 0)]
     dataset = make_dataset([row, ROWS[1]], clip_seconds=2.0)
@@ -557,7 +561,7 @@ def test_annotated_clips_beyond_the_features(make_dataset):
 
 
 def test_rows_with_and_without_annotators(make_dataset):
-    """Side by side in a batch, each by its own rule, whatever its length."""
+    """In one batch, each by its own rule, at different lengths."""
     row = {**ROWS[1], "relevant_clip_ids": [2, 14], "saliency_scores": [[1, 1, 1], [3, 3, 3]]}
     dataset, plain = make_dataset([ROWS[0], row, *ROWS[2:]]), make_dataset()
     for epoch in range(10):
@@ -568,33 +572,3 @@ def test_rows_with_and_without_annotators(make_dataset):
         assert_same(samples[3], plain[5])
         assert (samples[1]["labels"]["saliency_pos"][0], samples[1]["labels"]["saliency_neg"][0]) == (14, 2)
         assert len(samples[2]["labels"]["saliency_pos"]) == 0
-
-
-# Batches
-
-
-def test_collator(make_dataset):
-    dataset = make_dataset()
-    samples = [dataset[index] for index in (0, 1, 5)]
-    batch = DiffusionVMRDataCollator()(samples)
-    shapes = {name: tuple(value.shape) for name, value in batch.items() if name != "labels"}
-    negatives = [len(sample["negative_text_features"]) for sample in samples]
-    assert shapes == {
-        "video_features": (3, 20, 12),
-        "video_mask": (3, 20),
-        "text_features": (3, 7, 8),
-        "text_mask": (3, 7),
-        "negative_text_features": (3, max(negatives), 8),
-        "negative_text_mask": (3, max(negatives)),
-        "noisy_spans": (3, 6, 2),
-        "timesteps": (3,),
-    }
-    assert batch["video_mask"].sum(1).tolist() == [10, 15, 20]
-    assert batch["text_mask"].sum(1).tolist() == [2, 3, 7]
-    assert batch["negative_text_mask"].sum(1).tolist() == negatives
-    assert [len(label["spans"]) for label in batch["labels"]] == [1, 2, 8]
-    for row, sample in enumerate(samples):
-        torch.testing.assert_close(batch["noisy_spans"][row], sample["noisy_spans"], atol=0, rtol=0)
-        length = len(sample["video_features"])
-        torch.testing.assert_close(batch["video_features"][row, :length], sample["video_features"], atol=0, rtol=0)
-        assert (batch["video_features"][row, length:] == 0).all()

@@ -1,4 +1,4 @@
-"""Several processes, and several micro-batches a step, train as one process does with the same global batch."""
+"""Several processes, or several micro-batches per step, train like one process with the same global batch."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,8 @@ import small_training
 import torch
 from safetensors.torch import load_file
 
-# A step of Adam turns rounding into a whole step where a gradient is about 0; this one does not. A dropped sample, a
-# wrong weight or another order is seen at once.
+# With its default epsilon Adam turns rounding errors of a gradient near 0 into a whole step. With this one, only a
+# dropped sample, a wrong weight or another order makes a difference.
 TRAINING = {
     "num_rows": 16,
     "global_batch": 8,
@@ -22,7 +22,7 @@ TRAINING = {
     "save_strategy": "no",
     "adam_epsilon": 1e-3,
 }
-# Steps of 8 and of 3 rows: of the 3, processes have 3 and 0. And 7 rows to evaluate on, 4 at once
+# Steps of 8 and of 3 rows: of the 3, processes have 3 and 0. Evaluation is on 7 rows, 4 at a time
 REMAINDER = {**TRAINING, "num_rows": 11, "num_eval_rows": 7}
 RUNS = {
     "whole": {**TRAINING, "dataloader_num_workers": 1, "dataloader_multiprocessing_context": "fork"},
@@ -41,7 +41,7 @@ def results(folder: Path, name: str) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def specify(tiny_config, tmp_path_factory):
-    """Makes the specification of runs, in a folder of its own."""
+    """Write a specification of runs to a new folder."""
 
     def make(runs) -> Path:
         config = tiny_config(dropout=0.0, input_dropout=0.0).to_diff_dict()
@@ -54,7 +54,7 @@ def specify(tiny_config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(specify):
-    """What one process does, a run at a time when it is asked for."""
+    """The results of one process; each run is done when it is first asked for."""
     done = {}
 
     def run(name: str) -> SimpleNamespace:
@@ -69,7 +69,7 @@ def alone(specify):
 
 @pytest.fixture(scope="module")
 def launched(specify) -> Path:
-    """The folder of what two processes did, one run after the other."""
+    """The folder with the results of two processes, one run after the other."""
     specification = specify(LAUNCHED)
     small_training.launch(specification, 2)
     return specification.parent
@@ -80,7 +80,7 @@ NOT_COMPARED = ("epoch", "eval_loss", "eval_runtime", "eval_samples_per_second",
 
 
 def assert_same_training(one: SimpleNamespace, other: SimpleNamespace):
-    """Every number of every log, the weights, and what the model says at the end."""
+    """Compare every number in every log, the weights and the predictions at the end."""
     ours, theirs = ([log for log in run.logs if "train_runtime" not in log] for run in (one, other))
     assert len(ours) == len(theirs)
     for log, expected in zip(ours, theirs):
@@ -116,7 +116,7 @@ def test_two_processes_train_as_one(launched, alone, name):
 
 @pytest.mark.parametrize("name", ["whole", "remainder"])
 def test_two_processes_evaluate_as_one(launched, alone, name):
-    """7 rows, 4 at once: one of them is seen twice."""
+    """Of 7 rows, 4 at a time, one is seen twice."""
     for log, expected in zip(evaluations(results(launched, name)), evaluations(alone(name))):
         metrics = {name: value for name, value in log.items() if name.startswith("eval_MR-")}
         assert len(metrics) >= 9
@@ -124,7 +124,7 @@ def test_two_processes_evaluate_as_one(launched, alone, name):
 
 
 def test_two_processes_have_the_evaluation_loss_of_one(launched, alone):
-    """Where the rows divide: otherwise it counts some twice."""
+    """If they divide the rows: otherwise some rows count twice."""
     for log, expected in zip(evaluations(results(launched, "whole")), evaluations(alone("whole"))):
         assert log["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-4)
 
@@ -134,7 +134,7 @@ def test_micro_batches_train_as_one_batch(alone):
 
 
 def test_every_term_of_every_step_is_compared(alone):
-    """The comparison above holds the logs to each other; these are what it holds."""
+    """The tests above compare logs with each other; this one checks what is in them."""
     logs = [log for log in alone("remainder").logs if "loss" in log]
     assert [log["num_proposals"] for log in logs] == [1, 2, 4, 5]
     assert all(f"loss_{term}" in log for log in logs for term in small_training.TERMS)

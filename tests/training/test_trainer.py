@@ -1,5 +1,6 @@
 import copy
 import itertools
+import warnings
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from modeling_diffusionvmr import (
     predict_moments,
 )
 from modeling_diffusionvmr.training import trainer as trainer_module
+from modeling_diffusionvmr.training.arguments import DiffusionVMRTrainingArguments
 
 STEPS = 12
 
@@ -39,7 +41,7 @@ def make_trainer(tiny_config):
 
 
 def proposals_of_calls(model) -> list:
-    """N of every call from now on."""
+    """Record the number of proposals in every call from now on."""
     seen = []
     model.register_forward_hook(lambda _, arguments, output: seen.append(output.logits.shape[1]))
     return seen
@@ -47,7 +49,7 @@ def proposals_of_calls(model) -> list:
 
 @pytest.fixture(scope="module")
 def trained(make_trainer, tmp_path_factory):
-    """A trainer that is done, and N of its steps."""
+    """A trainer after training, and the number of proposals at each step."""
     trainer = make_trainer(tmp_path_factory.mktemp("trained"))
     seen = proposals_of_calls(trainer.model)
     trainer.train()
@@ -86,7 +88,7 @@ def test_constant_number_of_proposals(make_trainer, tmp_path):
 
 
 def test_terms_are_means_between_two_logs(make_trainer, tmp_path):
-    """Whatever the number of steps, and of batches in a step."""
+    """For any number of steps between logs and of batches per step."""
     trainer = make_trainer(
         tmp_path,
         max_steps=4,
@@ -114,14 +116,35 @@ def test_proposals_grow_early(make_trainer, tmp_path, growth, expected):
 
 
 @pytest.mark.parametrize("growth", [0, -0.5, 1.5, float("nan"), "half", None])
-def test_impossible_growth(growth):
-    with pytest.raises(ValueError, match="`proposal_growth` must be a number above 0 and at most 1, got"):
-        DiffusionVMRTrainer(proposal_growth=growth)
+def test_impossible_growth(tmp_path, growth):
+    with pytest.raises(ValueError, match=r"`proposal_growth` must be a number in \(0, 1\], got"):
+        DiffusionVMRTrainingArguments(str(tmp_path), proposal_growth=growth)
 
 
-def test_unknown_schedule():
-    with pytest.raises(ValueError, match="`proposal_schedule` must be one of .*'progress', 'stable'.*'linear'"):
-        DiffusionVMRTrainer(proposal_schedule="linear")
+def test_unknown_schedule(tmp_path):
+    with pytest.raises(ValueError, match="`proposal_schedule` must be one of progress, stable, got 'linear'"):
+        DiffusionVMRTrainingArguments(str(tmp_path), proposal_schedule="linear")
+
+
+def test_plain_training_arguments_have_the_default_growth(make_dataset, tiny_config, tmp_path):
+    trainer = DiffusionVMRTrainer(
+        DiffusionVMRForMomentRetrieval(tiny_config()),
+        TrainingArguments(str(tmp_path), report_to="none"),
+        train_dataset=make_dataset(),
+    )
+    assert (trainer.proposal_schedule, trainer.proposal_growth) == ("progress", 1.0)
+
+
+def test_two_gpus_in_one_process_are_refused(make_dataset, tiny_config, tmp_path):
+    arguments = DiffusionVMRTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    arguments._n_gpu = 2  # what `transformers` finds on a machine with two
+    model = DiffusionVMRForMomentRetrieval(tiny_config())
+    with pytest.raises(ValueError) as error:
+        DiffusionVMRTrainer(model, arguments, train_dataset=make_dataset())
+    message = str(error.value)
+    assert "2 GPUs need one process each" in message and "\n" not in message
+    assert "`accelerate launch --num_processes 2 -m modeling_diffusionvmr train" in message
+    assert "CUDA_VISIBLE_DEVICES=0" in message
 
 
 def test_evaluation_loss(trained, make_dataset):
@@ -132,7 +155,8 @@ def test_evaluation_loss(trained, make_dataset):
     assert set(seen) == {5}  # of inference
     assert metrics["eval_loss"] > 0
     assert trainer.evaluate()["eval_loss"] == metrics["eval_loss"]
-    assert all("num_proposals" not in log for log in trainer.state.log_history[history:])
+    logs = trainer.state.log_history[history:]
+    assert len(logs) == 2 and all("num_proposals" not in log for log in logs)
 
 
 def test_checkpoint_loads(trained, make_dataset):
@@ -168,7 +192,7 @@ def test_training_goes_on_from_a_checkpoint(make_trainer, tiny_config, tmp_path)
 
 
 def official(model, dataset) -> dict[str, float]:
-    """What the model is worth, by the way that `scripts/evaluate.py` goes."""
+    """Score the model the way the `evaluate` command does."""
     scores = evaluate_predictions(predict_moments(copy.deepcopy(model), dataset, progress=False), dataset.rows)
     return {name: value for name, value in (scores["brief"] | scores["extra"]).items() if value is not None}
 
@@ -183,7 +207,7 @@ def evaluations(trainer) -> list[dict]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_in_training(make_trainer, make_dataset, tmp_path, workers):
-    """The numbers of evaluate.py for the checkpoints; the rows do not divide by the batch."""
+    """The same numbers as the `evaluate` command, with a last batch that is not full."""
     options = {"eval_steps": 2, "save_steps": 2, "max_steps": 4, "metric_for_best_model": "MR-full-mAP"}
     trainer = make_trainer(
         tmp_path, eval_strategy="steps", per_device_eval_batch_size=3, dataloader_num_workers=workers, **options
@@ -218,25 +242,40 @@ def test_several_sets_to_evaluate_on(make_trainer, make_dataset, tmp_path):
 
 
 def test_rows_without_truth(trained, make_dataset):
-    """There is nothing to score them by; a part of the truth would give numbers of another set."""
     trainer, _ = trained
     dataset = make_dataset(train=False, truth=False)
-    assert not metrics_of(trainer.evaluate(dataset))
+    with pytest.warns(UserWarning, match="8 of 8 rows are not scored: 8 without `relevant_windows`"):
+        assert not metrics_of(trainer.evaluate(dataset))
     output = trainer.predict(dataset)
     assert not metrics_of(output.metrics, "test_") and "test_loss" not in output.metrics
     assert [prediction["qid"] for prediction in output.predictions] == list(range(8))
 
-    mixed = make_dataset(train=False)
+
+def test_only_rows_with_windows_are_scored(make_trainer, make_dataset, tmp_path):
+    """One message counts the others, however often they are evaluated on."""
+    mixed, rest = make_dataset(train=False), make_dataset(train=False)
     del mixed.rows[2]["relevant_windows"]
     mixed.rows[5]["relevant_windows"] = []
-    output = trainer.predict(mixed)
-    assert not metrics_of(output.metrics, "test_")
-    assert len(output.predictions) == 8
+    rest.rows = [row for row in rest.rows if row["qid"] not in (2, 5)]
+    options = {"eval_steps": 2, "save_steps": 2, "max_steps": 4, "metric_for_best_model": "MR-full-mAP"}
+    trainer = make_trainer(tmp_path, eval_dataset=mixed, eval_strategy="steps", **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    messages = [str(warning.message) for warning in caught if "not scored" in str(warning.message)]
+    assert messages == [
+        "2 of 8 rows are not scored: 1 with `relevant_windows: []` (not in the video), "
+        "1 without `relevant_windows` (unlabeled)"
+    ]
+    logs = evaluations(trainer)
+    assert len(logs) == 2 and metrics_of(logs[-1])
+    assert metrics_of(logs[-1]) == official(trainer.model, rest)
+    assert len(trainer.predict(mixed).predictions) == 8
 
 
 @pytest.mark.parametrize("train", [False, True])
 def test_predictions_of_the_trainer(trained, make_dataset, train):
-    """Those of `predict_moments`, from data of training, too, whose draws hold the truth."""
+    """Same as `predict_moments`, also on training data, whose noisy spans hold the truth."""
     trainer, _ = trained
     dataset = make_dataset(train=train)
     output = trainer.predict(dataset)
@@ -267,7 +306,7 @@ def test_evaluation_loss_is_the_mean_over_rows(trained, make_dataset):
 
 
 def test_evaluation_leaves_the_training_alone(make_trainer, make_dataset, tiny_config, tmp_path):
-    """Even on the same data set, whose draws are those of an epoch; and with a batch of its own size."""
+    """Even on the same data set, whose noisy spans depend on the epoch, and with another batch size."""
     losses = []
     # An evaluation changes the dropout that follows: its loader draws a seed from the same generator
     config = tiny_config(dropout=0.0, input_dropout=0.0)
@@ -312,7 +351,7 @@ def test_early_stopping(make_trainer, monkeypatch, tmp_path):
 
 
 class Reporter(TrainerCallback):
-    """Stands for Weights & Biases and the like: it is given the logs."""
+    """Records logs, as Weights & Biases and the like do."""
 
     def __init__(self):
         self.logs = []
@@ -332,7 +371,7 @@ def test_reporters_are_given_all(make_trainer, tmp_path):
     assert "eval_MR-full-mAP" in scores and "eval_MR-mIoU" in scores
 
 
-# What `Trainer` can do
+# Features of `Trainer`
 
 
 def losses_of(trainer) -> list[float]:
@@ -341,7 +380,7 @@ def losses_of(trainer) -> list[float]:
 
 
 def test_training_does_not_depend_on_workers(make_trainer, tmp_path):
-    """Not even its dropout."""
+    """Dropout included."""
     alone, shared = (
         losses_of(make_trainer(tmp_path, max_steps=6, save_strategy="no", dataloader_num_workers=workers))
         for workers in (0, 2)
@@ -386,7 +425,7 @@ def test_metrics_of_ones_own(make_dataset, tiny_config, tmp_path):
 
 
 def test_predictions_kept_on_the_host(make_trainer, tmp_path):
-    """`eval_accumulation_steps` gives the same numbers."""
+    """`eval_accumulation_steps` changes no number."""
     metrics = [
         metrics_of(make_trainer(tmp_path, eval_accumulation_steps=steps, per_device_eval_batch_size=3).evaluate())
         for steps in (None, 1)
@@ -398,7 +437,7 @@ def test_predictions_kept_on_the_host(make_trainer, tmp_path):
 
 
 def test_training_in_bfloat16(make_trainer, tiny_config, tmp_path):
-    """Under autocast: near float32, and with weights and a loss that are float32."""
+    """Autocast gives losses close to float32, and weights stay float32."""
     config = tiny_config(dropout=0.0, input_dropout=0.0)
     exact, rough = (
         make_trainer(
@@ -420,21 +459,21 @@ def test_training_in_bfloat16(make_trainer, tiny_config, tmp_path):
 
 
 def test_evaluation_in_bfloat16(make_trainer, tmp_path):
-    """`bf16_full_eval` makes the model bfloat16; the batches follow."""
+    """With `bf16_full_eval` the model is bfloat16, and batches are converted."""
     metrics = make_trainer(tmp_path, bf16_full_eval=True, use_cpu=True).evaluate()
     assert np.isfinite(metrics["eval_loss"]) and metrics_of(metrics)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_compiled_training(make_dataset, make_trainer, tiny_config, tmp_path):
-    """20 numbers of proposals, windows in varying number: a handful of graphs, and the same losses."""
+    """20 numbers of proposals and varying numbers of windows need few graphs and give the same losses."""
     config = tiny_config(max_training_proposals=20, encoder_layers=1, decoder_layers=1)
     dataset = small_training.make_dataset(config, num_rows=16, lengths=(15, 15, 15, 15), num_tokens=6)
     options = {"config": config, "train_dataset": dataset, "max_steps": 20, "save_strategy": "no", "use_cpu": True}
     expected = losses_of(make_trainer(tmp_path, **options))
     torch._dynamo.reset()
     counters.clear()
-    # The limit is 8: beyond it a function is left to Python, for good and with no more than a warning
+    # Beyond the limit, 8 by default, a function is never compiled again, and only a warning says so
     with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
         trainer = make_trainer(tmp_path, **options, torch_compile=True, torch_compile_backend="eager")
         seen = proposals_of_calls(trainer.model)
@@ -500,7 +539,7 @@ def test_predictions_of_a_model_in_bfloat16(trained, make_dataset):
 
 
 def test_predictions_do_not_depend_on_the_truth(make_dataset, tiny_config):
-    """A data set of training carries its windows under little noise; a model that starts there would look good."""
+    """Training samples hold their windows under some noise; a model that started there would look too good."""
     model = DiffusionVMRForMomentRetrieval(tiny_config())
     with_draws, without = (predict_moments(model, make_dataset(train=train), progress=False) for train in (True, False))
     assert with_draws == without

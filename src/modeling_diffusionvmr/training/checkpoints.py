@@ -1,20 +1,26 @@
-"""Checkpoints of a training that are whole, or are not there."""
+"""Atomic training checkpoints: a checkpoint is complete, or it is recognized as damaged and skipped."""
 
 import json
 import re
 import warnings
 import zipfile
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers import TrainerState
 
-STAGING_FOLDER = "_saving"  # `Trainer` pushes no name that begins so
+from ..checks import is_number
+
+STAGING_FOLDER = "_saving"  # `Trainer` never uploads a name that begins with "_"
 MANIFEST = "manifest.json"  # the sizes of a checkpoint's files
-RESUME_FILES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")  # all of them, or none where only models are saved
+RESUME_FILES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")  # all of them, or none with `save_only_model`
+STATE_NUMBERS = ("global_step", "epoch", "train_batch_size", "logging_steps", "total_flos")  # used to resume
 
 
 def write_manifest(checkpoint: str | Path) -> None:
-    """Lists a checkpoint's files and their sizes in it, so that it is known when one is missing."""
+    """List a checkpoint's files with their sizes in it, so that a missing or incomplete file is noticed."""
     checkpoint = Path(checkpoint)
     sizes = {path.name: path.stat().st_size for path in sorted(checkpoint.iterdir()) if path.is_file()}
     (checkpoint / MANIFEST).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
@@ -22,8 +28,9 @@ def write_manifest(checkpoint: str | Path) -> None:
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:
     """
-    The checkpoint of the latest step in an output folder that can be resumed from; `None` where there is none. One
-    warning for each later one that cannot.
+    Return the checkpoint with the latest step in an output folder that can be resumed from, or `None`.
+
+    Warn about each later one that cannot.
     """
     checkpoints = {}
     for path in Path(folder).glob("checkpoint-*"):
@@ -33,30 +40,31 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
         fault = find_fault(path)
         if fault is None:
             return str(path)
-        warnings.warn(f"{path} is not whole and is skipped: {fault}", stacklevel=2)
+        warnings.warn(f"{path} cannot be resumed from and is skipped: {fault}", stacklevel=2)
     return None
 
 
 def find_fault(checkpoint: str | Path) -> str | None:
-    """What keeps a training from being resumed from a checkpoint; `None` where it is whole."""
+    """Return why a training cannot be resumed from a checkpoint, naming the file, or `None` if it can."""
     checkpoint = Path(checkpoint)
     for path in (checkpoint / "trainer_state.json", *sorted(checkpoint.glob("*config.json")), checkpoint / MANIFEST):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(content, dict):
-                return f"{path.name} is no JSON object"
+                return f"{path.name} is not a JSON object"
         except FileNotFoundError:
-            if path.name != MANIFEST:  # which a checkpoint of `Trainer`'s own has not
-                return f"{path.name} is missing"
-            content = {}
+            if path.name == MANIFEST:  # a checkpoint written by plain `Trainer` has none
+                continue
+            return f"{path.name} is missing"
         except (OSError, ValueError) as error:
             return f"{path.name} cannot be read ({error})"
-        if path.name == MANIFEST:
-            for name, size in content.items():
-                if not (checkpoint / name).is_file():
-                    return f"{name} is missing"
-                if (checkpoint / name).stat().st_size != size:
-                    return f"{name} has {(checkpoint / name).stat().st_size} bytes instead of {size}"
+        fault = None
+        if path.name == "trainer_state.json":
+            fault = _fault_of_state(content)
+        elif path.name == MANIFEST:
+            fault = _fault_of_files(checkpoint, content)
+        if fault is not None:
+            return fault
     present = [any(checkpoint.glob(pattern)) for pattern in RESUME_FILES]
     if any(present) and not all(present):
         return f"{RESUME_FILES[present.index(False)]} is missing"
@@ -65,7 +73,7 @@ def find_fault(checkpoint: str | Path) -> str | None:
         return "it has no weights"
     for path in weights:
         try:
-            with safe_open(path, framework="pt"):  # compares the size of the file with what its header says
+            with safe_open(path, framework="pt"):  # compares the size of the file with the one in its header
                 pass
         except (SafetensorError, OSError) as error:
             return f"{path.name} cannot be read ({error})"
@@ -77,4 +85,26 @@ def find_fault(checkpoint: str | Path) -> str | None:
             return f"{path.name} cannot be read ({error})"
         if broken is not None:
             return f"{path.name} is damaged in {broken}"
+    return None
+
+
+def _fault_of_state(state: dict[str, Any]) -> str | None:
+    """Check the fields of trainer_state.json that `Trainer` uses to resume; it does not check them itself."""
+    for name in STATE_NUMBERS:
+        if not is_number(state.get(name)):
+            return f"trainer_state.json: `{name}` must be a number, got {state.get(name)!r}"
+    for name, kind, what in (("log_history", list, "a list"), ("stateful_callbacks", dict, "an object")):
+        if not isinstance(state.get(name), kind):
+            return f"trainer_state.json: `{name}` must be {what}, got {state.get(name)!r}"
+    unknown = sorted(state.keys() - {field.name for field in fields(TrainerState)})
+    return f"trainer_state.json: unknown field `{unknown[0]}`" if unknown else None
+
+
+def _fault_of_files(checkpoint: Path, sizes: dict[str, Any]) -> str | None:
+    """Compare a checkpoint's files with the sizes in its manifest."""
+    for name, size in sizes.items():
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        if (checkpoint / name).stat().st_size != size:
+            return f"{name} has {(checkpoint / name).stat().st_size} bytes instead of {size}"
     return None

@@ -1,4 +1,4 @@
-"""A model over a data set -> predictions in the official format."""
+"""Run a model over a data set and write predictions in the official format."""
 
 import math
 from types import SimpleNamespace
@@ -10,17 +10,20 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.annotations import SALIENCY_CLIP_SECONDS
-from .dataset import DiffusionVMRDataCollator, MomentRetrievalDataset
+from .collator import DiffusionVMRDataCollator
+from .dataset import MomentRetrievalDataset
 
-# And no draws of training, which hold the truth but for some noise
+# Without the noisy spans of a training sample, which hold the truth under some noise
 MODEL_INPUTS = ("video_features", "video_mask", "text_features", "text_mask")
 
 
 class RowOutputs(NamedTuple):
     """
-    What the model says of B rows of a data set, in shapes that do not depend on the batch, so that what several
-    batches or processes say can be put together: `rows` (B,), their indices; `covered_durations` (B,), seconds;
-    `num_clips` (B,); `logits` (B, N, 2); `pred_spans` (B, N, 2); `saliency_scores` (B, max_clips).
+    The model's outputs for B rows of a data set.
+
+    `rows` (B,), indices; `covered_durations` (B,), seconds; `num_clips` (B,); `logits` (B, N, 2); `pred_spans`
+    (B, N, 2); `saliency_scores` (B, max_clips). No shape but B depends on the batch, so that the outputs of several
+    batches or processes can be concatenated.
     """
 
     rows: Tensor
@@ -32,7 +35,7 @@ class RowOutputs(NamedTuple):
 
 
 def row_outputs(outputs, batch: dict[str, Any], max_clips: int) -> RowOutputs:
-    """The model's output of a batch that was collated `with_rows`."""
+    """Return the `RowOutputs` of a model's output for a batch that was collated `with_rows`."""
     saliency = outputs.saliency_scores.float()
     return RowOutputs(
         batch["rows"],
@@ -48,9 +51,15 @@ def official_predictions(
     dataset: MomentRetrievalDataset, outputs: RowOutputs, **post_processing
 ) -> list[dict[str, Any]]:
     """
-    Outputs of rows, in any order -> a dict a row: `qid, query, vid, pred_relevant_windows` (`[start, end, score]` in
-    seconds, by falling score), and `pred_saliency_scores`, one a clip; of rows with annotators' scores one for each of
-    their clips. `post_processing` overrides the processor's.
+    Turn outputs of rows, in any order, into predictions in the official format, one dict per row.
+
+    Each has `qid`, `query`, `vid`, `pred_relevant_windows` ([[start, end, score], ...], seconds, by falling score) and
+    `pred_saliency_scores`, one per clip of the features; for a row with annotators' scores, one per annotated 2 s clip.
+
+    Args:
+        dataset: the data set that the rows are from.
+        outputs: of some or all of its rows.
+        post_processing: `threshold`, `top_k`, `nms_threshold` and `round_to`, which override the processor's.
     """
     rows = [dataset.rows[index] for index in outputs.rows.tolist()]
     found = dataset.processor.post_process_moment_retrieval(
@@ -75,7 +84,7 @@ def official_predictions(
 
 
 def _on_official_clips(scores: list[float], covered_duration: float, row: dict[str, Any]) -> list[float]:
-    # Where annotators gave scores, theirs are of 2 s clips, and so the predicted ones have to be
+    # Annotators scored 2 s clips, and official evaluation compares clip by clip
     seconds = covered_duration / len(scores)
     if not row.get("saliency_scores") or math.isclose(seconds, SALIENCY_CLIP_SECONDS, rel_tol=0.01):
         return scores
@@ -97,18 +106,19 @@ def predict_moments(
     **post_processing,
 ) -> list[dict[str, Any]]:
     """
-    Retrieves the moments of every row.
+    Retrieve moments for every row of a data set.
 
     Args:
-        model: a `DiffusionVMRForMomentRetrieval`; it is put in eval mode and left there.
-        dataset: its labels and draws, if it has any, are not used.
-        batch_size: rows at once.
-        num_proposals, num_sampling_steps: N and S, by default the model's.
-        progress: whether to show a bar.
-        post_processing: `threshold`, `top_k`, `nms_threshold`, `round_to`, which override the processor's.
+        model: a `DiffusionVMRForMomentRetrieval`; it is switched to eval mode and left there.
+        dataset: the rows; labels and noisy spans, if it has any, are not used.
+        batch_size: rows per batch.
+        num_proposals, num_sampling_steps: N and S, by default those in the model's configuration.
+        progress: show a progress bar.
+        post_processing: `threshold`, `top_k`, `nms_threshold` and `round_to`, which override the processor's.
 
     Returns:
-        What `official_predictions` does, in the order of the rows.
+        Predictions as from `official_predictions`, in the order of the rows. `metrics.scorable` selects those that
+        `evaluate_predictions` can score.
     """
     model.eval()
     loader = DataLoader(dataset, batch_size, collate_fn=DiffusionVMRDataCollator(with_rows=True))

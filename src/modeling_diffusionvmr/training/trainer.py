@@ -1,32 +1,33 @@
-"""Training on `transformers.Trainer`, which gains only what the task needs."""
+"""Training with `transformers.Trainer`: a growing number of proposals, official metrics, atomic checkpoints."""
 
-import os
 import shutil
-from functools import partial
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, rotate_checkpoints
-from transformers.utils import PushInProgress
+from accelerate.utils import slice_tensors
+from transformers import TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 
-from .checkpoints import MANIFEST, STAGING_FOLDER, find_fault, last_whole_checkpoint, write_manifest
-from .dataset import DiffusionVMRDataCollator, Labels
-from .metrics import evaluate_predictions
+from .arguments import DiffusionVMRTrainingArguments
+from .checkpoints import STAGING_FOLDER, find_fault, last_whole_checkpoint
+from .collator import DiffusionVMRDataCollator
+from .metrics import evaluate_predictions, scorable
 from .prediction import RowOutputs, official_predictions, row_outputs
+from .trainer_internals import TrainerInternals
 
-PROPOSAL_SCHEDULES = ("progress", "stable")
-# It starts from pure noise, as inference does, and not near the truth; the last two are not for the model
+# Evaluation starts from pure noise, as inference does, not near the truth; the last two are not for the model
 NOT_IN_EVALUATION = ("noisy_spans", "timesteps", "rows", "covered_durations")
 
 
 class SetEpochCallback(TrainerCallback):
     """
-    Tells the data set its epoch. `Trainer` leaves that to accelerate, which tells the sampler alone wherever it wraps
-    it: after a resume in the middle of an epoch, and with several processes.
+    Tell the data set its epoch.
+
+    `Trainer` leaves that to accelerate, which tells only the sampler when it wraps the data loader: after resuming in
+    the middle of an epoch, and with several processes.
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
@@ -34,25 +35,22 @@ class SetEpochCallback(TrainerCallback):
             train_dataloader.dataset.set_epoch(int(round(state.epoch, 6)))
 
 
-class DiffusionVMRTrainer(Trainer):
+class DiffusionVMRTrainer(TrainerInternals):
     """
-    A `Trainer` that lets the number of proposals grow (section 3.2 and Table 6), logs every term of the loss, evaluates
-    with the official metrics, and saves the training data's processor with each checkpoint, whole or not at all.
+    A `Trainer` with a growing number of proposals (section 3.2 and Table 6), official metrics and atomic checkpoints.
 
-    Every number of `evaluate_predictions`' `"brief"` and `"extra"` is logged, as `eval_MR-full-mAP` and so on, so that
-    `TrainingArguments(metric_for_best_model="MR-full-mAP", load_best_model_at_end=True)` keeps the best; `predict`
-    gives the predictions in the official format.
+    How the number of proposals grows is set in `args`, a `DiffusionVMRTrainingArguments`; plain `TrainingArguments` get
+    its defaults. Every term of the loss is logged, and so is every number in `"brief"` and `"extra"` of
+    `evaluate_predictions`, as `eval_MR-full-mAP` and so on: `metric_for_best_model="MR-full-mAP"` with
+    `load_best_model_at_end=True` keeps the best model. `predict` returns predictions in the official format.
 
     Args:
-        proposal_schedule: "progress", from 1 to `config.max_training_proposals` in equal parts of the growth; or
-            "stable", all of them from the start.
-        proposal_growth: the share of the training that the growth takes, above 0 and at most 1.
-        processing_class: the processor that is saved with the model, by default that of the training data.
-        model, args, data_collator, other_args, kwargs: `Trainer`'s.
+        processing_class: the processor to save with the model, by default that of the training data.
+        model, args, data_collator, other_args, kwargs: as for `Trainer`.
 
     Raises:
-        ValueError: for an unknown schedule, a growth out of range, `compute_metrics`, and arguments with which there
-            are no official metrics.
+        ValueError: for `compute_metrics`, for arguments that rule out the official metrics, and for several GPUs in
+            one process.
     """
 
     def __init__(
@@ -61,70 +59,53 @@ class DiffusionVMRTrainer(Trainer):
         args=None,
         data_collator=None,
         *other_args,
-        proposal_schedule: str = "progress",
-        proposal_growth: float = 1.0,
         processing_class=None,
         compute_metrics=None,
         **kwargs,
     ):
-        if proposal_schedule not in PROPOSAL_SCHEDULES:
-            raise ValueError(f"`proposal_schedule` must be one of {PROPOSAL_SCHEDULES}, got {proposal_schedule!r}")
-        if not (isinstance(proposal_growth, (int, float)) and 0 < proposal_growth <= 1):
-            raise ValueError(f"`proposal_growth` must be a number above 0 and at most 1, got {proposal_growth!r}")
         if compute_metrics is not None:
-            raise ValueError("`compute_metrics` is not called: the official metrics are computed, as `eval_...`")
+            raise ValueError("`compute_metrics` is not supported: evaluation computes the official metrics")
         for field, needed in (("eval_do_concat_batches", True), ("batch_eval_metrics", False)):
             if args is not None and getattr(args, field) is not needed:
                 raise ValueError(f"the official metrics need all predictions at once: `{field}` must be {needed}")
-        # The processor is not handed on: `Trainer` takes every one for one that holds a tokenizer
+        # The processor is not passed on: `Trainer` assumes that every processor holds a tokenizer
         super().__init__(model, args, data_collator or DiffusionVMRDataCollator(), *other_args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs need one process each: start the training with `accelerate launch "
+                f"--num_processes {self.args.n_gpu} -m modeling_diffusionvmr train ...`, or set CUDA_VISIBLE_DEVICES=0 "
+                "to use one GPU"
+            )
         self.processor = processing_class
         if processing_class is None:
             self.processor = getattr(self.train_dataset, "processor", None)
         self.add_callback(SetEpochCallback())
-        self.proposal_schedule = proposal_schedule
-        self.proposal_growth = proposal_growth
-        self._staging: Path | None = None  # where a checkpoint is written now
+        for name in ("proposal_schedule", "proposal_growth"):
+            setattr(self, name, getattr(self.args, name, getattr(DiffusionVMRTrainingArguments, name)))
         self.model_accepts_loss_kwargs = True  # `compute_loss` weighs micro-batches itself
-        self.args.remove_unused_columns = False  # the samples hold what the collator needs, under names of its own
+        self.args.remove_unused_columns = False  # samples hold what the collator needs, not the arguments of `forward`
         self._loss_terms: dict[str, torch.Tensor] = {}
-        self._num_steps = 0.0  # that they are sums of: this process' share
-        self._num_proposals = 0  # of the last step
+        self._num_steps = 0.0  # steps summed in `_loss_terms`: this process' share
+        self._num_proposals = 0  # in the last step
+        self._told: set[str] = set()  # messages about rows that are not scored
 
     def training_proposals(self) -> int:
-        """N of this step."""
+        """Return the number of proposals at this step."""
         most = self.accelerator.unwrap_model(self.model).config.max_training_proposals
         if self.proposal_schedule == "stable":
             return most
         progress = self.state.global_step / max(self.state.max_steps * self.proposal_growth, 1)
         return min(1 + int(progress * most), most)
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device) -> int | None:
-        """
-        The samples of a step, over its micro-batches and all processes. Each batch learns how many of its samples are
-        to count: in the last round of an epoch accelerate fills up with some that were seen already.
-        """
-        state, size = self.accelerator.gradient_state, self._train_batch_size
-        total = 0
-        for index, batch in enumerate(batch_samples):
-            batch["num_samples"] = in_batch = len(batch["video_features"])
-            in_round = in_batch * self.args.world_size
-            is_last = state.end_of_dataloader and index == len(batch_samples) - 1
-            if is_last and self.args.world_size > 1 and state.remainder > 0:
-                in_round = state.remainder
-                batch["num_samples"] = min(max(in_round - self.args.process_index * size, 0), in_batch)
-            total += in_round
-        return total or None
-
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None):
         """
-        Calls `forward` with this step's number of proposals, and keeps the terms of the loss for the next log.
+        Call `forward` with this step's number of proposals, and keep the terms of the loss for the next log.
 
         In training the loss of a batch is weighted by its share of the step's samples, so that a step is the same
-        however they are spread over processes and micro-batches.
+        however its samples are spread over processes and micro-batches.
         """
         if not model.training:
-            dtype = self.accelerator.unwrap_model(model).dtype  # not float32 in a `bf16_full_eval`
+            dtype = self.accelerator.unwrap_model(model).dtype  # not float32 with `bf16_full_eval`
             outputs = model(
                 **{
                     name: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
@@ -136,27 +117,38 @@ class DiffusionVMRTrainer(Trainer):
         self._num_proposals = self.training_proposals()
         inputs = {**inputs, "num_proposals": self._num_proposals}
         count = inputs.pop("num_samples", len(inputs["video_features"]))
-        if count < len(inputs["video_features"]):  # at least one, for other processes wait for this one's gradients
-            kept = max(count, 1)
-            inputs = {name: value[:kept] if hasattr(value, "__len__") else value for name, value in inputs.items()}
+        if count < len(inputs["video_features"]):  # keep at least one: other processes wait for this one's gradients
+            inputs = slice_tensors(inputs, slice(max(count, 1)))
         outputs = model(**inputs)
-        # Of the sum over processes; DistributedDataParallel takes the mean
+        # A share of the sum over processes; DistributedDataParallel takes the mean
         share = 1.0 if num_items_in_batch is None else count / num_items_in_batch
-        # Added up on the device: reading them would wait for it
+        # Summed on the device: reading the terms would wait for it
         for name, term in outputs.loss_dict.items():
             self._loss_terms[name] = self._loss_terms.get(name, 0) + share * term.detach()
         self._num_steps += share
         loss = outputs.loss if num_items_in_batch is None else outputs.loss * (share * self.args.world_size)
         return (loss, outputs) if return_outputs else loss
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean of every term of the loss since the last log, and the last number of proposals."""
+        if "loss" in logs and self._loss_terms:
+            totals = torch.stack(list(self._loss_terms.values()))
+            totals = torch.cat((totals, totals.new_tensor([self._num_steps])))
+            *totals, num_steps = self.accelerator.reduce(totals, "sum").tolist()
+            for name, total in zip(self._loss_terms, totals):
+                logs[f"loss_{name}"] = round(total / num_steps, 4)
+            logs["num_proposals"] = self._num_proposals
+            self._loss_terms, self._num_steps = {}, 0.0
+        super().log(logs, start_time)
+
     # Evaluation
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """As `Trainer`'s; batches know their rows."""
+        """As in `Trainer`, but batches hold their row numbers."""
         return self._with_rows(super().get_eval_dataloader, eval_dataset)
 
     def get_test_dataloader(self, test_dataset):
-        """As `Trainer`'s; batches know their rows."""
+        """As in `Trainer`, but batches hold their row numbers."""
         return self._with_rows(super().get_test_dataloader, test_dataset)
 
     def _with_rows(self, get_dataloader, dataset):
@@ -167,7 +159,7 @@ class DiffusionVMRTrainer(Trainer):
             self.data_collator = collator
 
     def prediction_step(self, model, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys=None):
-        """Gives the loss, where there are labels, and `RowOutputs`, whose shapes `Trainer` can gather."""
+        """Return the loss, if there are labels, and `RowOutputs`, whose shapes `Trainer` can gather."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
@@ -178,19 +170,25 @@ class DiffusionVMRTrainer(Trainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
         """
-        As `Trainer`'s, for `evaluate` and `predict`; the metrics are the official ones, where there is a truth. With
-        several processes and rows that do not divide by them, `eval_loss` counts some rows twice; the metrics do not.
+        As in `Trainer`, for `evaluate` and `predict`, with the official metrics of the rows that have windows.
+
+        With several processes and a number of rows that they do not divide, `eval_loss` counts some rows twice; the
+        metrics do not.
         """
         dataset = dataloader.dataset
         epoch = dataset.epoch
         output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
         dataset.set_epoch(epoch)  # accelerate sets another one, and the training may use the same data set
-        # Where the rows do not divide by the processes, some were seen twice
+        # If the processes do not divide the rows, some were seen twice
         _, first = np.unique(output.predictions[0], return_index=True)
         outputs = RowOutputs(*(torch.from_numpy(array[first]) for array in output.predictions))
         predictions = official_predictions(dataset, outputs)
-        if all(row.get("relevant_windows") for row in dataset.rows):
-            scores = evaluate_predictions(predictions, dataset.rows)
+        scored, references, message = scorable(predictions, dataset.rows)
+        if message is not None and message not in self._told and self.is_world_process_zero():
+            self._told.add(message)
+            warnings.warn(message, stacklevel=3)
+        if references:
+            scores = evaluate_predictions(scored, references)
             output.metrics.update(
                 {
                     f"{metric_key_prefix}_{name}": value
@@ -200,114 +198,32 @@ class DiffusionVMRTrainer(Trainer):
             )
         return output._replace(predictions=predictions)
 
-    def _prepare_input(self, data):
-        return data if isinstance(data, Labels) else super()._prepare_input(data)
-
     # Checkpoints
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
-        As `Trainer`'s; with `resume_from_checkpoint=True` from the last checkpoint that is whole.
+        As in `Trainer`; `resume_from_checkpoint=True` resumes from the last complete checkpoint.
 
         Raises:
-            ValueError: for a checkpoint that is not whole, or where there is none.
+            ValueError: for a checkpoint that is incomplete or damaged, or if there is none.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise ValueError(f"{self.args.output_dir}: there is no whole checkpoint to resume from")
+                raise ValueError(f"{self.args.output_dir}: there is no complete checkpoint to resume from")
         elif resume_from_checkpoint:
             fault = find_fault(resume_from_checkpoint)
             if fault is not None:
                 raise ValueError(f"{resume_from_checkpoint}: cannot be resumed from, {fault}")
-        if self.args.should_save:  # what a training left that was killed while it saved
+        if self.args.should_save:  # left by a training that was killed while it saved
             shutil.rmtree(Path(self.args.output_dir, STAGING_FOLDER), ignore_errors=True)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _save_checkpoint(self, model, trial):
-        # `Trainer` writes into the final folder. Here it is given another one, from where the checkpoint is moved as a
-        # whole; what comes after writing, pushing and the removal of old ones, waits for that.
-        run_folder = Path(self._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        staging, best = run_folder / STAGING_FOLDER, self.state.best_model_checkpoint
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`, with the processor, and without `training_args.bin`, which only unpickling could read."""
+        super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-
-        self._staging, push = staging, self.args.push_to_hub
-        self.args.push_to_hub = False
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging, self.args.push_to_hub = None, push
-        self.accelerator.wait_for_everyone()
-
-        is_best = self.state.best_global_step == self.state.global_step
-        self.state.best_model_checkpoint = str(run_folder / name) if is_best else best
-        if self.args.should_save:
-            self.state.save_to_json(staging / name / "trainer_state.json")
-            write_manifest(staging / name)
-            shutil.rmtree(run_folder / name, ignore_errors=True)  # of an earlier run, which this one repeats
-            os.replace(staging / name, run_folder / name)
-            staging.rmdir()
-        self.accelerator.wait_for_everyone()
-        if push:
-            self._push_from_checkpoint(str(run_folder / name))
-        pushing = getattr(self, "push_in_progress", None)
-        if self.args.should_save and (pushing is None or pushing.is_done()):  # a folder that is sent must not go
-            rotate_checkpoints(
-                output_dir=str(run_folder),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-
-    def _get_output_dir(self, trial):
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
-
-    def _save(self, output_dir: str | None = None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        folder = Path(output_dir or self.args.output_dir)
-        if self.processor is not None:  # without it a checkpoint is of little use
-            self.processor.save_pretrained(folder)
-        # It can be read by unpickling alone, and nobody does
-        (folder / "training_args.bin").unlink(missing_ok=True)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str):
-        """Pushes the checkpoint as a model, and by `hub_strategy` also as what a training resumes from."""
-        strategy = self.args.hub_strategy
-        if not self.is_world_process_zero() or strategy == HubStrategy.END:
-            return
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if busy and not self.args.hub_always_push:
-            return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        upload = partial(
-            HfApi(token=self.args.hub_token).upload_folder,
-            repo_id=self.hub_model_id,
-            folder_path=checkpoint_folder,
-            revision=self.args.hub_revision,
-            commit_message=f"Training in progress, step {self.state.global_step}",
-            run_as_future=True,
-        )
-        jobs = [upload(ignore_patterns=["*.pt", "*.pth", "trainer_state.json", MANIFEST])]
-        if strategy == HubStrategy.CHECKPOINT:
-            jobs.append(upload(path_in_repo="last-checkpoint"))
-        elif strategy == HubStrategy.ALL_CHECKPOINTS:
-            jobs.append(upload(path_in_repo=Path(checkpoint_folder).name))
-        if busy:
-            self.push_in_progress.jobs.extend(jobs)
-        else:
-            self.push_in_progress = PushInProgress(jobs)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of every term of the loss since the last log, and the last N."""
-        if "loss" in logs and self._loss_terms:
-            totals = torch.stack(list(self._loss_terms.values()))
-            totals = torch.cat((totals, totals.new_tensor([self._num_steps])))
-            *totals, num_steps = self.accelerator.reduce(totals, "sum").tolist()
-            for name, total in zip(self._loss_terms, totals):
-                logs[f"loss_{name}"] = round(total / num_steps, 4)
-            logs["num_proposals"] = self._num_proposals
-            self._loss_terms, self._num_steps = {}, 0.0
-        super().log(logs, start_time)
+            folder = Path(output_dir or self.args.output_dir)
+            if self.processor is not None:
+                self.processor.save_pretrained(folder)
+            (folder / "training_args.bin").unlink(missing_ok=True)

@@ -1,0 +1,121 @@
+"""The part of the trainer that relies on private methods of `transformers.Trainer`."""
+
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy, rotate_checkpoints
+from transformers.utils import PushInProgress
+
+from .checkpoints import MANIFEST, STAGING_FOLDER, write_manifest
+
+
+class TrainerInternals(Trainer):
+    """
+    A `Trainer` that weighs samples equally and saves checkpoints atomically.
+
+    Every private method that is overridden stands here. Each comment says what of `Trainer` it relies on and why no
+    public hook will do; check these when the tested range of transformers grows.
+    """
+
+    _staging: Path | None = None  # the folder in which a checkpoint is being written
+
+    # `Trainer` calls this once per optimizer step with the step's micro-batches, and hands the result to
+    # `compute_loss` as `num_items_in_batch`. Its own version counts tokens in `labels`; here the items are samples. No
+    # public hook sees all micro-batches of a step.
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device) -> int | None:
+        """
+        Return the number of samples in a step, over its micro-batches and all processes.
+
+        Each batch is given `num_samples`, how many of its own samples count: in the last round of an epoch accelerate
+        fills up with samples that were seen already.
+        """
+        state, size = self.accelerator.gradient_state, self._train_batch_size
+        total = 0
+        for index, batch in enumerate(batch_samples):
+            batch["num_samples"] = in_batch = len(batch["video_features"])
+            in_round = in_batch * self.args.world_size
+            is_last = state.end_of_dataloader and index == len(batch_samples) - 1
+            if is_last and self.args.world_size > 1 and state.remainder > 0:
+                in_round = state.remainder
+                batch["num_samples"] = min(max(in_round - self.args.process_index * size, 0), in_batch)
+            total += in_round
+        return total or None
+
+    # `Trainer` writes into the final folder, pushes it and removes old checkpoints, all in this one method, and its
+    # callbacks only run afterwards. Here it writes into a staging folder without pushing, the folder is moved as a
+    # whole, and only then come the push and the removal.
+    def _save_checkpoint(self, model, trial):
+        run_folder = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        staging, best = run_folder / STAGING_FOLDER, self.state.best_model_checkpoint
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+        self._staging, push = staging, self.args.push_to_hub
+        self.args.push_to_hub = False
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging, self.args.push_to_hub = None, push
+        self.accelerator.wait_for_everyone()
+
+        is_best = self.state.best_global_step == self.state.global_step
+        self.state.best_model_checkpoint = str(run_folder / name) if is_best else best
+        if self.args.should_save:
+            self.state.save_to_json(staging / name / "trainer_state.json")
+            write_manifest(staging / name)
+            shutil.rmtree(run_folder / name, ignore_errors=True)  # left by an earlier run that this one repeats
+            os.replace(staging / name, run_folder / name)
+            staging.rmdir()
+        self.accelerator.wait_for_everyone()
+        if push:
+            self._push_from_checkpoint(str(run_folder / name))
+        pushing = getattr(self, "push_in_progress", None)
+        if self.args.should_save and (pushing is None or pushing.is_done()):  # keep a folder that is being uploaded
+            rotate_checkpoints(
+                output_dir=str(run_folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    # `Trainer._save_checkpoint` asks this method where to write; `args.output_dir` is read in other places too, so
+    # that changing it for a moment would redirect more than the checkpoint.
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    # `Trainer` uploads its output folder with copies of the weights, but without the processor and the model's code,
+    # and pickles its arguments. Here the checkpoint's own folder is uploaded. `PushInProgress` is what
+    # `Trainer.push_to_hub` waits for.
+    def _push_from_checkpoint(self, checkpoint_folder: str):
+        """Push the checkpoint as a model and, depending on `hub_strategy`, also as a checkpoint to resume from."""
+        strategy = self.args.hub_strategy
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        upload = partial(
+            HfApi(token=self.args.hub_token).upload_folder,
+            repo_id=self.hub_model_id,
+            folder_path=checkpoint_folder,
+            revision=self.args.hub_revision,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+            run_as_future=True,
+        )
+        jobs = [upload(ignore_patterns=["*.pt", "*.pth", "trainer_state.json", MANIFEST])]
+        if strategy == HubStrategy.CHECKPOINT:
+            jobs.append(upload(path_in_repo="last-checkpoint"))
+        elif strategy == HubStrategy.ALL_CHECKPOINTS:
+            jobs.append(upload(path_in_repo=Path(checkpoint_folder).name))
+        if busy:
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
