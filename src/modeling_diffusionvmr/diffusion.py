@@ -84,6 +84,8 @@ class DiffusionSchedule(nn.Module):
         scale: the signal scale.
     """
 
+    alphas_cumprod: Tensor  # (T,)
+    noise_table: Tensor  # (table_size, 2)
     table_size = 1024  # proposals for which the fixed noise is kept; for more it is computed each time
 
     def __init__(self, num_steps: int, scale: float):
