@@ -98,7 +98,7 @@ class TrainerInternals(Trainer):
         strategy = self.args.hub_strategy
         if not self.is_world_process_zero() or strategy == HubStrategy.END:
             return
-        pushing: PushInProgress | None = self.push_in_progress
+        pushing: Any = self.push_in_progress
         busy = pushing is not None and not pushing.is_done()
         if busy and not self.args.hub_always_push:
             return
@@ -116,7 +116,7 @@ class TrainerInternals(Trainer):
             jobs.append(upload(path_in_repo="last-checkpoint"))
         elif strategy == HubStrategy.ALL_CHECKPOINTS:
             jobs.append(upload(path_in_repo=Path(checkpoint_folder).name))
-        if pushing is not None and busy:
+        if busy:
             pushing.jobs.extend(jobs)
         else:  # `Trainer` declares the attribute as None alone
             self.push_in_progress = PushInProgress(jobs)  # type: ignore[assignment]
