@@ -86,6 +86,8 @@ class DiffusionSchedule(nn.Module):
         scale: signals lie in [-scale, scale].
     """
 
+    alphas_cumprod: Tensor  # (T,)
+    noise_table: Tensor  # (table_size, 2)
     table_size = 1024  # rows of fixed noise kept on the device; larger tables are computed on demand
 
     def __init__(self, num_steps: int, scale: float):

@@ -50,8 +50,8 @@ class Targets(dict[str, Tensor]):
         negative = [label.get("saliency_neg", no_pairs) for label in labels]
 
         def mask(rows: list[Tensor]) -> Tensor:
-            lengths = torch.tensor([len(row) for row in rows])
-            return torch.arange(lengths.max()) < lengths[:, None]
+            lengths = [len(row) for row in rows]
+            return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
         padded = cls(
             spans=pad_sequence(spans, batch_first=True),
@@ -145,8 +145,8 @@ def detection_losses(logits: Tensor, spans: Tensor, targets: Targets, config) ->
         # of a model that diverged are NaN, which the solver refuses.
         num_windows = targets.window_mask.sum(1, keepdim=True, dtype=cost.dtype)
         host = torch.cat((cost.nan_to_num().flatten(1), num_windows), dim=1).cpu().numpy()
-        cost = host[:, :-1].reshape(batch * layers, num_proposals, targets.spans.shape[1])
-        matched = match(cost, host[:, -1].astype(int).repeat(layers))
+        problems = host[:, :-1].reshape(batch * layers, num_proposals, targets.spans.shape[1])
+        matched = match(problems, host[:, -1].astype(int).repeat(layers))
         problem, proposal, window = torch.from_numpy(np.stack(matched)).to(logits.device, non_blocking=True)
         sample, layer = problem // layers, problem % layers
 

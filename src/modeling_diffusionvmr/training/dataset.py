@@ -96,7 +96,7 @@ class MomentRetrievalDataset(Dataset):
                 raise ValueError(f"qid {row['qid']}: {window} ends after the video, at {row['duration']} s")
         return checked
 
-    def _check_present(self, row: Mapping[str, Any]):
+    def _check_present(self, row: Mapping[str, Any]) -> None:
         for store in self.video_features:
             if row["vid"] not in store:
                 raise ValueError(f"qid {row['qid']}: no features of video {row['vid']} in {name_of(store)}")
@@ -104,19 +104,20 @@ class MomentRetrievalDataset(Dataset):
             raise ValueError(f"qid {row['qid']}: no features of its sentence in {name_of(self.text_features)}")
 
     def _readable(self) -> tuple[list[dict[str, Any]], list[str]]:
-        videos: dict[str, ValueError | None] = {}  # each video is read once
+        faults: dict[str, ValueError | None] = {}  # each video is read once
         kept, dropped = [], []
         for row in tqdm(self.rows, desc="reading all features"):
             try:
                 self._check_present(row)
-                if row["vid"] not in videos:
-                    videos[row["vid"]] = None
+                if row["vid"] not in faults:
+                    faults[row["vid"]] = None
                     try:
                         self._video(row)
                     except ValueError as error:
-                        videos[row["vid"]] = error
-                if videos[row["vid"]] is not None:
-                    raise videos[row["vid"]]
+                        faults[row["vid"]] = error
+                fault = faults[row["vid"]]
+                if fault is not None:
+                    raise fault
                 self._text(row)
             except ValueError as error:
                 message = str(error)
@@ -127,7 +128,7 @@ class MomentRetrievalDataset(Dataset):
             raise ValueError(f"none of {len(self.rows)} rows has usable features; {dropped[0]}")
         return kept, dropped
 
-    def _group_by_video(self):
+    def _group_by_video(self) -> None:
         # Sorted by video, the rows of one video are adjacent, so that a row of another video takes a single draw
         videos, video_of_row = np.unique([row["vid"] for row in self.rows], return_inverse=True)
         if len(videos) < 2:
@@ -147,7 +148,7 @@ class MomentRetrievalDataset(Dataset):
         """The epoch that the random part of the samples depends on."""
         return int(self._epoch)
 
-    def set_epoch(self, epoch: int):
+    def set_epoch(self, epoch: int) -> None:
         """Set the epoch; `Trainer` calls this."""
         self._epoch.fill_(epoch)
 
@@ -162,7 +163,7 @@ class MomentRetrievalDataset(Dataset):
         """Return several samples; a `DataLoader` asks for a batch this way."""
         samples = [self._sample(range(len(self))[index]) for index in indices]  # -1 is the last row
         if self.config is not None:
-            self._add_draws(samples)
+            self._add_draws(samples, self.config.max_training_proposals)
         return samples
 
     def _sample(self, index: int) -> dict[str, Any]:
@@ -176,7 +177,7 @@ class MomentRetrievalDataset(Dataset):
             sample["labels"] = {"spans": spans}
         return sample
 
-    def _warn_of_lost_windows(self, row: Mapping[str, Any], covered: float):
+    def _warn_of_lost_windows(self, row: Mapping[str, Any], covered: float) -> None:
         if not self._has_warned:
             self._has_warned = True
             warnings.warn(
@@ -201,7 +202,7 @@ class MomentRetrievalDataset(Dataset):
     def _text(self, row: Mapping[str, Any]) -> Tensor:
         return self.processor.prepare_text(self.text_features[row["qid"]], f"qid {row['qid']}")
 
-    def _add_draws(self, samples: Sequence[dict[str, Any]]):
+    def _add_draws(self, samples: Sequence[dict[str, Any]], num_proposals: int) -> None:
         """Add the random part of training samples: a sentence of another video, saliency pairs and noisy spans."""
         rngs = [np.random.default_rng((self.seed, self.epoch, sample["row"])) for sample in samples]
         for sample, rng in zip(samples, rngs):
@@ -213,7 +214,7 @@ class MomentRetrievalDataset(Dataset):
         # For the whole batch at once: sample by sample it would take 5 % of a training step
         spans = [sample["labels"]["spans"] for sample in samples]
         counts, padded = torch.tensor([len(own) for own in spans]), pad_sequence(spans, batch_first=True)
-        draws = self.schedule.draw_samples(rngs, padded.shape[1], self.config.max_training_proposals)
+        draws = self.schedule.draw_samples(rngs, padded.shape[1], num_proposals)
         for sample, noisy_spans, timestep in zip(samples, *self.schedule.corrupt(padded, counts, draws)):
             sample["noisy_spans"], sample["timesteps"] = noisy_spans, timestep
 

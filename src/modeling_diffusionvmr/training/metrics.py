@@ -49,15 +49,15 @@ def evaluate_predictions(
             scores with a wrong shape or values that are not finite; a window that ends before it starts; a reference
             without windows. The message names the qid or the row's number.
     """
-    references, predictions = rows_by_qid(references, "reference"), rows_by_qid(predictions, "prediction")
-    for rows, others, kind in ((references, predictions, "prediction"), (predictions, references, "reference")):
+    truth, found = rows_by_qid(references, "reference"), rows_by_qid(predictions, "prediction")
+    for rows, others, kind in ((truth, found, "prediction"), (found, truth, "reference")):
         alone = [qid for qid in rows if qid not in others]
         if alone:
             raise ValueError(f"qid {alone[0]}: there is no {kind} (nor for {len(alone) - 1} more qids)")
-    saliency = _saliency(predictions, references)
-    highlights_only = saliency is not None and all("pred_relevant_windows" not in row for row in predictions.values())
-    scores, extra = ({}, {}) if highlights_only else _moment_scores(predictions, references)
-    brief = {}
+    saliency = _saliency(found, truth)
+    highlights_only = saliency is not None and all("pred_relevant_windows" not in row for row in found.values())
+    scores, extra = ({}, {}) if highlights_only else _moment_scores(found, truth)
+    brief: dict[str, float | None] = {}
     if not highlights_only:
         brief |= {f"MR-{name}-mAP": scores[name]["MR-mAP"]["average"] for name in LENGTH_RANGES}
         brief |= {f"MR-full-mAP@{iou}": scores["full"]["MR-mAP"][iou] for iou in ("0.5", "0.75")}
@@ -209,7 +209,7 @@ def _mean(values: np.ndarray) -> np.ndarray:
     return values.mean(axis=0) if len(values) else np.full(values.shape[1:], np.nan)
 
 
-def _percent(value: float) -> float | None:
+def _percent(value: Any) -> float | None:
     return None if np.isnan(value) else float(f"{100 * value:.2f}")
 
 
@@ -274,8 +274,10 @@ def _saliency(
         if without:
             raise ValueError(f"qid {without[0]}: has no `{key}`, though others have")
     scores, num_clips = [], []
-    for qid, row in predictions.items():
-        scores.append(predicted_saliency(qid, row))
+    for qid, prediction in predictions.items():
+        values = predicted_saliency(qid, prediction)
+        assert values is not None  # checked above
+        scores.append(values)
         try:
             check_saliency(references[qid])
         except ValueError as error:
@@ -289,7 +291,7 @@ def _saliency(
 
 def _highlight_scores(
     scores: Sequence[np.ndarray], true_scores: np.ndarray, num_clips: np.ndarray
-) -> dict[str, tuple[float, float]]:
+) -> dict[str, tuple[float | None, float | None]]:
     """Return for each level of saliency the mean average precision and how often the best clip is a highlight, in %."""
     num_queries, _, most_clips = true_scores.shape
     real = np.arange(most_clips) < num_clips[:, None]
@@ -316,6 +318,7 @@ def _highlight_scores(
         counts = is_last & (num_hits > before)
         average = (best_from_here * counts).sum(axis=2) / np.maximum(counts.sum(axis=2), 1)
         in_video = best_clip < num_clips
-        hits = in_video & highlights.any(axis=1)[np.arange(num_queries), np.where(in_video, best_clip, 0)]
+        is_highlight = np.asarray(highlights.any(axis=1))
+        hits = in_video & is_highlight[np.arange(num_queries), np.where(in_video, best_clip, 0)]
         result[name] = _percent((average * given[:, None]).mean()), _percent(hits.mean())
     return result

@@ -80,8 +80,9 @@ class DiffusionVMRTrainer(TrainerInternals):
         if processing_class is None:
             self.processor = getattr(self.train_dataset, "processor", None)
         self.add_callback(SetEpochCallback())
-        for name in ("proposal_schedule", "proposal_growth"):
-            setattr(self, name, getattr(self.args, name, getattr(DiffusionVMRTrainingArguments, name)))
+        defaults = DiffusionVMRTrainingArguments
+        self.proposal_schedule: str = getattr(self.args, "proposal_schedule", defaults.proposal_schedule)
+        self.proposal_growth: float = getattr(self.args, "proposal_growth", defaults.proposal_growth)
         self.model_accepts_loss_kwargs = True  # `compute_loss` weighs micro-batches itself
         self.args.remove_unused_columns = False  # samples hold what the collator needs, not the arguments of `forward`
         self._loss_terms: dict[str, torch.Tensor] = {}
@@ -187,16 +188,14 @@ class DiffusionVMRTrainer(TrainerInternals):
         if message is not None and message not in self._told and self.is_world_process_zero():
             self._told.add(message)
             warnings.warn(message, stacklevel=3)
+        metrics = dict(output.metrics or {})
         if references:
             scores = evaluate_predictions(scored, references)
-            output.metrics.update(
-                {
-                    f"{metric_key_prefix}_{name}": value
-                    for name, value in (scores["brief"] | scores["extra"]).items()
-                    if value is not None
-                }
-            )
-        return output._replace(predictions=predictions)
+            for name, value in (scores["brief"] | scores["extra"]).items():
+                if value is not None:
+                    metrics[f"{metric_key_prefix}_{name}"] = value
+        # `Trainer` hands these on as they are; its annotation knows only arrays
+        return output._replace(predictions=predictions, metrics=metrics)  # type: ignore[arg-type]
 
     # Checkpoints
 
@@ -208,7 +207,7 @@ class DiffusionVMRTrainer(TrainerInternals):
             ValueError: for a checkpoint that is incomplete or damaged, or if there is none.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(f"{self.args.output_dir}: there is no complete checkpoint to resume from")
         elif resume_from_checkpoint:
@@ -216,14 +215,14 @@ class DiffusionVMRTrainer(TrainerInternals):
             if fault is not None:
                 raise ValueError(f"{resume_from_checkpoint}: cannot be resumed from, {fault}")
         if self.args.should_save:  # left by a training that was killed while it saved
-            shutil.rmtree(Path(self.args.output_dir, STAGING_FOLDER), ignore_errors=True)
+            shutil.rmtree(Path(str(self.args.output_dir), STAGING_FOLDER), ignore_errors=True)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`, with the processor, and without `training_args.bin`, which only unpickling could read."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
+            folder = Path(output_dir or str(self.args.output_dir))
             if self.processor is not None:
                 self.processor.save_pretrained(folder)
             (folder / "training_args.bin").unlink(missing_ok=True)

@@ -98,7 +98,8 @@ class TrainerInternals(Trainer):
         strategy = self.args.hub_strategy
         if not self.is_world_process_zero() or strategy == HubStrategy.END:
             return
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        pushing: Any = self.push_in_progress
+        busy = pushing is not None and not pushing.is_done()
         if busy and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
@@ -110,12 +111,12 @@ class TrainerInternals(Trainer):
             commit_message=f"Training in progress, step {self.state.global_step}",
             run_as_future=True,
         )
-        jobs = [upload(ignore_patterns=["*.pt", "*.pth", "trainer_state.json", MANIFEST])]
+        jobs: Any = [upload(ignore_patterns=["*.pt", "*.pth", "trainer_state.json", MANIFEST])]
         if strategy == HubStrategy.CHECKPOINT:
             jobs.append(upload(path_in_repo="last-checkpoint"))
         elif strategy == HubStrategy.ALL_CHECKPOINTS:
             jobs.append(upload(path_in_repo=Path(checkpoint_folder).name))
         if busy:
-            self.push_in_progress.jobs.extend(jobs)
-        else:
-            self.push_in_progress = PushInProgress(jobs)
+            pushing.jobs.extend(jobs)
+        else:  # `Trainer` declares the attribute as None alone
+            self.push_in_progress = PushInProgress(jobs)  # type: ignore[assignment]
