@@ -1,8 +1,8 @@
 """
-Official scores: what Moment-DETR's `standalone_eval/eval.py` prints for QVHighlights, for all queries at once.
+The official metrics of QVHighlights, as printed by Moment-DETR's `standalone_eval/eval.py`, for all queries at once.
 
-Q queries, P predicted windows, G true ones, C clips, T thresholds. Queries have different numbers of windows, so arrays
-of windows (Q, P or G, 2) are padded with NaN, which no comparison is true of.
+Q queries, P predicted windows, G true windows, C clips, T thresholds. Queries have different numbers of windows, so
+arrays of windows (Q, P or G, 2) are padded with NaN, for which every comparison is false.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,37 +14,40 @@ from ..data.annotations import NUM_SALIENCY_ANNOTATORS, SALIENCY_CLIP_SECONDS, c
 
 IOU_THRESHOLDS = np.array([0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95])
 EXTRA_IOU_THRESHOLDS = (0.1, 0.3)
-LENGTH_RANGES = {"short": (0, 10), "middle": (10, 30), "long": (30, 150), "full": (0, np.inf)}  # seconds; above, up to
-SALIENCY_LEVELS = {"Fair": 2, "Good": 3, "VeryGood": 4}  # the least score of a highlight
-MAX_WINDOWS = 10  # of a prediction count for the average precision
+# Above and up to so many seconds
+LENGTH_RANGES = {"short": (0, 10), "middle": (10, 30), "long": (30, 150), "full": (0, np.inf)}
+SALIENCY_LEVELS = {"Fair": 2, "Good": 3, "VeryGood": 4}  # the lowest score of a highlight
+MAX_WINDOWS = 10  # windows per prediction that count for the average precision
 
 
 def evaluate_predictions(
     predictions: Sequence[Mapping[str, Any]], references: Sequence[Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """
-    Scores predictions as the official evaluation of QVHighlights does.
+    Score predictions as the official evaluation of QVHighlights does.
 
     Args:
-        predictions: dicts with `qid`, `pred_relevant_windows` ([[start, end, score], ...] in seconds; the first one
-            counts for R1, the first ten, by score, for the average precision) and, all or none, `pred_saliency_scores`
-            (one a 2 s clip; as officially, what is missing at the end counts as 0, and what is too much not at all).
-            Where no prediction has windows, only saliency is scored.
-        references: rows of `load_annotations` with `relevant_windows` and, all or none, `saliency_scores`. They may be
-            in another order, but have the qids of the predictions; 7 and "7" are the same qid.
+        predictions: dicts with `qid` and `pred_relevant_windows` ([[start, end, score], ...], seconds; the first one
+            counts for R1, the ten with the highest scores for the average precision). All or none also have
+            `pred_saliency_scores`, one per 2 s clip; as officially, missing ones at the end count as 0, and surplus
+            ones are ignored. If no prediction has windows, only saliency is scored.
+        references: rows from `load_annotations` with `relevant_windows`, at least one each (see `scorable`), and all or
+            none with `saliency_scores`. They have the qids of the predictions, in any order; 7 and "7" are the same.
 
     Returns:
         Percentages with two digits. The official keys come first: `"brief"`; `"HL-min-Fair"`, `"HL-min-Good"` and
-        `"HL-min-VeryGood"` (left out, and left out of `"brief"`, where one side has no saliency); `"full"`, `"long"`,
-        `"middle"` and `"short"` (true windows of all lengths, of more than 30 s, 10 s, 0 s). Then `"extra"`, which is
-        not official: `"MR-R1@0.1"`, `"MR-R1@0.3"`, and `"MR-mIoU"`, the mean IoU of the first window, over all queries.
+        `"HL-min-VeryGood"` (left out, also in `"brief"`, if one side has no saliency); `"full"`, `"long"`, `"middle"`
+        and `"short"` (true windows of all lengths, over 30 s, over 10 s up to 30 s, up to 10 s). Then `"extra"`, which
+        is not official: `"MR-R1@0.1"`, `"MR-R1@0.3"` and `"MR-mIoU"`, the mean IoU of the first window over all
+        queries.
 
-        Where the official script crashes or drops a query, this does not: a query without a predicted window, or
-        without a saliency score, is a miss, and where no true window is in a range of lengths, its numbers are `None`.
+        The official script crashes on some inputs and drops others. Here a query without a predicted window or a
+        saliency score is a miss, and if no true window is in a range of lengths, its numbers are `None`.
 
     Raises:
-        ValueError: for a qid that is missing, used twice, or on one side only; for windows or scores of another shape,
-            or not finite; a window that ends before it starts; a reference without windows. It names the qid.
+        ValueError: for a row that is not a dict; a qid that is missing, repeated, or on one side only; windows or
+            scores with a wrong shape or values that are not finite; a window that ends before it starts; a reference
+            without windows. The message names the qid or the row's number.
     """
     references, predictions = rows_by_qid(references, "reference"), rows_by_qid(predictions, "prediction")
     for rows, others, kind in ((references, predictions, "prediction"), (predictions, references, "reference")):
@@ -86,10 +89,10 @@ def scorable(
     if not without_windows:
         return list(predictions), list(rows), None
     absent = sum(row.get("relevant_windows") is not None for row in without_windows)
-    message = (
-        f"{len(without_windows)} of {len(rows)} rows are not scored: {absent} with `relevant_windows: []` (not in the "
-        f"video), {len(without_windows) - absent} without `relevant_windows` (unlabeled)"
-    )
+    unlabeled = len(without_windows) - absent
+    reasons = [f"{absent} with `relevant_windows: []` (not in the video)"] if absent else []
+    reasons += [f"{unlabeled} without `relevant_windows` (unlabeled)"] if unlabeled else []
+    message = f"{len(without_windows)} of {len(rows)} rows are not scored: {', '.join(reasons)}"
     left_out = {str(row["qid"]) for row in without_windows}
     scored = [prediction for prediction in predictions if str(prediction["qid"]) not in left_out]
     return scored, [row for row in rows if row.get("relevant_windows")], message
@@ -98,7 +101,7 @@ def scorable(
 def _moment_scores(
     predictions: Mapping[str, Mapping[str, Any]], references: Mapping[str, Mapping[str, Any]]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, float | None]]:
-    """The official numbers for each range of lengths, and what is not official."""
+    """Return the official numbers for each range of lengths, and the ones that are not official."""
     found = _padded([predicted_windows(qid, row) for qid, row in predictions.items()])[:, :MAX_WINDOWS]
     truth = _padded([_true_windows(qid, references[qid]) for qid in predictions])
     order = np.argsort(-found[..., 2], axis=1, kind="stable")
@@ -123,9 +126,16 @@ def _moment_scores(
 
 
 def rows_by_qid(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Mapping[str, Any]]:
-    """Rows of one kind by their qid as a string: 7 and "7" are the same. Raises `ValueError` for none, or for two."""
-    by_qid = {}
+    """
+    Return rows by their qid as a string: 7 and "7" are the same.
+
+    Raises:
+        ValueError: if there are no rows, for a row that is not a dict or has no qid, and for two rows with one qid.
+    """
+    by_qid: dict[str, Mapping[str, Any]] = {}
     for index, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{kind} number {index} must be a dict, got {str(row)[:80]!r}")
         if row.get("qid") is None:
             raise ValueError(f"{kind} number {index} has no `qid`")
         if str(row["qid"]) in by_qid:
@@ -137,7 +147,7 @@ def rows_by_qid(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Mappi
 
 
 def _numbers(values: Any, columns: tuple[int, ...], what: str) -> np.ndarray:
-    """Finite numbers, float64 (n, *columns); n may be 0."""
+    """Return finite numbers as float64 (n, *columns), where n may be 0. Raise `ValueError` for anything else."""
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
@@ -152,7 +162,12 @@ def _numbers(values: Any, columns: tuple[int, ...], what: str) -> np.ndarray:
 
 
 def predicted_windows(qid: int | str, prediction: Mapping[str, Any]) -> np.ndarray:
-    """A prediction's [start, end, score], checked: float64 (P, 3), seconds; P may be 0. Raises `ValueError`."""
+    """
+    Return a prediction's windows, float64 (P, 3): start and end in seconds, and score. P may be 0.
+
+    Raises:
+        ValueError: if they are not a list of finite [start, end, score], or if one ends before it starts.
+    """
     what = f"qid {qid}: `pred_relevant_windows` must be a list of [start, end, score]"
     windows = _numbers(prediction.get("pred_relevant_windows"), (3,), what)
     if (windows[:, 0] > windows[:, 1]).any():
@@ -161,10 +176,15 @@ def predicted_windows(qid: int | str, prediction: Mapping[str, Any]) -> np.ndarr
 
 
 def predicted_saliency(qid: int | str, prediction: Mapping[str, Any]) -> np.ndarray | None:
-    """A prediction's scores of clips, checked: float64 (C,), or `None` where it has none. Raises `ValueError`."""
+    """
+    Return a prediction's saliency scores, float64 (C,), or `None` if it has none.
+
+    Raises:
+        ValueError: if they are not a list of finite numbers.
+    """
     if prediction.get("pred_saliency_scores") is None:
         return None
-    what = f"qid {qid}: `pred_saliency_scores` must be a list of numbers, one a clip,"
+    what = f"qid {qid}: `pred_saliency_scores` must be a list of numbers, one per clip,"
     return _numbers(prediction["pred_saliency_scores"], (), what)
 
 
@@ -177,7 +197,7 @@ def _true_windows(qid: str, reference: Mapping[str, Any]) -> np.ndarray:
 
 
 def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Q arrays (n, D) -> (Q, largest n but at least 1, D), padded with NaN."""
+    """Stack Q arrays (n, D) to (Q, largest n but at least 1, D), padded with NaN."""
     padded = np.full((len(rows), max(1, *map(len, rows)), rows[0].shape[1]), np.nan)
     for row, array in zip(padded, rows):
         row[: len(array)] = array
@@ -185,7 +205,7 @@ def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
-    """Over the queries; NaN where there are none."""
+    """Average over the queries (Q, ...); NaN if there are none."""
     return values.mean(axis=0) if len(values) else np.full(values.shape[1:], np.nan)
 
 
@@ -198,7 +218,7 @@ def _by_threshold(values: np.ndarray) -> dict[str, float | None]:
 
 
 def _ious(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Windows (Q, P, 2) and (Q, G, 2) -> (Q, P, G); -1 for padding."""
+    """Return the IoU of windows (Q, P, 2) and (Q, G, 2), as (Q, P, G); -1 for padding."""
     starts, ends = found[:, :, None, 0], found[:, :, None, 1]
     true_starts, true_ends = truth[:, None, :, 0], truth[:, None, :, 1]
     overlap = np.clip(np.minimum(ends, true_ends) - np.maximum(starts, true_starts), 0, None)
@@ -207,25 +227,25 @@ def _ious(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def _first_ious(first: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """The IoU of one window a query (Q, 2) with the best of the true ones (Q, G, 2), 0 for padding: (Q,)."""
+    """Return the IoU of one window per query (Q, 2) with the best true window (Q, G, 2), as (Q,); 0 for padding."""
     best = _ious(first[:, None], truth)[:, 0].argmax(axis=1)
     starts, ends = first[:, 0], first[:, 1]
     true_starts, true_ends = truth[np.arange(len(truth)), best].T
     overlap = np.clip(np.minimum(ends, true_ends) - np.maximum(starts, true_starts), 0, None)
-    # Officially by the hull here, which is the union of two windows that meet, but may differ from it in its last bit,
-    # and thresholds such as 0.7 are met exactly
+    # The official script divides by the hull here. It equals the union of two windows that meet, but may differ in the
+    # last bit, and thresholds such as 0.7 can be met exactly.
     return np.nan_to_num(overlap / (np.maximum(ends, true_ends) - np.minimum(starts, true_starts)))
 
 
 def _average_precisions(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Windows (Q, P, 2) by falling score and true ones (Q, G, 2) -> interpolated average precision (Q, T)."""
+    """Return interpolated average precisions (Q, T) of windows (Q, P, 2), by falling score; true ones are (Q, G, 2)."""
     ious = _ious(found, truth)
     num_queries, num_found, num_true = ious.shape
-    free = np.ones((num_queries, len(IOU_THRESHOLDS), num_true), dtype=bool)  # not found yet, by threshold
+    free = np.ones((num_queries, len(IOU_THRESHOLDS), num_true), dtype=bool)  # not yet found, per threshold
     hits = np.zeros((num_found, num_queries, len(IOU_THRESHOLDS)))
     for rank in range(num_found):
-        # The best one that is still free, and of equals the last, as officially. (There an unstable sort decides, which
-        # the processor may change. But only true windows that touch can be equals, and QVHighlights has none of these)
+        # The best one that is still free, and the last of equals, as in the official script. (There an unstable sort
+        # decides, which may depend on the machine. But only true windows that touch can tie; QVHighlights has none.)
         candidates = np.where(free, ious[:, rank, None], -1)[..., ::-1]
         best = candidates.argmax(axis=-1)[..., None]
         hit = np.take_along_axis(candidates, best, axis=-1) >= IOU_THRESHOLDS[:, None]
@@ -243,8 +263,9 @@ def _saliency(
     predictions: Mapping[str, Mapping[str, Any]], references: Mapping[str, Mapping[str, Any]]
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray] | None:
     """
-    For each query, in the order of the predictions, the predicted scores; the people's, padded to (Q, 3, C); and its
-    number of clips, (Q,). `None` where one side has no saliency.
+    Return each query's predicted scores, the annotators' scores padded to (Q, 3, C), and the number of clips (Q,).
+
+    Queries are in the order of the predictions. `None` if one side has no saliency.
     """
     for rows, key in ((predictions, "pred_saliency_scores"), (references, "saliency_scores")):
         without = [qid for qid in predictions if rows[qid].get(key) is None]
@@ -269,7 +290,7 @@ def _saliency(
 def _highlight_scores(
     scores: Sequence[np.ndarray], true_scores: np.ndarray, num_clips: np.ndarray
 ) -> dict[str, tuple[float, float]]:
-    """For each level of saliency the mean average precision, and how often the best clip is a highlight, in percent."""
+    """Return for each level of saliency the mean average precision and how often the best clip is a highlight, in %."""
     num_queries, _, most_clips = true_scores.shape
     real = np.arange(most_clips) < num_clips[:, None]
     predicted = np.zeros((num_queries, most_clips))
@@ -280,7 +301,7 @@ def _highlight_scores(
 
     order = np.argsort(np.where(real, -predicted, np.inf), axis=1, kind="stable")
     predicted = np.take_along_axis(predicted, order, axis=1)
-    # Clips of the same score are found together: only at the last of them there is a precision
+    # Clips with the same score are found together: only the last of them has a precision
     is_last = np.take_along_axis(real, order, axis=1)
     is_last[:, :-1] &= (predicted[:, 1:] != predicted[:, :-1]) | ~is_last[:, 1:]
     is_last = is_last[:, None]
