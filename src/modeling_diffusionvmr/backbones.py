@@ -37,8 +37,12 @@ class ClipBackbone:
     @classmethod
     def from_pretrained(cls, path_or_id: str | os.PathLike, subfolder: str = "", **hub_kwargs) -> "ClipBackbone":
         """Load a standard CLIP checkpoint. Raise OSError if there is none."""
-        parts = (CLIPModel, CLIPImageProcessorPil, CLIPTokenizer)
-        return cls(*(part.from_pretrained(path_or_id, subfolder=subfolder, **hub_kwargs) for part in parts))
+        options = {"subfolder": subfolder, **hub_kwargs}
+        return cls(
+            CLIPModel.from_pretrained(path_or_id, **options),
+            CLIPImageProcessorPil.from_pretrained(path_or_id, **options),
+            CLIPTokenizer.from_pretrained(path_or_id, **options),
+        )
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Save a standard CLIP checkpoint."""
@@ -159,7 +163,7 @@ class Backbones:
         lengths = {d["clip_seconds"] for d in self.descriptions if "feature_size" in d}
         if len(lengths) > 1:
             raise ValueError(f"all backbones must have the same `clip_seconds`, got {sorted(lengths)}")
-        self.clip_seconds = lengths.pop() if lengths else None
+        self.clip_seconds: Any = lengths.pop() if lengths else None  # `None` if no backbone reads video
 
     def _models_with(self, key: str) -> list[ClipBackbone]:
         return [model for description, model in zip(self.descriptions, self.models) if key in description]
@@ -262,7 +266,7 @@ def load_backbones(
         model_type = "no `id`"
         if description.get("id") is not None:
             where, kwargs = _locate(description["id"], checkpoint, hub_kwargs)
-            model_type = PreTrainedConfig.get_config_dict(where, **kwargs)[0].get("model_type")
+            model_type = str(PreTrainedConfig.get_config_dict(where, **kwargs)[0].get("model_type"))
             places.append((model_type, where, kwargs))
         if model_type not in BACKBONE_CLASSES:
             cannot_run.append(f"{description['name']} ({model_type})")

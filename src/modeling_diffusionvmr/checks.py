@@ -1,6 +1,6 @@
 """Checks of single values that several modules need. They raise `ValueError` and name the value."""
 
-import sys
+import math
 from numbers import Real
 from typing import Any
 
@@ -8,8 +8,12 @@ from typing import Any
 def is_number(value: Any) -> bool:
     """Whether a value is a real number that fits a float: not NaN, not infinite, not a bool. NumPy scalars count."""
     # The exact types first: checking against the abstract class takes much longer, and annotations hold many numbers
-    is_real = type(value) in (int, float) or (isinstance(value, Real) and not isinstance(value, bool))
-    return is_real and -sys.float_info.max <= value <= sys.float_info.max
+    if type(value) not in (int, float) and (isinstance(value, bool) or not isinstance(value, Real)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer or a fraction beyond the largest float
+        return False
 
 
 def check_positive(value: Any, name: str) -> None:

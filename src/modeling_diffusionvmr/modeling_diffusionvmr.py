@@ -274,7 +274,7 @@ class DiffusionVMRPreTrainedModel(PreTrainedModel):
     config_class = DiffusionVMRConfig
     base_model_prefix = "model"
     main_input_name = "video_features"
-    input_modalities = ("video", "text")
+    input_modalities = ["video", "text"]
     _input_embed_layer = "video_projection"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DiffusionVMREncoderLayer", "DiffusionVMRDecoder"]  # the decoder has a parameter of its own
@@ -313,12 +313,12 @@ class DiffusionVMREncoder(DiffusionVMRPreTrainedModel):
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor, positions: Tensor, **kwargs) -> BaseModelOutput:
         """Encode embeddings (B, L, D) with mask (B, L) and positions (B, L, D) to hidden states (B, L, D)."""
         # By default `transformers` checks whether the mask has any padding, which would wait for the device
-        attention_mask = create_bidirectional_mask(
+        layer_mask = create_bidirectional_mask(
             self.config, inputs_embeds, attention_mask, allow_is_bidirectional_skip=False
         )
         hidden_states = inputs_embeds
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask, positions, **kwargs)
+            hidden_states = layer(hidden_states, layer_mask, positions, **kwargs)
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 
@@ -617,9 +617,11 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         if labels is not None and len(labels) != batch_size:
             raise ValueError(f"there are {batch_size} samples but {len(labels)} labels")
         flags = recording_flags(output_attentions, output_hidden_states)
-        targets = labels
-        if labels is not None and not isinstance(labels, Targets):
-            targets = Targets.from_labels(labels, video_features.device)
+        targets = (
+            labels
+            if labels is None or isinstance(labels, Targets)
+            else Targets.from_labels(labels, video_features.device)
+        )
         memory, negative_memory = self._encode_with_negative(
             (video_features, text_features, video_mask, text_mask), negative_text_features, negative_text_mask, flags
         )
@@ -636,7 +638,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
             decoded = self.model.denoise(memory, *start, **flags)
         else:
             start = self.model.starting_point(batch_size, num_proposals, noisy_spans, timesteps)
-            decoded = self._sample(memory, *start, num_sampling_steps, flags)
+            decoded = self._sample(memory, start[0], start[1], num_sampling_steps, flags)
 
         saliency_scores = self._saliency(memory)
         loss, loss_dict = None, None
@@ -665,7 +667,14 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
             **fields,
         )
 
-    def _sample(self, memory, noisy_spans, timesteps, num_sampling_steps, flags) -> DiffusionVMRDecoderOutput:
+    def _sample(
+        self,
+        memory: DiffusionVMRMemory,
+        noisy_spans: Tensor,
+        timesteps: Tensor,
+        num_sampling_steps: int | None,
+        flags: dict[str, bool],
+    ) -> DiffusionVMRDecoderOutput:
         """Run DDIM with `num_sampling_steps` calls of the decoder. Return the output of the last call."""
         steps = self.config.num_sampling_steps if num_sampling_steps is None else num_sampling_steps
         if not 1 <= steps <= self.config.num_diffusion_steps:
@@ -682,7 +691,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         return decoded
 
     def _saliency(self, memory: DiffusionVMRMemory) -> Tensor:
-        return self.saliency_head(memory.video).squeeze(-1).masked_fill(~memory.video_mask, 0.0)
+        return self.saliency_head(memory.video).squeeze(-1).masked_fill(~memory["video_mask"], 0.0)
 
     def _encode_with_negative(
         self, inputs, negative_text, negative_mask, flags
@@ -703,7 +712,8 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
                 return tuple(half(item, index) for item in value)
             return value.chunk(2)[index]
 
-        return tuple(DiffusionVMRMemory(**{name: half(v, index) for name, v in both.items()}) for index in (0, 1))
+        own, negative = (DiffusionVMRMemory(**{name: half(v, index) for name, v in both.items()}) for index in (0, 1))
+        return own, negative
 
 
 def mask_of(features: Tensor, mask: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from transformers import Pipeline
 
 from .backbones import Backbones, load_backbones
 from .checks import check_sentence
+from .processing_diffusionvmr import DiffusionVMRProcessor
 from .video import open_video
 
 FORWARD_PARAMETERS = ("num_proposals", "num_sampling_steps", "progress")
@@ -31,11 +32,12 @@ class VideoMomentRetrievalPipeline(Pipeline):
         ValueError: if the backbones of the checkpoint cannot be run. The message names them.
     """
 
-    _load_processor = True
-    _load_image_processor = False
-    _load_video_processor = False
-    _load_feature_extractor = False
-    _load_tokenizer = False
+    processor: DiffusionVMRProcessor
+    _load_processor = True  # type: ignore[assignment]  # `Pipeline` declares these five as None, and reads booleans
+    _load_image_processor = False  # type: ignore[assignment]
+    _load_video_processor = False  # type: ignore[assignment]
+    _load_feature_extractor = False  # type: ignore[assignment]
+    _load_tokenizer = False  # type: ignore[assignment]
 
     def __init__(self, *args, backbones: Backbones | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -47,7 +49,10 @@ class VideoMomentRetrievalPipeline(Pipeline):
             backbones = load_backbones(config, config.name_or_path or None, **hub_kwargs)
         self.backbones = backbones.to(self.device, self.model.dtype)
 
-    def __call__(self, video: Any, query: str | list[str] | None = None, **kwargs) -> Any:
+    # Here and below, `Pipeline` has other names for the same arguments, which it always passes by position
+    def __call__(  # type: ignore[override]
+        self, video: Any, query: str | list[str] | None = None, **kwargs
+    ) -> Any:
         """
         Args:
             video: a path, a binary file object, or `(frames, fps)` with frames (T, H, W, 3) uint8 RGB. For many videos,
@@ -97,7 +102,7 @@ class VideoMomentRetrievalPipeline(Pipeline):
             {name: kwargs[name] for name in POST_PARAMETERS if name in kwargs},
         )
 
-    def preprocess(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def preprocess(self, inputs: Mapping[str, Any]) -> dict[str, Any]:  # type: ignore[override]
         """Open the video and check the sentences. Frames are decoded later, while `_forward` encodes them."""
         if not isinstance(inputs, Mapping) or inputs.keys() != {"video", "query"}:
             raise ValueError(f"each input must be a dict with 'video' and 'query', got {reprlib.repr(inputs)}")
@@ -114,7 +119,9 @@ class VideoMomentRetrievalPipeline(Pipeline):
             )
         return {"video": video, "queries": queries, "single": isinstance(query, str)}
 
-    def _forward(self, inputs: dict[str, Any], progress: bool = False, **parameters) -> dict[str, Any]:
+    def _forward(  # type: ignore[override]
+        self, inputs: dict[str, Any], progress: bool = False, **parameters
+    ) -> dict[str, Any]:
         video, queries = inputs["video"], inputs["queries"]
         features = {"outputs": None, "video": video, "single": inputs["single"]}
         if not queries:
@@ -133,14 +140,16 @@ class VideoMomentRetrievalPipeline(Pipeline):
         )
         return features
 
-    def postprocess(self, features: dict[str, Any], return_saliency: bool = False, **parameters) -> Any:
+    def postprocess(  # type: ignore[override]
+        self, features: dict[str, Any], return_saliency: bool = False, **parameters
+    ) -> Any:
         """Turn the model's outputs into moments, see `__call__`."""
         outputs, video = features["outputs"], features["video"]
         if outputs is None:
             return []
         count = len(outputs.logits)
         covered = video.num_clips * video.clip_seconds
-        results = self.processor.post_process_moment_retrieval(
+        results: list[Any] = self.processor.post_process_moment_retrieval(
             outputs, [covered] * count, [video.duration] * count, **parameters
         )
         if return_saliency:

@@ -144,14 +144,14 @@ class DiffusionVMRProcessor(ProcessorMixin):
             raise ValueError(
                 f"{name} has features of {len(arrays)} backbones, expected {len(self.video_feature_sizes)}"
             )
-        arrays = [
+        checked = [
             self._checked(array, size, f"{name}, backbone {index}")
             for index, (array, size) in enumerate(zip(arrays, self.video_feature_sizes))
         ]
-        length = common_length([len(array) for array in arrays], name)
+        length = common_length([len(array) for array in checked], name)
         features = torch.empty(length, sum(self.video_feature_sizes))
         parts = features.split(self.video_feature_sizes, dim=1)
-        for index, (array, part) in enumerate(zip(arrays, parts)):
+        for index, (array, part) in enumerate(zip(checked, parts)):
             part.copy_(array[:length])
             normalize(part, f"{name}, backbone {index}", out=part)
         return average_down(features, self.max_clips) if length > self.max_clips else features
@@ -184,8 +184,9 @@ class DiffusionVMRProcessor(ProcessorMixin):
     @staticmethod
     def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Pad B tensors (L, D) to (B, longest, D). Return them with their mask (B, longest)."""
-        lengths = torch.tensor([len(row) for row in rows])
-        return pad_sequence(list(rows), batch_first=True), (torch.arange(lengths.max()) < lengths[:, None]).long()
+        lengths = [len(row) for row in rows]
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        return pad_sequence(list(rows), batch_first=True), mask.long()
 
     def post_process_moment_retrieval(
         self,

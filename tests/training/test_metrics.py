@@ -213,7 +213,7 @@ def test_refused_predictions(change, message):
         ({"relevant_windows": [[4, 4]]}, "qid 2: .* ends after it starts"),
         ({"saliency_scores": None}, "qid 2: has no `saliency_scores`, though others have"),
         ({"relevant_clip_ids": [4]}, "qid 2: `relevant_clip_ids` must be whole numbers from 0 to 3, got 4"),
-        ({"duration": None}, "qid 2: `duration` must be a positive number"),
+        ({"duration": None}, "qid 2: `duration` must be a number above 0"),
     ],
 )
 def test_refused_references(change, message):

@@ -150,7 +150,7 @@ def true_windows(statement: Statement, tracks: Sequence[Track]) -> tuple[Window,
     """Return the maximal windows in which the statement is true."""
     # Nothing changes between two times at which an object appears or disappears
     borders = sorted({time for track in tracks for time in (track.start, track.end)})
-    windows = []
+    windows: list[Window] = []
     for start, end in zip(borders, borders[1:]):
         if statement.holds([track for track in tracks if track.start <= start < track.end]):
             if windows and windows[-1][1] == start:
@@ -200,7 +200,7 @@ def plan_stills(
             cast, background = _draw_cast(rng, unseen_pairs), int(rng.integers(2**31))
             if nameless:
                 cast = _draw_nameless(rng, cast)
-        tracks = []
+        tracks: list[Track] = []
         for _ in range(rng.choice(4, p=(0.05, 0.35, 0.45, 0.15))):
             tracks += _place_tracks(rng, *_draw_appearance(rng, cast), 0.0, 1.0, tracks)
         stills.append(VideoPlan(f"still_{seed}_{i}", 1.0, tuple(tracks), ((0.0, background),)))
@@ -252,7 +252,7 @@ def write_video(plan: VideoPlan, path: str | os.PathLike) -> None:
 
 def _pick(rng: np.random.Generator, options: Sequence) -> Any:
     # `rng.choice` would convert the options to an array
-    return options[rng.integers(len(options))]
+    return options[int(rng.integers(len(options)))]
 
 
 def _draw_cast(rng: np.random.Generator, unseen_pairs: bool) -> list[Pair]:
@@ -296,7 +296,7 @@ def _draw_nameless_color(rng: np.random.Generator, shapes: Iterable[str]) -> tup
 
 def _draw_tracks(rng: np.random.Generator, duration: float, cast: Sequence[Pair]) -> tuple[Track, ...]:
     """Draw two independent sequences of appearances. Returns all tracks by rising start."""
-    tracks = []
+    tracks: list[Track] = []
     for _ in range(2):
         time = rng.uniform(0, 8)
         while time < duration - 5:
@@ -346,7 +346,7 @@ def _draw_places(
     rng: np.random.Generator, pairs: Sequence[Pair], together: bool, start: float, end: float
 ) -> list[Track]:
     """Draw a place for each of the pairs, without checking that there is room."""
-    new = []
+    new: list[Track] = []
     # Neighbors drift in phase, so their gap does not change
     shared_phase = rng.uniform(0, 2 * math.pi)
     for pair in pairs:
@@ -391,8 +391,8 @@ def _draw_queries(
     }
     ranked = []
     for kind, statements in candidates.items():
-        queries = [_draw_query(rng, statement, tracks, duration) for statement in statements]
-        queries = [queries[i] for i in rng.permutation(len(queries)) if queries[i]]
+        drawn = [_draw_query(rng, statement, tracks, duration) for statement in statements]
+        queries = [query for i in rng.permutation(len(drawn)) if (query := drawn[i])]
         if unseen_pairs:
             queries.sort(key=lambda query: not query.unseen)
         for rank, query in enumerate(queries):
@@ -474,7 +474,8 @@ def _draw_picture(tracks: Sequence[Track], time: float, backdrop: np.ndarray, no
         # Anti-aliasing: blend over one pixel along the outline
         cover = np.clip(0.5 - radius * _distance_table(shape)[row, column], 0, 1)[..., None]
         region = picture[top:bottom, left:right]
-        region += cover * (_COLOR_VALUES.get(color, color) - region)
+        value = _COLOR_VALUES[color] if isinstance(color, str) else color
+        region += cover * (value - region)
     picture += noise
     return np.clip(picture, 0, 255).astype(np.uint8)
 

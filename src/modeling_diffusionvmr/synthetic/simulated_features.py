@@ -191,11 +191,11 @@ class SimulatedFeatures:
             raise ValueError(f"`size` must be at least 1, got {size}")
         self.seed, self.clip_seconds, self.size = seed, clip_seconds, size
         self.noise = NOISE_LEVELS[noise] if isinstance(noise, str) else noise
-        self.rows = {}
+        by_qid: dict[str, Mapping[str, Any]] = {}
         for row in rows:
-            if self.rows.setdefault(str(row["qid"]), row) is not row:
+            if by_qid.setdefault(str(row["qid"]), row) is not row:
                 raise ValueError(f"`qid` {row['qid']!r} is used twice")
-        self.rows = dict(sorted(self.rows.items()))  # makes the order of the files irrelevant
+        self.rows = dict(sorted(by_qid.items()))  # makes the order of the files irrelevant
         self.rows_of_video: dict[str, list[Mapping]] = {}
         self._lenders: list[Mapping] = []
         self._lenders_of_word: dict[str, list[Mapping]] = {}
@@ -215,7 +215,7 @@ class SimulatedFeatures:
         before = np.cumsum(tokens, axis=0) - tokens
         before /= np.maximum(np.linalg.norm(before, axis=1, keepdims=True), 1)
         tokens += CONTEXT * before + PHRASING * self._space.vectors(rng, len(tokens))
-        summary = _unit(sum(self._space.word(word) for word in content_words(sentence)))
+        summary = _unit(self._space.sum_of(content_words(sentence)))
         tokens = np.concatenate([self._space.fixed("start token")[None], tokens, summary[None]])
         positions = np.stack([self._space.fixed(f"position {i}") for i in range(len(tokens))])
         return (tokens + POSITION * positions + self.noise.text_offset * self._space.fixed("text")).astype(np.float16)
@@ -286,7 +286,7 @@ class SimulatedFeatures:
         seen[rng.integers(len(words))] = True
         if rng.random() < self.noise.unseen:
             return _unit(self._space.vectors(rng, 1)[0])
-        return _unit(sum(self._space.word(word) for word, is_seen in zip(words, seen) if is_seen))
+        return _unit(self._space.sum_of(word for word, is_seen in zip(words, seen) if is_seen))
 
 
 class _Space:
@@ -317,6 +317,10 @@ class _Space:
         """Return the vector of a word: (size,) with norm 1."""
         stem, own = self.fixed(f"stem {word[:STEM_LETTERS]}"), self.fixed(f"word {word}")
         return _unit(math.sqrt(STEM_SHARE) * stem + math.sqrt(1 - STEM_SHARE) * own)
+
+    def sum_of(self, words: Iterable[str]) -> np.ndarray:
+        """Return the sum of the vectors of words, (size,)."""
+        return sum((self.word(word) for word in words), start=np.zeros(self.size))
 
     def mixture(self, shown: np.ndarray) -> np.ndarray:
         """Apply a fixed random nonlinear layer, which maps zeros to zeros: (clips, size) -> (clips, size)."""

@@ -291,7 +291,7 @@ def _saliency(
 
 def _highlight_scores(
     scores: Sequence[np.ndarray], true_scores: np.ndarray, num_clips: np.ndarray
-) -> dict[str, tuple[float, float]]:
+) -> dict[str, tuple[float | None, float | None]]:
     """Return for each level of saliency the mean average precision and how often the best clip is a highlight, in %."""
     num_queries, _, most_clips = true_scores.shape
     real = np.arange(most_clips) < num_clips[:, None]
