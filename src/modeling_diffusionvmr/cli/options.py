@@ -131,6 +131,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of qid*.npz, HDF5 file, GloVe's .txt, or a converted folder",
     )
     parser.add_argument("--clip_seconds", type=float, help="length of a clip, if the features do not state it")
+    add_skip_invalid(parser)
+
+
+def add_skip_invalid(parser: argparse.ArgumentParser) -> None:
+    """Add `--skip_invalid`."""
     parser.add_argument("--skip_invalid", action="store_true", help="skip unusable rows and list them")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .options import CommandParser
+from .options import CommandParser, add_skip_invalid
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -26,6 +26,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         type=float,
         help="seconds per saliency score (default: 2 with annotated saliency, otherwise scores share the duration)",
     )
+    add_skip_invalid(parser)
     return parser.parse_args(argv)
 
 
@@ -37,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     paths = arguments.predictions
     names = _names(arguments)
-    truth = rows_by_qid(load_annotations(arguments.annotations), "annotation")
+    truth = rows_by_qid(load_annotations(arguments.annotations, skip_invalid=arguments.skip_invalid), "annotation")
     files = [_load_predictions(path) for path in paths]
     panels = prediction_panels(len(arguments.qid), len(files), arguments.top_k)
     for qid, axes in zip(arguments.qid, panels):

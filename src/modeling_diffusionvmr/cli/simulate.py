@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .options import CommandParser
+from .options import CommandParser, add_skip_invalid
 
 # As in `synthetic/simulated_features.py`, which is slow to import
 NOISE_LEVELS = ("real", "easy")
@@ -50,6 +50,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, default=1, help="number of processes, which does not change the files (default: 1)"
     )
+    add_skip_invalid(parser)
     return parser.parse_args(argv)
 
 
@@ -63,7 +64,9 @@ def run(arguments: argparse.Namespace) -> None:
     check_positive(arguments.workers, "--workers")
     if arguments.motion_size is not None:
         check_positive(arguments.motion_size, "--motion_size")
-    rows = [row for path in arguments.annotations for row in load_annotations(path)]
+    rows = [
+        row for path in arguments.annotations for row in load_annotations(path, skip_invalid=arguments.skip_invalid)
+    ]
     simulation = SimulatedFeatures(rows, arguments.seed, arguments.noise, arguments.clip_seconds, arguments.size)
     written, skipped = write_simulated_features(
         simulation, arguments.output_dir, arguments.motion_size, arguments.workers

@@ -88,6 +88,7 @@ class DiffusionVMRTrainer(TrainerInternals):
         self._loss_terms: dict[str, torch.Tensor] = {}
         self._num_steps = 0.0  # steps summed in `_loss_terms`: this process' share
         self._num_proposals = 0  # in the last step
+        self._all_labeled = False  # whether every row of the evaluation has a label
         self._told: set[str] = set()  # messages about rows that are not scored
 
     def training_proposals(self) -> int:
@@ -160,12 +161,12 @@ class DiffusionVMRTrainer(TrainerInternals):
             self.data_collator = collator
 
     def prediction_step(self, model, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys=None):
-        """Return the loss, if there are labels, and `RowOutputs`, whose shapes `Trainer` can gather."""
+        """Return the loss, if all rows are labeled, and `RowOutputs`, whose shapes `Trainer` can gather."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         max_clips = self.accelerator.unwrap_model(model).config.max_clips
-        return None if loss is None else loss.detach(), tuple(row_outputs(outputs, inputs, max_clips)), None
+        return loss.detach() if self._all_labeled else None, tuple(row_outputs(outputs, inputs, max_clips)), None
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -178,6 +179,8 @@ class DiffusionVMRTrainer(TrainerInternals):
         """
         dataset = dataloader.dataset
         epoch = dataset.epoch
+        # Processes gather their losses batch by batch, so each batch must have one, or none may
+        self._all_labeled = all("relevant_windows" in row for row in dataset.rows)
         output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
         dataset.set_epoch(epoch)  # accelerate sets another one, and the training may use the same data set
         # If the processes do not divide the rows, some were seen twice
