@@ -32,12 +32,16 @@ def annotations(tmp_path_factory):
     return folder
 
 
-def test_script(tmp_path):
-    command = [SCRIPT, "--tiny", "--output_dir", tmp_path]
-    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    table = table_of(done.stdout)
+def test_shell_script():
+    command = [SCRIPT, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
+    assert done.returncode == 0 and "ANNOTATIONS_DIR" in done.stdout
+
+
+def test_tiny(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: False)
+    gpu_check.main(gpu_check.parse_arguments(["--tiny", "--output_dir", str(tmp_path)]))
+    table = table_of(capsys.readouterr().out)
     assert table["device"].startswith("CPU")
     # Here the device is the CPU itself
     losses = table["training step, loss on CPU and device"].split(", ")
