@@ -110,7 +110,7 @@ def selection(predictions: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[s
     Compare the best proposal of each query with the chosen one, which has the highest score.
 
     Args:
-        predictions: with `pred_relevant_windows` by falling score.
+        predictions: with `pred_relevant_windows` by descending score.
         rows: annotations, in the order of `predictions`.
 
     Returns:

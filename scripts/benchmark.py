@@ -43,7 +43,7 @@ from modeling_diffusionvmr.data.files import load_jsonl, save_json
 from modeling_diffusionvmr.training.metrics import evaluate_predictions
 
 # The size of simulated data is that of QVHighlights
-QUERIES, DURATION, MOST_WINDOWS, PROPOSALS = 1550, 150, 4, 10
+QUERIES, DURATION, MAX_WINDOWS, PROPOSALS = 1550, 150, 4, 10
 BACKBONE_SIZES, TEXT_SIZE, NUM_TOKENS = {"slowfast": 2304, "clip": 512}, 512, 20
 BATCH_SIZE = 32
 WARM_UP_STEPS = 3
@@ -82,7 +82,7 @@ def simulate_truth(seed: int, num_queries: int = QUERIES) -> list[dict]:
     rng, num_clips = np.random.default_rng(seed), DURATION // SALIENCY_CLIP_SECONDS
     rows = []
     for qid in range(num_queries):
-        edges = np.sort(rng.choice(num_clips + 1, 2 * rng.integers(1, MOST_WINDOWS + 1), replace=False))
+        edges = np.sort(rng.choice(num_clips + 1, 2 * rng.integers(1, MAX_WINDOWS + 1), replace=False))
         windows = edges.reshape(-1, 2)
         clips = np.concatenate([np.arange(start, end) for start, end in windows])
         rows.append(
@@ -100,7 +100,7 @@ def simulate_truth(seed: int, num_queries: int = QUERIES) -> list[dict]:
 
 
 def simulate_predictions(rows: list[dict], seed: int) -> list[dict]:
-    """Draw ten windows per row, half of them near a true one, by falling score, and one saliency score per clip."""
+    """Draw ten windows per row, half of them near a true one, by descending score, and one saliency score per clip."""
     rng, predictions = np.random.default_rng([seed, 1]), []
     for row in rows:
         windows = rng.uniform(0, row["duration"], (PROPOSALS, 2))

@@ -142,7 +142,7 @@ def detection_losses(logits: Tensor, spans: Tensor, targets: Targets, config) ->
     with torch.no_grad():
         cost = matching_cost(logits, spans, targets, config.l1_loss_coefficient, config.iou_loss_coefficient)
         # The only transfer to the host in a training step: all samples and layers at once, costs and counts. The costs
-        # of a model that diverged are NaN, which the solver refuses.
+        # of a model that diverged are NaN, which the solver rejects.
         num_windows = targets.window_mask.sum(1, keepdim=True, dtype=cost.dtype)
         host = torch.cat((cost.nan_to_num().flatten(1), num_windows), dim=1).cpu().numpy()
         problems = host[:, :-1].reshape(batch * layers, num_proposals, targets.spans.shape[1])

@@ -152,7 +152,7 @@ def plot_predictions(
     Plot the predictions for one query beside the truth (the paper's Figure 5).
 
     From top to bottom: saliency, with the annotators' mean as an area and each source's scores as a curve; the true
-    windows; each source's windows by falling score. A higher score, written on the right, gives a stronger color.
+    windows; each source's windows by descending score. A higher score, written on the right, gives a stronger color.
 
     Args:
         row: an annotation of `load_annotations`. Its windows and saliency are drawn if it has them.
@@ -164,7 +164,7 @@ def plot_predictions(
         axes: one of `prediction_panels` to draw in; by default a new figure.
 
     Raises:
-        ValueError: for a row that `check_row` refuses, and for a prediction that is malformed or of another query; the
+        ValueError: for a row that `check_row` rejects, and for a prediction that is malformed or of another query; the
             latter names the source.
     """
     row = check_row(row)

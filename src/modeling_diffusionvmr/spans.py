@@ -85,14 +85,14 @@ def roi_align(features: Tensor, num_clips: Tensor, spans: Tensor, bins: int, bey
     return read if beyond is None else read + (1 - share).to(features.dtype) * beyond.to(features.dtype)
 
 
-def keep_inside(spans: Tensor, least_width: Tensor | float) -> Tensor:
+def keep_inside(spans: Tensor, min_width: Tensor | float) -> Tensor:
     """
-    Clip spans (..., 2) to [0, 1], widen those narrower than `least_width` (at most 1), and shift them back inside if
+    Clip spans (..., 2) to [0, 1], widen those narrower than `min_width` (at most 1), and shift them back inside if
     widening pushed them past an end.
     """
     window = span_to_window(spans).clamp(0, 1)
     center, width = window_to_span(window).unbind(-1)
-    width = width.clamp(min=least_width)
+    width = width.clamp(min=min_width)
     center = torch.minimum(torch.maximum(center, width / 2), 1 - width / 2)
     return torch.stack((center, width), dim=-1)
 

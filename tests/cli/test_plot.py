@@ -118,7 +118,7 @@ def test_panels_of_one_figure():
         ({}, {}, {"clip_seconds": float("nan")}, "clip_seconds must be a number above 0, got nan"),
     ],
 )
-def test_refused(row, prediction, options, message):
+def test_rejected(row, prediction, options, message):
     with pytest.raises(ValueError, match=message):
         plot_predictions({**ROW, **row}, {"ours": {**OURS, **prediction}}, **options)
 

@@ -351,7 +351,7 @@ def test_numbers_that_a_column_cannot_hold(release):
     (row,) = load_jsonl(path)
     long = {"duration": 10**300, "relevant_windows": [[2, 10**299]]}
     save_jsonl([{**row, **long, "relevant_clip_ids": [2**31], "saliency_scores": [[1, 2, 3]]}], path)
-    assert_refused(release.convert(), "the val split of annotations cannot be written", release)
+    assert_rejected(release.convert(), "the val split of annotations cannot be written", release)
 
 
 def test_rows_are_written_in_batches(release, monkeypatch):
@@ -473,7 +473,7 @@ BROKEN = {
 }  # fmt: skip
 
 
-def assert_refused(result, message: str, release):
+def assert_rejected(result, message: str, release):
     """Check that the error is one line and that nothing is left behind."""
     assert isinstance(result.code, str) and result.code.startswith("error: ") and "\n" not in result.code
     with pytest.raises(ValueError, match=message):
@@ -482,11 +482,11 @@ def assert_refused(result, message: str, release):
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_refused_releases(release, broken):
+def test_rejected_releases(release, broken):
     change, message = BROKEN[broken]
     change(release)
     before = sorted(release.folder.rglob("*"))
-    assert_refused(release.convert(), message, release)
+    assert_rejected(release.convert(), message, release)
     assert sorted(release.folder.rglob("*")) == before
 
 
@@ -506,9 +506,9 @@ def test_refused_releases(release, broken):
         (["clip"], ["--text_features", "nowhere.txt"], r"nowhere\.txt"),
     ],
 )
-def test_refused_arguments(release, video, more, message):
+def test_rejected_arguments(release, video, more, message):
     arguments = ["--video_features", *video, "--text_features", "text"]
-    assert_refused(release.convert(*more, instead=arguments), message, release)
+    assert_rejected(release.convert(*more, instead=arguments), message, release)
 
 
 def test_names_of_backbones(release):
@@ -567,13 +567,13 @@ def test_skip_invalid(release):
     rewritten(release, "text", lambda array: array[:0])  # of qid 12, whose video stays
     result = release.convert("--skip_invalid")
     assert result.code is None
-    assert f"{TRAIN}, line 4: not JSON" in result.stderr and "dropped 1 of 4 rows" in result.stderr
+    assert f"{TRAIN}, line 4: not JSON" in result.stderr and "skipped 1 of 4 rows" in result.stderr
     wanted = {
         "train, vid b_0.0_24.0": "clip: no features of b_0.0_24.0",
-        "train, qid 3": "video b_0.0_24.0 was dropped",
+        "train, qid 3": "video b_0.0_24.0 was skipped",
         "train, qid 12": "text, 12: features are empty",
     }
-    assert f"warning: left out {len(wanted)} rows with unusable features:" in result.stderr
+    assert f"warning: skipped {len(wanted)} rows with unusable features:" in result.stderr
     card = (release.output / "README.md").read_text()
     for what, why in wanted.items():
         assert f"  {what}: {why}" in result.stderr
@@ -586,14 +586,14 @@ def test_skip_invalid(release):
 
 def test_skip_invalid_where_nothing_is(release):
     result = release.convert("--skip_invalid")
-    assert result.code is None and "left out" not in result.stderr and "dropped" not in result.stderr
+    assert result.code is None and "skipped" not in result.stderr
     assert "No query was left out" in (release.output / "README.md").read_text()
 
 
 def test_skip_invalid_that_leaves_a_split_empty(release):
     (release.folder / "clip" / "c_0.0_30.0.npz").unlink()
     result = release.convert("--skip_invalid")
-    assert_refused(result, "the val split has no", release)
+    assert_rejected(result, "the val split has no", release)
 
 
 def test_lines_of_charades_that_end_before_they_start(releases, tmp_path):
@@ -609,7 +609,7 @@ def test_lines_of_charades_that_end_before_they_start(releases, tmp_path):
     )
     result = convert("charades_sta", folder, tmp_path / "output", *arguments, "--skip_invalid")
     assert result.code is None
-    assert "charades_sta_train.txt: dropped 1 of 49 rows:\n  charades_sta_train.txt, line 1:" in result.stderr
+    assert "charades_sta_train.txt: skipped 1 of 49 rows:\n  charades_sta_train.txt, line 1:" in result.stderr
     rows = load_annotations(tmp_path / "output", "train") + load_annotations(tmp_path / "output", "val")
     assert sorted(row["qid"] for row in rows) == list(range(48))
 
@@ -644,11 +644,11 @@ def test_push_to_hub(release, monkeypatch, private):
     assert release.output.is_dir()
 
 
-def test_nothing_is_pushed_of_a_release_that_is_refused(release, monkeypatch):
+def test_nothing_is_pushed_of_a_release_that_is_rejected(release, monkeypatch):
     monkeypatch.setattr(FakeApi, "calls", [])
     monkeypatch.setattr(conversion, "HfApi", FakeApi)
     (release.folder / "text" / "qid9.npz").unlink()
-    assert_refused(release.convert("--push_to_hub", "moments"), "no features of 9", release)
+    assert_rejected(release.convert("--push_to_hub", "moments"), "no features of 9", release)
     assert not FakeApi.calls
 
 

@@ -67,7 +67,7 @@ def test_words_that_have_spaces(glove):
         ("other 1 2\n", "has no vector for any of"),
     ],
 )
-def test_refused_word_vectors(glove, text, message):
+def test_rejected_word_vectors(glove, text, message):
     path = glove(text)
     with pytest.raises(ValueError, match=rf"glove\.txt.*{message}"):
         open_text_features(path, QUERIES)

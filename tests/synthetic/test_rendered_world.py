@@ -33,7 +33,7 @@ def test_videos_and_sentences_keep_their_bounds():
         assert len({query.text for query in plan.queries}) == len(plan.queries)
     for plan, query in EVERY:
         starts, ends = zip(*query.windows)
-        assert 0 <= starts[0] and ends[-1] <= plan.duration and len(query.windows) <= world.MOST_WINDOWS
+        assert 0 <= starts[0] and ends[-1] <= plan.duration and len(query.windows) <= world.MAX_WINDOWS
         assert min(end - start for start, end in query.windows) >= world.SHORTEST_WINDOW
         assert all(start - end >= world.SHORTEST_PAUSE for start, end in zip(starts[1:], ends))
 

@@ -18,7 +18,7 @@ from small_training import make_trainer, weights_of
 from transformers import AutoModel, AutoProcessor, TrainerCallback
 
 from modeling_diffusionvmr.training import trainer as trainer_module
-from modeling_diffusionvmr.training.checkpoints import STAGING_FOLDER, find_fault, last_whole_checkpoint
+from modeling_diffusionvmr.training.checkpoints import STAGING_FOLDER, find_fault, last_complete_checkpoint
 
 # An epoch has 5 micro-batches and 3 steps, so that most checkpoints are in the middle of one. Dropout is on.
 TRAINING = {
@@ -115,7 +115,7 @@ def test_a_checkpoint_is_whole_or_not_there(killed, uninterrupted):
             assert whole or checkpoint.name == "checkpoint-1"  # which is being removed
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # the last one is whole: nothing is skipped
-            last = last_whole_checkpoint(folder / "run")
+            last = last_complete_checkpoint(folder / "run")
         assert last is not None, moment
         steps.append(int(last.split("-")[-1]))
     assert steps == sorted(steps) and set(steps) == {1, 2}
@@ -199,10 +199,8 @@ def test_files_of_a_checkpoint(uninterrupted):
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_checkpoint_is_skipped(copied, name, damage):
     damage(copied / "run/checkpoint-4" / name)
-    with pytest.warns(
-        UserWarning, match=f"checkpoint-4 cannot be resumed from and is skipped: .*{FAULTS.get(name, name)}"
-    ):
-        assert last_whole_checkpoint(copied / "run") == str(copied / "run/checkpoint-3")
+    with pytest.warns(UserWarning, match=f"checkpoint-4: skipped, cannot resume from it: .*{FAULTS.get(name, name)}"):
+        assert last_complete_checkpoint(copied / "run") == str(copied / "run/checkpoint-3")
 
 
 def test_an_empty_folder_is_skipped(copied):
@@ -211,7 +209,7 @@ def test_an_empty_folder_is_skipped(copied):
     (copied / "run/checkpoint-best").mkdir()  # somebody's own
     (copied / "run/checkpoint-9").write_text("no folder")
     with pytest.warns(UserWarning, match="checkpoint-4") as warned:
-        assert last_whole_checkpoint(copied / "run") == str(copied / "run/checkpoint-3")
+        assert last_complete_checkpoint(copied / "run") == str(copied / "run/checkpoint-3")
     assert len(warned) == 1
 
 
@@ -223,11 +221,11 @@ def test_a_training_goes_on_from_before_the_damage(copied, uninterrupted, in_pro
     assert contents(copied / "run/checkpoint-4").keys() == contents(uninterrupted / "run/checkpoint-4").keys()
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(copied, tiny_config):
+def test_a_damaged_checkpoint_is_rejected_by_name(copied, tiny_config):
     trainer = make_trainer(copied / "run", tiny_config(), **TRAINING)
     for name in ("optimizer.pt", "trainer_state.json"):
         truncate(copied / "run/checkpoint-4" / name)
-        with pytest.raises(ValueError, match=f"checkpoint-4.*cannot be resumed from.*{name}"):
+        with pytest.raises(ValueError, match=f"checkpoint-4.*cannot resume from it.*{name}"):
             trainer.train(resume_from_checkpoint=str(copied / "run/checkpoint-4"))
     with pytest.raises(ValueError, match="checkpoint-7"):
         trainer.train(resume_from_checkpoint=str(copied / "run/checkpoint-7"))
@@ -251,7 +249,7 @@ STATES = {
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_a_state_of_other_fields_is_refused_by_name(copied, tiny_config, name):
+def test_a_state_of_other_fields_is_rejected_by_name(copied, tiny_config, name):
     """Also in a checkpoint of plain `Trainer`, which has no manifest."""
     change, fault = STATES[name]
     checkpoint = copied / "run/checkpoint-4"
@@ -262,7 +260,7 @@ def test_a_state_of_other_fields_is_refused_by_name(copied, tiny_config, name):
     trainer = make_trainer(copied / "run", tiny_config(), **TRAINING)
     with pytest.raises(ValueError) as error:
         trainer.train(resume_from_checkpoint=str(checkpoint))
-    assert str(error.value) == f"{checkpoint}: cannot be resumed from, trainer_state.json: {fault}"
+    assert str(error.value) == f"{checkpoint}: cannot resume from it: trainer_state.json: {fault}"
 
 
 class Hostile:
@@ -372,7 +370,7 @@ def test_weights_alone_are_a_checkpoint(tiny_config, tmp_path):
     trainer = make_trainer(tmp_path, tiny_config(), max_steps=2, save_steps=1, save_only_model=True)
     trainer.train()
     assert not [*tmp_path.rglob("*.pt"), *tmp_path.rglob("*.pth"), *tmp_path.rglob("*.bin")]
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
 def test_saved_model(tiny_config, tmp_path):

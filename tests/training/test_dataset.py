@@ -188,7 +188,7 @@ def test_skip_invalid(features, tiny_config):
     assert [row["qid"] for row in dataset.rows] == [1, 4, 5, 10] and len(dataset) == 4
     assert len(caught) == 1 and caught[0].filename == __file__
     first, *lines = str(caught[0].message).splitlines()
-    assert "dropped 5 of 9 rows" in first
+    assert "skipped 5 of 9 rows" in first
     reasons = {
         "b_2": "video v2.*NaN or infinity",
         "3": r"features must be \(length, 8\), got \(4, 9\)",
@@ -259,7 +259,7 @@ def test_clip_seconds_of_the_stores(features, tmp_path):
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf])
-def test_refused_clip_seconds(make_dataset, seconds):
+def test_rejected_clip_seconds(make_dataset, seconds):
     with pytest.raises(ValueError, match="`clip_seconds` must be a number"):
         make_dataset(clip_seconds=seconds)
 

@@ -135,7 +135,7 @@ def test_plain_training_arguments_have_the_default_growth(make_dataset, tiny_con
     assert (trainer.proposal_schedule, trainer.proposal_growth) == ("progress", 1.0)
 
 
-def test_two_gpus_in_one_process_are_refused(make_dataset, tiny_config, tmp_path):
+def test_two_gpus_in_one_process_are_rejected(make_dataset, tiny_config, tmp_path):
     arguments = DiffusionVMRTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
     arguments._n_gpu = 2  # what `transformers` finds on a machine with two
     model = DiffusionVMRForMomentRetrieval(tiny_config())
@@ -308,7 +308,7 @@ def test_evaluation_loss_is_the_mean_over_rows(trained, make_dataset):
 
 
 def test_evaluation_leaves_the_training_alone(make_trainer, make_dataset, tiny_config, tmp_path):
-    """Even on the same data set, whose noisy spans depend on the epoch, and with another batch size."""
+    """Even on the same dataset, whose noisy spans depend on the epoch, and with another batch size."""
     losses = []
     # An evaluation changes the dropout that follows: its loader draws a seed from the same generator
     config = tiny_config(dropout=0.0, input_dropout=0.0)

@@ -127,11 +127,11 @@ def find_checkpoint(arguments: argparse.Namespace, training: DiffusionVMRTrainin
     Raises:
         ValueError: if the output folder holds something and the training is a new one.
     """
-    from ..training.checkpoints import last_whole_checkpoint
+    from ..training.checkpoints import last_complete_checkpoint
 
     output_dir = Path(str(training.output_dir))
     if arguments.resume:
-        return last_whole_checkpoint(output_dir)
+        return last_complete_checkpoint(output_dir)
     if training.resume_from_checkpoint:
         return training.resume_from_checkpoint
     if output_dir.exists() and not output_dir.is_dir():

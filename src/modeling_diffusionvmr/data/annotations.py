@@ -48,13 +48,13 @@ def load_annotations(
 
     Raises:
         FileNotFoundError: if `path` does not exist.
-        ValueError: for a file of another format or without rows, and for a row that `check_row` refuses; one line that
+        ValueError: for a file of another format or without rows, and for a row that `check_row` rejects; one line that
             names the file, the line and the field.
     """
     path = Path(path)
     rows: list[dict[str, Any]] = []
     seen: dict[str, str] = {}  # where each qid was found
-    dropped: list[str] = []
+    skipped: list[str] = []
     num_cut = 0
     for where, row in _read(path, split):
         try:
@@ -67,13 +67,13 @@ def load_annotations(
         except ValueError as error:
             if not skip_invalid:
                 raise ValueError(f"{where}: {error} {SKIP_HINT}") from None
-            dropped.append(f"{where}: {error}")
+            skipped.append(f"{where}: {error}")
             continue
         seen[qid] = where
         num_cut += checked.get("relevant_windows") != row.get("relevant_windows")
         rows.append(checked)
-    if dropped:
-        warn_dropped(path, dropped, len(rows))
+    if skipped:
+        warn_skipped(path, skipped, len(rows))
     if not rows:
         raise ValueError(f"{path}: contains no rows")
     if num_cut:
@@ -81,10 +81,10 @@ def load_annotations(
     return rows
 
 
-def warn_dropped(what: str | os.PathLike, dropped: Sequence[str], num_kept: int) -> None:
-    """Issue one warning that counts the dropped rows and lists each with its reason."""
-    lines = "\n  ".join(dropped)
-    warnings.warn(f"{what}: dropped {len(dropped)} of {len(dropped) + num_kept} rows:\n  {lines}", stacklevel=3)
+def warn_skipped(what: str | os.PathLike, skipped: Sequence[str], num_kept: int) -> None:
+    """Issue one warning that counts the skipped rows and lists each with its reason."""
+    lines = "\n  ".join(skipped)
+    warnings.warn(f"{what}: skipped {len(skipped)} of {len(skipped) + num_kept} rows:\n  {lines}", stacklevel=3)
 
 
 def hold_out(rows: Sequence[dict[str, Any]], share: float, seed: int = 0) -> tuple[list, list]:

@@ -65,7 +65,7 @@ class Source:
         dtype: of the written features, "float16" or "float32".
         skip_invalid: leave out videos with unusable features and their queries.
 
-    `columns` holds the columns of each table. `dropped` says what was left out, and why, as tables are read.
+    `columns` holds the columns of each table. `skipped` says what was left out, and why, as tables are read.
 
     Raises:
         ValueError: for a name that cannot be a column, an invalid `clip_seconds`, or a store without usable features.
@@ -80,7 +80,7 @@ class Source:
         dtype: str = "float16",
         skip_invalid: bool = False,
     ):
-        video_columns(dict.fromkeys(video_features, 1), dtype)  # refuses a name before any features are read
+        video_columns(dict.fromkeys(video_features, 1), dtype)  # rejects a name before any features are read
         if clip_seconds is not None:
             check_positive(clip_seconds, "`clip_seconds`")
         self.rows = rows
@@ -89,8 +89,8 @@ class Source:
         self.clip_seconds = clip_seconds
         self.dtype = dtype
         self.skip_invalid = skip_invalid
-        self.dropped: dict[str, str] = {}
-        self._dropped_videos: set[str] = set()
+        self.skipped: dict[str, str] = {}
+        self._skipped_videos: set[str] = set()
         self.sizes = {name: self._size(store, "vid") for name, store in video_features.items()}
         self.text_size = self._size(text_features, "qid")
         qids = [row["qid"] for split_rows in rows.values() for row in split_rows]
@@ -109,7 +109,7 @@ class Source:
 
     def table(self, config_name: str, split: str) -> Iterator[dict[str, Any]]:
         """
-        Yield the rows of a table. The table `videos` comes first: the queries of a dropped video are dropped after it.
+        Yield the rows of a table. The table `videos` comes first: the queries of a skipped video are skipped after it.
 
         Raises:
             ValueError: for unusable features, unless they are skipped, and if no row is usable.
@@ -128,9 +128,9 @@ class Source:
             except (KeyError, ValueError) as error:
                 if not self.skip_invalid:
                     raise ValueError(f"{where}: {error.args[0]} {SKIP_HINT}") from None
-                self.dropped[where] = error.args[0]
+                self.skipped[where] = error.args[0]
                 if key == "vid":
-                    self._dropped_videos.add(row["vid"])
+                    self._skipped_videos.add(row["vid"])
             else:
                 num_usable += 1
                 yield made
@@ -146,8 +146,8 @@ class Source:
         return {"vid": row["vid"], "duration": row["duration"], "clip_seconds": self.clip_seconds, **arrays}
 
     def _annotation(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        if row["vid"] in self._dropped_videos:
-            raise ValueError(f"video {row['vid']} was dropped")
+        if row["vid"] in self._skipped_videos:
+            raise ValueError(f"video {row['vid']} was skipped")
         tokens = self._converted(self.text_features[row["qid"]], self.text_size, TEXT_COLUMN)
         fields = {name: row.get(name) for name in self.columns[ANNOTATIONS_CONFIG]}
         return {**fields, TEXT_COLUMN: tokens}
@@ -195,14 +195,14 @@ def convert(benchmark: Benchmark, source: Source, output: str | os.PathLike) -> 
             source.text_size,
             source.clip_seconds,
             source.dtype,
-            source.dropped,
+            source.skipped,
         )
         card.save(folder / "README.md")
         output.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(output)
-    if source.dropped:
-        lines = "\n  ".join(f"{what}: {why}" for what, why in source.dropped.items())
-        warnings.warn(f"left out {len(source.dropped)} rows with unusable features:\n  {lines}", stacklevel=2)
+    if source.skipped:
+        lines = "\n  ".join(f"{what}: {why}" for what, why in source.skipped.items())
+        warnings.warn(f"skipped {len(source.skipped)} rows with unusable features:\n  {lines}", stacklevel=2)
     return counts
 
 

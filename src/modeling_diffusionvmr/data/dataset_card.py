@@ -48,7 +48,7 @@ def dataset_card(
     text_size: int,
     clip_seconds: float | None,
     dtype: str,
-    dropped: Mapping[str, str],
+    skipped: Mapping[str, str],
 ) -> DatasetCard:
     """
     Return the card of a converted folder.
@@ -61,7 +61,7 @@ def dataset_card(
         text_size: size of the vectors of sentences.
         clip_seconds: length of a clip; `None` if the clips share the duration of the video.
         dtype: of the features.
-        dropped: what was left out, and why.
+        skipped: what was left out, and why.
     """
     metadata = DatasetCardData(
         pretty_name=benchmark.title,
@@ -83,7 +83,7 @@ def dataset_card(
     ]
     columns = [f"| `{VIDEOS_CONFIG}` | `{name}` | clips x {size} |" for name, size in sizes.items()]
     columns.append(f"| `{ANNOTATIONS_CONFIG}` | `{TEXT_COLUMN}` | tokens x {text_size} |")
-    left_out = ["Left out, since their features are unusable:", "", *(f"- {what}" for what in dropped)]
+    left_out = ["Left out, since their features are unusable:", "", *(f"- {what}" for what in skipped)]
     return DatasetCard(
         CARD.format(
             metadata=metadata.to_yaml(),
@@ -96,7 +96,7 @@ def dataset_card(
             else f"A clip has {clip_seconds:g} s.",
             dtype=dtype,
             columns="\n".join(columns),
-            left_out="\n".join(left_out) if dropped else "No query was left out for its features.",
+            left_out="\n".join(left_out) if skipped else "No query was left out for its features.",
             citation=benchmark.citation.strip(),
         )
     )

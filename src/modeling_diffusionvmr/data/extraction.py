@@ -53,7 +53,7 @@ def extract_sentence(
     Write the features (tokens, size) of one sentence to `folder/qid{qid}.npz`. See `extract_video`.
 
     Raises:
-        ValueError: for a sentence that `check_sentence` refuses.
+        ValueError: for a sentence that `check_sentence` rejects.
     """
     (tokens,) = backbone.encode_text([sentence])
     return write_features(folder, qid, tokens.astype(dtype), TEXT_KEY)

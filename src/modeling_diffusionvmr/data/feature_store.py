@@ -93,7 +93,7 @@ def check_features(array: Any, where: str) -> np.ndarray:
         raise ValueError(f"{where}: features must be (length, size), got shape {array.shape}")
     if not array.size:
         raise ValueError(f"{where}: features are empty, with shape {array.shape}")
-    with np.errstate(over="ignore"):  # values that float32 cannot represent become infinity, which is refused below
+    with np.errstate(over="ignore"):  # values that float32 cannot represent become infinity, which is rejected below
         array = array.astype(np.float32, copy=False)
     check_finite(torch.from_numpy(array), where)
     return array

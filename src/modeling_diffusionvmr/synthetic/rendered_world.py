@@ -58,7 +58,7 @@ DRIFT = 0.015  # how far an object moves from its place
 
 SHORTEST_WINDOW = 4.0
 SHORTEST_PAUSE = 2.0  # between two windows of one sentence
-MOST_WINDOWS = 5  # per sentence
+MAX_WINDOWS = 5  # per sentence
 
 Pair = tuple[str | tuple[float, float, float], str]  # (color, shape); a color without a name is (r, g, b) in [0, 255]
 Window = tuple[float, float]  # (start, end) in seconds
@@ -111,7 +111,7 @@ class Query:
 
     text: str
     statement: Statement
-    windows: tuple[Window, ...]  # by rising start
+    windows: tuple[Window, ...]  # by ascending start
     unseen: bool  # whether it names a pair of UNSEEN_PAIRS
     swapped: bool  # whether the video also shows its words in other combinations while it is false
 
@@ -295,7 +295,7 @@ def _draw_nameless_color(rng: np.random.Generator, shapes: Iterable[str]) -> tup
 
 
 def _draw_tracks(rng: np.random.Generator, duration: float, cast: Sequence[Pair]) -> tuple[Track, ...]:
-    """Draw two independent sequences of appearances. Returns all tracks by rising start."""
+    """Draw two independent sequences of appearances. Returns all tracks by ascending start."""
     tracks: list[Track] = []
     for _ in range(2):
         time = rng.uniform(0, 8)
@@ -413,7 +413,7 @@ def _draw_query(
     durations = [end - start for start, end in windows]
     lasting = windows and min(durations) >= SHORTEST_WINDOW and sum(durations) < 0.7 * duration
     distinct = all(after[0] - before[1] >= SHORTEST_PAUSE for before, after in zip(windows, windows[1:]))
-    if not lasting or not distinct or len(windows) > MOST_WINDOWS or not _has_lookalike(statement, tracks):
+    if not lasting or not distinct or len(windows) > MAX_WINDOWS or not _has_lookalike(statement, tracks):
         return None
     unseen = not UNSEEN_PAIRS.isdisjoint(statement.pairs)
     return Query(statement.text(int(rng.integers(6))), statement, windows, unseen, _has_swap(statement, tracks))
