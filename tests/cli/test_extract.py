@@ -219,15 +219,15 @@ def test_features_made_with_other_settings(world, extract, extract_error):
     arguments = ("--annotations", world.annotations)
     output = extract("--videos", world.videos, *arguments, backbone=CLIP + os.sep)
     error = extract_error("--videos", world.videos, "--clip_seconds", 1)
-    assert "clip: holds features with clip_seconds 2.0, not 1.0;" in error
+    assert "clip: contains features with clip_seconds 2.0, not 1.0;" in error
     error = extract_error(*arguments, "--dtype", "float32")
-    assert "clip_text: holds features with dtype 'float16', not 'float32'" in error
+    assert "clip_text: contains features with dtype 'float16', not 'float32'" in error
     extract(*arguments, "--clip_seconds", 1)  # sentences have none
     metadata = output / "clip_text" / METADATA_FILE
     metadata.write_text("no JSON")
     assert METADATA_FILE in extract_error(*arguments)
     metadata.unlink()
-    assert f"clip_text: holds features, but no {METADATA_FILE}" in extract_error(*arguments)
+    assert f"clip_text: contains features, but no {METADATA_FILE}" in extract_error(*arguments)
 
 
 # Bad input

@@ -63,8 +63,8 @@ def test_rows_come_back(tmp_path):
         ({**SALIENT, "relevant_clip_ids": [1, 1]}, "contains a clip twice"),
         ({**SALIENT, "saliency_scores": [[4, 3, 2], [1, 2]]}, r"must be 3 numbers.*, got \[1, 2\]"),
         ({**SALIENT, "saliency_scores": [[4, 3, 2], [1, 2, -4]]}, r"got \[1, 2, -4\]"),
-        (ROW, r"`qid` 1 was used before \(.*a\.jsonl, line 1\)"),
-        ({**ROW, "qid": "1"}, "`qid` '1' was used before"),  # would share a feature file with 1
+        (ROW, r"`qid` 1 was already used \(.*a\.jsonl, line 1\)"),
+        ({**ROW, "qid": "1"}, "`qid` '1' was already used"),  # would share a feature file with 1
     ],
 )
 def test_rejected_rows(tmp_path, row, message):
@@ -75,7 +75,7 @@ def test_rejected_rows(tmp_path, row, message):
     with pytest.raises(ValueError, match=rf"a\.jsonl, line 3: .*{message}") as error:
         load_annotations(path)
     assert "\n" not in str(error.value)
-    assert str(error.value).endswith(" (skip_invalid=True, or --skip_invalid, drops such rows)")
+    assert str(error.value).endswith(" (skip_invalid=True, or --skip_invalid, skips such rows)")
 
 
 @pytest.mark.parametrize("row", [None, 5, "row", b"row", ["qid"], [("qid", 1)], np.arange(3)], ids=repr)
@@ -86,7 +86,7 @@ def test_rows_that_are_not_dicts(row):
 
 def test_window_that_ends_after_the_video(tmp_path):
     row = {**ROW, "relevant_windows": [[2, 6], [19, 21]]}
-    with pytest.warns(UserWarning, match=r"a\.jsonl: the windows of 2 rows end after their video") as caught:
+    with pytest.warns(UserWarning, match=r"a\.jsonl: 2 rows have windows that end after the video") as caught:
         rows = load_annotations(write(tmp_path / "a.jsonl", row, {**ROW, "qid": 2}, {**row, "qid": 3}))
     assert len(caught) == 1
     assert rows[0]["relevant_windows"] == [[2, 6], [19, 20]]
@@ -97,7 +97,7 @@ def test_rejected_files(tmp_path):
     for name in ("nothing.jsonl", "nothing.txt", "nothing.json", "nothing.csv", "nothing"):
         with pytest.raises(FileNotFoundError) as error:
             load_annotations(tmp_path / name)
-        assert str(error.value) == f"{tmp_path / name}: no such file or folder of annotations"
+        assert str(error.value) == f"{tmp_path / name}: no such annotation file or folder"
     with pytest.raises(ValueError, match=r"a\.jsonl: contains no rows"):
         load_annotations(write(tmp_path / "a.jsonl"))
     with pytest.raises(
@@ -115,7 +115,7 @@ BROKEN = [
     ({**ROW, "qid": 2, "query": "\ud800"}, "`query` cannot be encoded as UTF-8"),
     ({**ROW, "qid": 3, "relevant_windows": [[6, 6]]}, r"\[6, 6\] does not end after it starts"),
     ({**ROW, "qid": 4, "relevant_windows": [[20, 21]]}, "starts at or after the end of the video"),
-    ({**ROW, "note": "again"}, r"`qid` 1 was used before \(.*line 1\)"),
+    ({**ROW, "note": "again"}, r"`qid` 1 was already used \(.*line 1\)"),
 ]
 
 
@@ -152,7 +152,7 @@ def test_windows_are_cut_in_rows_that_stay(tmp_path):
     with pytest.warns(UserWarning) as caught:
         assert len(load_annotations(write(tmp_path / "a.jsonl", *rows), skip_invalid=True)) == 2
     messages = [str(warning.message) for warning in caught]
-    assert len(messages) == 2 and "the windows of 2 rows end after" in messages[1]
+    assert len(messages) == 2 and "2 rows have windows that end after" in messages[1]
 
 
 # Charades-STA
@@ -329,7 +329,7 @@ def test_rejected_tacos_sentences(tmp_path, sentence, message):
 
 def test_tacos_window_that_ends_after_the_video(tmp_path):
     video = {**TACOS["s1-d2.avi"], "timestamps": [[50, 100], [125, 1001]]}
-    with pytest.warns(UserWarning, match=r"train\.json: the windows of 1 rows end after their video"):
+    with pytest.warns(UserWarning, match=r"train\.json: 1 rows have windows that end after the video"):
         assert load_annotations(write(tmp_path / "train.json", {**TACOS, "s1-d2.avi": video})) == TACOS_ROWS
 
 
@@ -371,7 +371,7 @@ def test_hold_out_depends_on_the_videos_and_the_seed():
 
 @pytest.mark.parametrize("count, share", [(10, 0.0), (10, 1.0), (10, -0.1), (10, 0.96), (1, 0.5), (0, 0.5), (10, 1.5)])
 def test_hold_out_that_leaves_one_side_empty(count, share):
-    with pytest.raises(ValueError, match=f"a share of {share} of {count} videos leaves one side empty"):
+    with pytest.raises(ValueError, match=f"a share of {share} of {count} videos: one side would be empty"):
         hold_out(rows_of_videos(count), share)
 
 
@@ -438,7 +438,7 @@ def test_official_files_are_those_in_the_qvhighlights_shape(official, shared, na
         with pytest.raises(ValueError, match=r"line \d+: the window .* does not end after it starts"):
             load_annotations(shared / "annotations" / name)
     if num_cut:
-        assert f"the windows of {num_cut} rows end after their video" in messages[-1]
+        assert f"{num_cut} rows have windows that end after the video" in messages[-1]
 
 
 def test_official_videos_are_of_one_split(official):

@@ -376,7 +376,7 @@ def test_clip_seconds(release):
         shutil.rmtree(release.output, ignore_errors=True)
         assert release.convert(*arguments).code is None
         values = {open_features(release.output, name).clip_seconds for name in ("slowfast", "clip")}
-        assert f"A clip has {values.copy().pop():g} s" in (release.output / "README.md").read_text()
+        assert f"A clip is {values.copy().pop():g} s long" in (release.output / "README.md").read_text()
         return values
 
     assert seconds() == {2.0}
@@ -408,7 +408,7 @@ def with_nan(array):
 
 
 TRAIN = "highlight_train_release.jsonl"
-HINT = r" \(skip_invalid=True, or --skip_invalid, drops such rows\)$"
+HINT = r" \(skip_invalid=True, or --skip_invalid, skips such rows\)$"
 BROKEN = {
     "no annotations": (
         lambda release: (release.folder / "highlight_val_release.jsonl").unlink(),
@@ -425,7 +425,7 @@ BROKEN = {
     ),
     "a duplicate": (
         lambda release: in_file(release, TRAIN, lambda text: text.replace(b'"qid": 12', b'"qid": 3')),
-        rf"{TRAIN}, line 3: `qid` 3 was used before \({TRAIN}, line 2\)" + HINT,
+        rf"{TRAIN}, line 3: `qid` 3 was already used \({TRAIN}, line 2\)" + HINT,
     ),
     "no features of a video": (
         lambda release: (release.folder / "slowfast" / "b_0.0_24.0.npz").unlink(),
@@ -457,11 +457,11 @@ BROKEN = {
     ),
     "beyond float16": (
         lambda release: rewritten(release, "clip", lambda array: array * 1e6),
-        r"train, vid a_60\.0_210\.0: clip: has values beyond the range of float16; float32 can hold them" + HINT,
+        r"train, vid a_60\.0_210\.0: clip: values outside the range of float16; use float32 instead" + HINT,
     ),
     "no usable features": (
         lambda release: [path.write_bytes(b"") for path in release.folder.glob("clip/*")],
-        "clip: has no usable features for any vid of the annotations$",
+        "clip: no usable features for any vid of the annotations$",
     ),
     "clips of two lengths": (
         lambda release: [
@@ -495,8 +495,8 @@ def test_rejected_releases(release, broken):
     [
         (["clip", "./clip"], [], "two backbones are called clip: give NAME=PATH"),
         (["a=clip", "a=slowfast"], [], "two backbones are called a: give NAME=PATH"),
-        (["vid=clip"], [], "'vid' cannot be the name of a column of features: give NAME=PATH"),
-        (["text_features=clip"], [], "'text_features' cannot be the name of a column"),
+        (["vid=clip"], [], "'vid' is not a valid column name for features; pass NAME=PATH"),
+        (["text_features=clip"], [], "'text_features' is not a valid column name"),
         (["clip-b32"], [], r"clip-b32: no such file or folder"),
         (["clip"], ["--clip_seconds", "0"], "`clip_seconds` must be a number above 0, got 0"),
         (["clip"], ["--clip_seconds", "-1"], "`clip_seconds` must be"),
@@ -529,7 +529,7 @@ def test_output_that_is_there(release, kind):
         release.output.write_text("mine")
     else:
         release.output.mkdir()
-    assert release.convert().code == f"error: {release.output}: exists already; remove it, or give another name"
+    assert release.convert().code == f"error: {release.output}: already exists; remove it or choose another name"
     assert release.output.read_text() == "mine" if kind == "file" else not list(release.output.iterdir())
 
 
@@ -587,7 +587,7 @@ def test_skip_invalid(release):
 def test_skip_invalid_where_nothing_is(release):
     result = release.convert("--skip_invalid")
     assert result.code is None and "skipped" not in result.stderr
-    assert "No query was left out" in (release.output / "README.md").read_text()
+    assert "No query was skipped" in (release.output / "README.md").read_text()
 
 
 def test_skip_invalid_that_leaves_a_split_empty(release):
@@ -605,7 +605,7 @@ def test_lines_of_charades_that_end_before_they_start(releases, tmp_path):
     result = convert("charades_sta", folder, tmp_path / "output", *arguments)
     assert result.code == (
         "error: charades_sta_train.txt, line 1: the window [8.0, 7.0] does not end after it starts "
-        "(skip_invalid=True, or --skip_invalid, drops such rows)"
+        "(skip_invalid=True, or --skip_invalid, skips such rows)"
     )
     result = convert("charades_sta", folder, tmp_path / "output", *arguments, "--skip_invalid")
     assert result.code is None
@@ -693,7 +693,7 @@ def test_command(releases, tmp_path):
         "test: 4 queries, 2 videos",
         f"wrote {tmp_path / 'new' / 'output'}",
     ]
-    cut = "the windows of 1 rows end after their video and were cut there"
+    cut = "1 rows have windows that end after the video; they were cut"
     for split in ("train", "test"):
         assert f"warning: charades_sta_{split}.txt: {cut}" in result.stderr
     assert "Traceback" not in result.stderr

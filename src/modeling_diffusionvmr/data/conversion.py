@@ -33,13 +33,13 @@ def load_splits(
     Load the annotations of each split of a release.
 
     Args:
-        benchmark: which release it is.
-        folder: where its annotation files are.
+        benchmark: the benchmark.
+        folder: folder of its annotation files.
         skip_invalid: see `load_annotations`.
 
     Raises:
         FileNotFoundError: if the file of a split is missing.
-        ValueError: as `load_annotations`.
+        ValueError: like `load_annotations`.
     """
     rows = {}
     for split, names in benchmark.files.items():
@@ -59,16 +59,18 @@ class Source:
 
     Args:
         rows: annotations of each split.
-        video_features: stores by backbone; the names become columns.
+        video_features: stores by backbone. The names become columns.
         text_features: store of the sentences.
-        clip_seconds: length of a clip; `None` if the clips share the duration of the video.
-        dtype: of the written features, "float16" or "float32".
-        skip_invalid: leave out videos with unusable features and their queries.
+        clip_seconds: length of a clip. `None` if the clips divide the duration of the video equally.
+        dtype: dtype of the written features, "float16" or "float32".
+        skip_invalid: skip videos with unusable features, and their queries.
 
-    `columns` holds the columns of each table. `skipped` says what was left out, and why, as tables are read.
+    Attributes:
+        columns: the columns of each table.
+        skipped: the reason for each skipped row, by its place. Reading a table adds its rows.
 
     Raises:
-        ValueError: for a name that cannot be a column, an invalid `clip_seconds`, or a store without usable features.
+        ValueError: if a name is not a valid column name, `clip_seconds` is invalid, or a store has no usable features.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class Source:
         dtype: str = "float16",
         skip_invalid: bool = False,
     ):
-        video_columns(dict.fromkeys(video_features, 1), dtype)  # rejects a name before any features are read
+        video_columns(dict.fromkeys(video_features, 1), dtype)  # rejects invalid names before any features are read
         if clip_seconds is not None:
             check_positive(clip_seconds, "`clip_seconds`")
         self.rows = rows
@@ -104,15 +106,15 @@ class Source:
         identifiers = dict.fromkeys(row[key] for rows in self.rows.values() for row in rows)
         size = feature_size(store, (identifier for identifier in identifiers if identifier in store))
         if size is None:
-            raise ValueError(f"{name_of(store)}: has no usable features for any {key} of the annotations")
+            raise ValueError(f"{name_of(store)}: no usable features for any {key} of the annotations")
         return size
 
     def table(self, config_name: str, split: str) -> Iterator[dict[str, Any]]:
         """
-        Yield the rows of a table. The table `videos` comes first: the queries of a skipped video are skipped after it.
+        Yield the rows of a table. Read the table `videos` first, so that the queries of a skipped video are skipped too.
 
         Raises:
-            ValueError: for unusable features, unless they are skipped, and if no row is usable.
+            ValueError: if features are unusable and not skipped, or if no row is usable.
         """
         if config_name == VIDEOS_CONFIG:
             key, make = "vid", self._video
@@ -158,24 +160,24 @@ class Source:
         with np.errstate(over="ignore"):
             converted = array.astype(self.dtype)
         if not np.isfinite(converted).all():
-            raise ValueError(f"{name}: has values beyond the range of {self.dtype}; float32 can hold them")
+            raise ValueError(f"{name}: values outside the range of {self.dtype}; use float32 instead")
         return converted
 
 
 def convert(benchmark: Benchmark, source: Source, output: str | os.PathLike) -> dict[str, dict[str, int]]:
     """
-    Write the folder, atomically.
+    Write the converted folder, atomically.
 
     Returns:
         The number of rows, by table and split.
 
     Raises:
         FileExistsError: if `output` exists.
-        ValueError: for unusable features, unless they are skipped, and if a split has no usable rows.
+        ValueError: if features are unusable and not skipped, or if a split has no usable rows.
     """
     output = Path(output)
     if output.exists():
-        raise FileExistsError(f"{output}: exists already; remove it, or give another name")
+        raise FileExistsError(f"{output}: already exists; remove it or choose another name")
     counts: dict[str, dict[str, int]] = {VIDEOS_CONFIG: {}, ANNOTATIONS_CONFIG: {}}
     files: dict[str, dict[str, list[str]]] = {VIDEOS_CONFIG: {}, ANNOTATIONS_CONFIG: {}}
     existing_parent = next(parent for parent in output.absolute().parents if parent.exists())
@@ -219,9 +221,9 @@ def _generate(source: Source, config_name: str, split: str, cache: str) -> Datas
         )
     except DatasetGenerationError as error:
         cause = error.__cause__ or error
-        if isinstance(cause, OverflowError):  # a number that its column cannot hold
+        if isinstance(cause, OverflowError):  # a number out of the range of its column
             raise ValueError(f"the {split} split of {config_name} cannot be written ({cause})") from None
-        raise cause from None  # the line that says what is wrong
+        raise cause from None  # its message is the one that names the row
 
 
 def push_folder(folder: str | os.PathLike, repo_id: str, private: bool = False) -> str:
