@@ -251,7 +251,7 @@ def test_features_of_one_backbone_of_two(argv, error_of, folder, tmp_path, monke
         (["--video_features", "{data}/clip", "{data}/slowfast"], "must be (length, 8), got (15, 4)"),
         (["--model", "{tmp}/absent"], "{tmp}/absent: not a local folder or a valid Hub id"),
         (["--model", "a/b/c"], "a/b/c: not a local folder or a valid Hub id"),
-        (["--model", "{data}/val.jsonl"], "val.jsonl: a checkpoint is a folder, not a file"),
+        (["--model", "{data}/val.jsonl"], "val.jsonl: a checkpoint must be a folder, not a file"),
         (["--model", "{tmp}"], "{tmp}: cannot be loaded"),
         (["--model", CLIP], "a model of type clip, not diffusionvmr"),
         (["--num_proposals", "1000000000000000"], "not enough memory"),

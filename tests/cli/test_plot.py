@@ -177,7 +177,7 @@ def test_any_text_of_a_user(folder):
         (["--predictions", "ours.jsonl", "--qid", "7", "--annotations", "absent.jsonl"], "absent.jsonl"),
         (["--predictions", "ours.jsonl", "--qid", "7", "--annotations", "folder"], "folder"),
         (["--predictions", "ours.jsonl", "theirs.jsonl", "--names", "one", "--qid", "7"], "1 names for 2 prediction"),
-        (["--predictions", "ours.jsonl", "ours.jsonl", "--qid", "7"], "must differ, got ours, ours"),
+        (["--predictions", "ours.jsonl", "ours.jsonl", "--qid", "7"], "must have different names, got ours, ours"),
         (["--predictions", "twice.jsonl", "--qid", "7"], "twice.jsonl: qid 7: "),
         (["--predictions", "empty.jsonl", "--qid", "7"], "empty.jsonl: "),
         (["--predictions", "broken.jsonl", "--qid", "7"], "broken.jsonl, line 1: not JSON"),

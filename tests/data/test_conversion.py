@@ -493,8 +493,8 @@ def test_rejected_releases(release, broken):
 @pytest.mark.parametrize(
     "video, more, message",
     [
-        (["clip", "./clip"], [], "two backbones are called clip: give NAME=PATH"),
-        (["a=clip", "a=slowfast"], [], "two backbones are called a: give NAME=PATH"),
+        (["clip", "./clip"], [], "two backbones are named clip; pass NAME=PATH"),
+        (["a=clip", "a=slowfast"], [], "two backbones are named a; pass NAME=PATH"),
         (["vid=clip"], [], "'vid' is not a valid column name for features; pass NAME=PATH"),
         (["text_features=clip"], [], "'text_features' is not a valid column name"),
         (["clip-b32"], [], r"clip-b32: no such file or folder"),

@@ -491,7 +491,8 @@ def allowed_pairs(num_clips: int, covered: float, totals: dict[int, int]) -> lis
     """
     Apply the definition clip by clip: the clips that each of a sample's two pairs may be drawn from, (better, worse).
 
-    A clip has the highest score among the annotated clips whose center it contains and the one that contains its own center.
+    A clip has the highest score among the annotated clips whose center it contains and the one that contains its own
+    center.
     """
     seconds, scores = covered / num_clips, {}
     for clip in range(num_clips):

@@ -40,7 +40,7 @@ def load_annotations(
     count windows that end before they start; the test file continues where the training file ends. TACoS' are
     `{vid}_{index}`.
 
-    A row without `relevant_windows` is unlabeled. A window that ends after its video is cut at the end of the video; one
+    A row without `relevant_windows` is unlabeled. A window that ends after its video is cut at the video's end; one
     warning counts these rows. Unknown fields are kept.
 
     Args:

@@ -15,7 +15,7 @@ class Benchmark:
         homepage: URL of the release.
         license: license of the annotations, as the Hub names it.
         citation: BibTeX.
-        clip_seconds: length of a clip of the released features. `None` if the clips divide the video's duration equally.
+        clip_seconds: length of a clip of the released features. `None` if clips divide the video's duration equally.
         files: the possible names of each split's annotation file. The first one that exists is read.
         hold_out: share of the training videos that becomes the split `val` if the release has none.
     """

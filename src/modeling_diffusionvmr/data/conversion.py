@@ -111,7 +111,7 @@ class Source:
 
     def table(self, config_name: str, split: str) -> Iterator[dict[str, Any]]:
         """
-        Yield the rows of a table. Read the table `videos` first, so that the queries of a skipped video are skipped too.
+        Yield the rows of a table. The table `videos` must be read first: the queries of a skipped video are skipped.
 
         Raises:
             ValueError: if features are unusable and not skipped, or if no row is usable.
