@@ -129,7 +129,7 @@ def test_without_ground_truth_there_are_predictions_only(evaluate, argv, error_o
     metrics, predictions = evaluate(annotations="test.jsonl")
     assert metrics is None and len(predictions) == 7
     assert predictions == evaluate()[1]  # the truth, where there is one, is not looked at
-    assert "N cannot be chosen" in error_of(*argv("--num_proposals", 1, 3, annotations="test.jsonl"))
+    assert "choosing N needs rows" in error_of(*argv("--num_proposals", 1, 3, annotations="test.jsonl"))
 
 
 def test_metrics_of_other_predictions_do_not_stay(evaluate, capsys):

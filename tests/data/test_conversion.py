@@ -441,11 +441,11 @@ BROKEN = {
     ),
     "NaN": (
         lambda release: rewritten(release, "clip", with_nan),
-        r"train, vid a_60\.0_210\.0: clip, a_60\.0_210\.0: features have NaN or infinity in row 1" + HINT,
+        r"train, vid a_60\.0_210\.0: clip, a_60\.0_210\.0: features contain NaN or infinity in row 1" + HINT,
     ),
     "NaN in a sentence": (
         lambda release: rewritten(release, "text", with_nan),
-        r"train, qid 12: text, 12: features have NaN or infinity in row 1" + HINT,
+        r"train, qid 12: text, 12: features contain NaN or infinity in row 1" + HINT,
     ),
     "another video": (
         lambda release: rewritten(release, "clip", lambda array: array[:4]),

@@ -183,7 +183,7 @@ def test_rejected_names(tmp_path, identifier):
 
 
 def test_rejected_arrays(tmp_path):
-    with pytest.raises(ValueError, match="clip, v1: features have NaN"):
+    with pytest.raises(ValueError, match="clip, v1: features contain NaN"):
         write_features(tmp_path / "clip", "v1", NAN)
     with pytest.raises(ValueError, match="`key` must be"):
         write_features(tmp_path / "clip", "v1", ARRAY, "pooler_output")
