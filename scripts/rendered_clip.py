@@ -2,8 +2,8 @@
 A tiny CLIP for the rendered world: the frozen backbone of the embedded model, trained from scratch on single frames.
 
 A frame matches many sentences, so the loss is pairwise: every frame against every sentence of the batch, with the exact
-truth. Two things provide hard negatives: frames of one family show the same words in other combinations, and each batch
-asks for relations that are true, that are true with their words swapped, and whose objects are visible but apart.
+truth. Hard negatives come from two sources: frames of one family show the same words in other combinations, and each
+batch asks for relations that are true, that are true with their words swapped, and whose objects are visible but apart.
 """
 
 import io
@@ -308,11 +308,11 @@ def train_rendered_clip(
     Train a CLIP on frames of seen pairs.
 
     Args:
-        seed: of all random draws.
+        seed: seed of all random draws.
         steps: number of optimizer steps.
-        batch_size: number of frames per batch. A quarter of that number in nameless colors is added.
-        pool_size: number of frames to draw batches from. Half that number in nameless colors is added.
-        learning_rate: peak value.
+        batch_size: number of frames per batch. A quarter of that number is added in nameless colors.
+        pool_size: number of frames to draw batches from. Half that number is added in nameless colors.
+        learning_rate: peak learning rate.
         progress: called as `progress(step, steps, losses)` after each step, with one float per loss term.
 
     Returns:
@@ -426,26 +426,26 @@ def _losses(
     return losses
 
 
-def _at_objects(patches: Tensor, there: Tensor, place: Tensor) -> Tensor:
+def _at_objects(patches: Tensor, is_object: Tensor, place: Tensor) -> Tensor:
     """
     Select the patch at each object's center.
 
     Args:
         patches: (B, PATCHES_PER_SIDE ** 2, size).
-        there: bool (B, MAX_OBJECTS), true for each object.
+        is_object: bool (B, MAX_OBJECTS), true for each object.
         place: (B, MAX_OBJECTS, 2) in frame widths.
 
     Returns:
-        (objects, size), in the order of `there`.
+        (objects, size), in the order of `is_object`.
     """
     cells = (place * PATCHES_PER_SIDE).long().clamp(0, PATCHES_PER_SIDE - 1)
     column, row = cells.unbind(-1)
-    batch = torch.arange(len(there))[:, None].expand_as(there)
-    return patches[batch[there], (row * PATCHES_PER_SIDE + column)[there]]
+    batch = torch.arange(len(is_object))[:, None].expand_as(is_object)
+    return patches[batch[is_object], (row * PATCHES_PER_SIDE + column)[is_object]]
 
 
 def _product_loss(vectors: Tensor, products: Tensor, which: Tensor) -> Tensor:
-    """Pull unit vectors (n, size) to their own products, of index `which` (n,), and away from the others."""
+    """Pull unit vectors (n, size) toward their own products, of index `which` (n,), and away from the others."""
     return F.cross_entropy(20 * vectors @ products.T, which) + 2 * (1 - (vectors * products[which]).sum(-1)).mean()
 
 

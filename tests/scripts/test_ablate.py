@@ -281,9 +281,9 @@ def test_results_of_other_runs(finished, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--tables 6 --seed 3", "--seed: set by --seeds"),
-        ("--tables 5 --l1_loss_coefficient=2", "--l1_loss_coefficient: set by the runs"),
-        ("--tables 6 --proposal-schedule stable", "--proposal_schedule: set by the runs"),
+        ("--tables 6 --seed 3", "--seed: use --seeds instead"),
+        ("--tables 5 --l1_loss_coefficient=2", "--l1_loss_coefficient: cannot be used, since the runs differ in it"),
+        ("--tables 6 --proposal-schedule stable", "--proposal_schedule: cannot be used, since the runs differ in it"),
         ("--figures 5 --qids 12 3", "--qids: no qid 3 in val.jsonl"),
         ("--figures 3 --curves {folder}/curve.csv", "--curves: must be NAME=FILE"),
         ("--figures 3 --curves A={folder}/val.jsonl", "val.jsonl, line 2: needs the columns `N` and `mAP@Avg`"),
