@@ -132,7 +132,7 @@ def test_without_ground_truth_there_are_predictions_only(evaluate, argv, error_o
     assert "choosing N needs rows" in error_of(*argv("--num_proposals", 1, 3, annotations="test.jsonl"))
 
 
-def test_metrics_of_other_predictions_do_not_stay(evaluate, capsys):
+def test_metrics_of_other_predictions_are_removed(evaluate, capsys):
     assert evaluate()[0] is not None
     assert evaluate(annotations="test.jsonl")[0] is None
     assert "7 of 7 rows are not scored" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`diffusionvmr train`, in small."""
+"""`diffusionvmr train`, on small data."""
 
 import json
 import shutil

@@ -644,7 +644,7 @@ def test_push_to_hub(release, monkeypatch, private):
     assert release.output.is_dir()
 
 
-def test_nothing_is_pushed_of_a_release_that_is_rejected(release, monkeypatch):
+def test_a_rejected_release_is_not_pushed(release, monkeypatch):
     monkeypatch.setattr(FakeApi, "calls", [])
     monkeypatch.setattr(conversion, "HfApi", FakeApi)
     (release.folder / "text" / "qid9.npz").unlink()

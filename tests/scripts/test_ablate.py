@@ -1,4 +1,4 @@
-"""`scripts/ablate.py`, in small, and its copy of the paper's numbers against the paper."""
+"""`scripts/ablate.py`, on small data, and its copy of the paper's numbers against the paper."""
 
 import csv
 import json
@@ -115,7 +115,7 @@ def ours(path: Path, **labels: str) -> list[dict[str, str]]:
     return [line for line in read(path) if line["by"] == "ours" and labels.items() <= line.items()]
 
 
-def test_all_is_written(finished):
+def test_everything_is_written(finished):
     written = {path.name for path in finished.iterdir() if path.is_file()}
     assert written == {
         *(f"table{number}.csv" for number in range(1, 7)),
@@ -190,7 +190,7 @@ def test_runs_differ_by_their_flags(finished):
         assert ("'num_proposals': 1," in log) == (name != "stable")  # of the first step
 
 
-def test_the_paper_stands_beside(finished):
+def test_the_papers_numbers_are_beside_ours(finished):
     lines = read(finished / "table4.csv")
     assert [(line["sampling steps"], line["by"]) for line in lines] == [
         (steps, by) for steps in "12468" for by in ("paper", "ours")

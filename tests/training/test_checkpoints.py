@@ -91,7 +91,7 @@ def killed(in_process, tmp_path_factory) -> list[Path]:
     return sorted((path.parent for path in folder.glob("*/moment")), key=lambda path: int(path.name))
 
 
-def test_every_file_is_a_moment_to_be_killed_at(killed):
+def test_training_is_killed_at_every_file(killed):
     """The moments that the next test relies on exist."""
     moments = [(folder / "moment").read_text() for folder in killed]
     staged = f"run/{STAGING_FOLDER}/checkpoint-2"
@@ -105,23 +105,23 @@ def test_every_file_is_a_moment_to_be_killed_at(killed):
     assert len(moments[removal:]) > len(FILES)
 
 
-def test_a_checkpoint_is_whole_or_not_there(killed, uninterrupted):
+def test_a_checkpoint_is_complete_or_not_there(killed, uninterrupted):
     steps = []
     for folder in killed:
         moment = (folder / "moment").read_text()
         for checkpoint in (folder / "run").glob("checkpoint-*"):
-            whole = contents(checkpoint).keys() == contents(uninterrupted / "run" / checkpoint.name).keys()
-            assert whole == (find_fault(checkpoint) is None), f"{checkpoint.name} after {moment}"
-            assert whole or checkpoint.name == "checkpoint-1"  # which is being removed
+            complete = contents(checkpoint).keys() == contents(uninterrupted / "run" / checkpoint.name).keys()
+            assert complete == (find_fault(checkpoint) is None), f"{checkpoint.name} after {moment}"
+            assert complete or checkpoint.name == "checkpoint-1"  # which is being removed
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # the last one is whole: nothing is skipped
+            warnings.simplefilter("error")  # the last one is complete: nothing is skipped
             last = last_complete_checkpoint(folder / "run")
         assert last is not None, moment
         steps.append(int(last.split("-")[-1]))
     assert steps == sorted(steps) and set(steps) == {1, 2}
 
 
-def test_a_killed_training_goes_on_to_the_same_weights(killed, uninterrupted, in_process):
+def test_a_killed_training_resumes_to_the_same_weights(killed, uninterrupted, in_process):
     """Killed halfway through a file, between writing and moving, after moving, and while removing the old one."""
     moments = [(folder / "moment").read_text() for folder in killed]
     staged = f"run/{STAGING_FOLDER}/checkpoint-2"
@@ -138,7 +138,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(killed, uninterrupted, in
 # Resumed
 
 
-def test_goes_on_from_any_step_to_the_same_weights(uninterrupted, in_process, tmp_path):
+def test_resumes_from_any_step_to_the_same_weights(uninterrupted, in_process, tmp_path):
     """At the end and in the middle of an epoch, with dropout, with and without workers."""
     logs = json.loads((uninterrupted / "logs").read_text())
     workers = {"dataloader_num_workers": 2, "dataloader_multiprocessing_context": "fork"}
@@ -156,7 +156,7 @@ def test_goes_on_from_any_step_to_the_same_weights(uninterrupted, in_process, tm
     assert [log["num_proposals"] for log in logs if "loss" in log] == [1, 2, 3, 4, 5, 6]
 
 
-def test_starts_anew_without_a_checkpoint_only_where_asked_to(tiny_config, tmp_path):
+def test_starts_over_without_a_checkpoint_only_if_asked_to(tiny_config, tmp_path):
     trainer = make_trainer(tmp_path, tiny_config(), max_steps=1)
     with pytest.raises(ValueError, match="no complete checkpoint to resume from"):
         trainer.train(resume_from_checkpoint=True)
@@ -206,14 +206,14 @@ def test_a_damaged_checkpoint_is_skipped(copied, name, damage):
 def test_an_empty_folder_is_skipped(copied):
     shutil.rmtree(copied / "run/checkpoint-4")
     (copied / "run/checkpoint-4").mkdir()
-    (copied / "run/checkpoint-best").mkdir()  # somebody's own
+    (copied / "run/checkpoint-best").mkdir()  # a folder of the user
     (copied / "run/checkpoint-9").write_text("no folder")
     with pytest.warns(UserWarning, match="checkpoint-4") as warned:
         assert last_complete_checkpoint(copied / "run") == str(copied / "run/checkpoint-3")
     assert len(warned) == 1
 
 
-def test_a_training_goes_on_from_before_the_damage(copied, uninterrupted, in_process):
+def test_training_resumes_from_before_the_damage(copied, uninterrupted, in_process):
     truncate(copied / "run/checkpoint-4/optimizer.pt")
     in_process(small_training.train, str(copied), True)
     assert_same_end(copied, uninterrupted)
@@ -338,7 +338,7 @@ def test_the_best_checkpoint_stays_and_is_loaded(scripted, tiny_config, tmp_path
     state = json.loads((tmp_path / "checkpoint-4/trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")
     assert (state["best_metric"], state["best_global_step"]) == (40, 2)
-    # The state of the best one says so of itself
+    # The state of the best checkpoint names itself as the best
     state = json.loads((tmp_path / "checkpoint-2/trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")
     best, last = weights_in(tmp_path / "checkpoint-2"), weights_in(tmp_path / "checkpoint-4")
@@ -355,7 +355,7 @@ def test_the_best_checkpoint_stays_and_is_loaded(scripted, tiny_config, tmp_path
     assert all(torch.equal(again.model.get_parameter(name).cpu(), best[name]) for name in weights_of(again.model))
 
 
-def test_only_the_best_is_saved_where_asked_for(scripted, tiny_config, tmp_path):
+def test_only_the_best_is_saved_if_asked_for(scripted, tiny_config, tmp_path):
     scripted([10, 40, 30, 50, 20, 20])
     make_trainer(tmp_path, tiny_config(), **{**BEST, "save_strategy": "best", "save_total_limit": None}).train()
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2", "checkpoint-4"}

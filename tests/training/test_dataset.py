@@ -135,7 +135,7 @@ def test_rows_to_predict(make_dataset):
         [[ROWS[1]["duration"], ROWS[1]["duration"] + 1]],
     ],
 )
-def test_windows_that_are_none(make_dataset, windows):
+def test_invalid_windows(make_dataset, windows):
     with pytest.raises(ValueError, match="^qid b_2: .*(window|ends after the video)"):
         make_dataset([ROWS[0], {**ROWS[1], "relevant_windows": windows}])
 
@@ -209,7 +209,7 @@ def test_skip_invalid(features, tiny_config):
         MomentRetrievalDataset(rows, video, text, processor, tiny_config())
 
 
-def test_skip_invalid_where_nothing_is(make_dataset, features):
+def test_skip_invalid_without_invalid_rows(make_dataset, features):
     video, text = features
     processor = DiffusionVMRProcessor([12], 8, max_clips=20, max_tokens=10)
     with warnings.catch_warnings():
@@ -217,7 +217,7 @@ def test_skip_invalid_where_nothing_is(make_dataset, features):
         assert MomentRetrievalDataset(ROWS, video, text, processor, skip_invalid=True).rows == ROWS
 
 
-def test_skip_invalid_where_all_are(features):
+def test_skip_invalid_with_only_invalid_rows(features):
     """The error gives the first reason."""
     with (
         warnings.catch_warnings(record=True) as caught,
