@@ -218,7 +218,7 @@ class Run:
         return json.loads(json.dumps(options))
 
     def check_settings(self) -> None:
-        """Raise `ValueError` if the folder holds results of a training with other settings."""
+        """Raise `ValueError` if the folder contains results of a training with other settings."""
         has_results = self.is_done or any(self.folder.glob("checkpoint-*"))
         if has_results and cached(self.folder / SETTINGS_FILE, self.settings) != self.settings():
             raise ValueError(f"{self.folder}: made with other flags; use the same ones or another --output_dir")

@@ -223,7 +223,7 @@ def check_destination(folder: Path) -> None:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Return whether a folder holds a model."""
+    """Return whether a folder contains a model."""
     return (folder / "config.json").is_file()
 
 
@@ -339,7 +339,7 @@ def main(arguments: argparse.Namespace) -> None:
             features = stage(work / "features", make_features, arguments.seed, backbones)
             made = stage(work / "model", make_model, arguments.seed, backbones, features)
             publish(made, arguments.model)
-            print(f"wrote {arguments.model}: {(time.perf_counter() - began) / 60:.1f} min in all", flush=True)
+            print(f"wrote {arguments.model}: {(time.perf_counter() - began) / 60:.1f} min in total", flush=True)
         evaluate(arguments.model, Path(temporary))
         print("\n".join(sizes(arguments.model)))
 

@@ -219,7 +219,7 @@ def _degraded(picture: np.ndarray, quality: int) -> np.ndarray:
 
 
 def _draw_families(pool: Frames, count: int, rng: np.random.Generator) -> Frames:
-    """Draw whole families of frames, `count` frames in all."""
+    """Draw complete families of frames, `count` frames in total."""
     chosen = torch.from_numpy(rng.choice(len(pool) // FAMILY, count // FAMILY, replace=False))
     return pool[(chosen[:, None] * FAMILY + torch.arange(FAMILY)).flatten()]
 

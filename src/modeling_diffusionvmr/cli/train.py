@@ -174,16 +174,9 @@ def load_rows(arguments: argparse.Namespace) -> tuple[list, list]:
 
 def feature_sizes(rows: Sequence[Mapping[str, Any]], video: Sequence[Mapping], text: Mapping) -> FeatureSizes:
     """Return the feature sizes for some rows. Raise `ValueError` if a store has usable features for none of them."""
-    from ..data.features import feature_size, name_of
+    from ..data.features import feature_size
 
-    def size_in(store: Mapping, field: str) -> int:
-        identifiers = dict.fromkeys(row[field] for row in rows)
-        size = feature_size(store, (identifier for identifier in identifiers if identifier in store))
-        if size is None:
-            raise ValueError(f"{name_of(store)}: no usable features for any of the rows")
-        return size
-
-    return FeatureSizes([size_in(store, "vid") for store in video], size_in(text, "qid"))
+    return FeatureSizes([feature_size(store, rows, "vid") for store in video], feature_size(text, rows, "qid"))
 
 
 def make_model(arguments: argparse.Namespace, sizes: FeatureSizes):

@@ -19,7 +19,7 @@ from ..processing_diffusionvmr import common_length
 from .annotations import SKIP_HINT, hold_out, load_annotations
 from .benchmarks import Benchmark
 from .dataset_card import dataset_card
-from .features import feature_size, name_of
+from .features import feature_size
 from .parquet import ANNOTATIONS_CONFIG, TEXT_COLUMN, VIDEOS_CONFIG, annotation_columns, video_columns, write_split
 
 WRITER_BATCH = 64  # videos in memory at once
@@ -93,21 +93,14 @@ class Source:
         self.skip_invalid = skip_invalid
         self.skipped: dict[str, str] = {}
         self._skipped_videos: set[str] = set()
-        self.sizes = {name: self._size(store, "vid") for name, store in video_features.items()}
-        self.text_size = self._size(text_features, "qid")
-        qids = [row["qid"] for split_rows in rows.values() for row in split_rows]
-        are_numbers = all(isinstance(qid, int) and qid in INT64 for qid in qids)
+        all_rows = [row for split_rows in rows.values() for row in split_rows]
+        self.sizes = {name: feature_size(store, all_rows, "vid") for name, store in video_features.items()}
+        self.text_size = feature_size(text_features, all_rows, "qid")
+        are_numbers = all(isinstance(row["qid"], int) and row["qid"] in INT64 for row in all_rows)
         self.columns: dict[str, Columns] = {
             VIDEOS_CONFIG: video_columns(self.sizes, dtype),
             ANNOTATIONS_CONFIG: annotation_columns("int64" if are_numbers else "string", self.text_size, dtype),
         }
-
-    def _size(self, store: Mapping, key: str) -> int:
-        identifiers = dict.fromkeys(row[key] for rows in self.rows.values() for row in rows)
-        size = feature_size(store, (identifier for identifier in identifiers if identifier in store))
-        if size is None:
-            raise ValueError(f"{name_of(store)}: no usable features for any {key} of the annotations")
-        return size
 
     def table(self, config_name: str, split: str) -> Iterator[dict[str, Any]]:
         """

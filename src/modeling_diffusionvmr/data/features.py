@@ -92,16 +92,26 @@ def common_clip_seconds(stores: Sequence[Mapping]) -> float | None:
     return next(iter(stated), None)
 
 
-def feature_size(store: Mapping, identifiers: Iterable[int | str]) -> int | None:
+def feature_size(store: Mapping, rows: Iterable[Mapping[str, Any]], key: str) -> int:
     """
-    Return the size of a store's vectors: the most common one among its first few arrays, or `None` if none of these can
-    be read.
+    Return the size of a store's vectors: the most common one among the first few arrays that rows need.
+
+    Args:
+        store: the features.
+        rows: annotations.
+        key: `vid` or `qid`, the field by which the store is indexed.
+
+    Raises:
+        ValueError: if none of these arrays can be read.
     """
+    identifiers = dict.fromkeys(row[key] for row in rows)
     sizes: Counter[int] = Counter()
-    for identifier in islice(identifiers, 20):
+    for identifier in islice((identifier for identifier in identifiers if identifier in store), 20):
         with suppress(KeyError, ValueError):  # reported later, when the array is needed
             sizes[store[identifier].shape[1]] += 1
-    return sizes.most_common(1)[0][0] if sizes else None
+    if not sizes:
+        raise ValueError(f"{name_of(store)}: no usable features for any {key} of the annotations")
+    return sizes.most_common(1)[0][0]
 
 
 def name_of(store: Mapping) -> str:

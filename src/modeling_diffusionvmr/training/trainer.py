@@ -69,7 +69,7 @@ class DiffusionVMRTrainer(TrainerInternals):
         for field, needed in (("eval_do_concat_batches", True), ("batch_eval_metrics", False)):
             if args is not None and getattr(args, field) is not needed:
                 raise ValueError(f"the official metrics need all predictions at once: `{field}` must be {needed}")
-        # The processor is not passed on: `Trainer` assumes that every processor holds a tokenizer
+        # The processor is not passed on: `Trainer` assumes that every processor has a tokenizer
         super().__init__(model, args, data_collator or DiffusionVMRDataCollator(), *other_args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
