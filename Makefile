@@ -1,4 +1,4 @@
-# Each target sets up its own environment in .venv, once, and again when pyproject.toml or constraints.txt change.
+# Every target first sets up an environment in .venv, and again when pyproject.toml or constraints.txt change.
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python

@@ -1,13 +1,13 @@
 """
-The paper's Tables 1 to 6 and Figures 1, 3, 4 and 5: our numbers beside the paper's, as CSV files and images.
+Make the paper's Tables 1 to 6 and Figures 1, 3, 4 and 5: our numbers beside the paper's, as CSV files and images.
 
-Models are trained like `diffusionvmr train` does, with its flags given here, in OUTPUT_DIR/runs. If interrupted, the
-same command resumes, and repeats nothing that is finished. Models are measured on --eval_annotations:
+Models are trained as by `diffusionvmr train`, whose flags this script also takes, in OUTPUT_DIR/runs. If interrupted,
+the same command resumes and repeats nothing that is finished. Models are measured on --eval_annotations:
 
     python scripts/ablate.py --tables 4 5 6 --figures 3 4 --seeds 0 1 2 --preset qvhighlights --annotations train.jsonl
         --eval_annotations val.jsonl --video_features slowfast clip --text_features clip_text --max_steps 5000 ...
 
-Tables 1 to 3 take our row from the run of their preset, or from metrics that `diffusionvmr evaluate` saved (--results).
+Tables 1 to 3 take our row from the run of their preset, or from metrics saved by `diffusionvmr evaluate` (--results).
 """
 
 import argparse
@@ -64,9 +64,9 @@ RUNS = {
     "without_class": ["--class_loss_coefficient", "0"],
     "stable": ["--proposal_schedule", "stable"],
 }
-"""The models to train, and the flags that are their own."""
+"""The models to train, and the flags in which they differ."""
 
-# The run behind each row
+# The run that each row is measured on
 TABLE_5 = {"all terms": "default"} | {name.replace("_", " "): name for name in RUNS if name.startswith("without_")}
 TABLE_6 = {"stable": "stable", "progress": "default"}
 SAMPLING_STEPS = tuple(map(int, PAPER[4].rows))
@@ -96,14 +96,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         nargs="+",
         default=[],
         metavar="NAME=METRICS.json",
-        help="Tables 1 to 3: a row; give a name again for several runs",
+        help="Tables 1 to 3: add a row; repeat a name for several runs",
     )
     parser.add_argument(
         "--curves",
         nargs="+",
         default=[],
         metavar="NAME=FILE.csv",
-        help="Figure 3: other models' curves, columns N and mAP@Avg",
+        help="Figure 3: curves of other models, with the columns N and mAP@Avg",
     )
     parser.add_argument("--qids", nargs="+", help="queries of Figures 1 (the first one) and 5 (default: evenly spaced)")
     parser.add_argument("--repeats", type=int, default=5, help="Table 4: repeats; the median counts (default: 5)")
@@ -112,7 +112,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     known, flags = parser.parse_known_args(arguments)
     if not known.tables and not known.figures:
-        parser.error("give --tables, --figures or both")
+        parser.error("pass --tables, --figures or both")
     known.flags = flags
     return known
 
@@ -127,7 +127,7 @@ def named_files(given: Sequence[str], flag: str) -> list[tuple[str, str]]:
 
 
 def load_results(given: Sequence[str]) -> dict[str, list[dict]]:
-    """Load the metrics that `--results` names: for each name those of its runs."""
+    """Load the metrics of `--results`, as a list of runs by name."""
     results = {}
     for name, path in named_files(given, "--results"):
         try:
@@ -141,7 +141,7 @@ def load_results(given: Sequence[str]) -> dict[str, list[dict]]:
 
 
 def needed_runs(arguments: argparse.Namespace) -> list[str]:
-    """Names of the runs that the tables and figures need."""
+    """Return the names of the runs that the tables and figures need."""
     needed = set()
     if arguments.figures or 4 in arguments.tables or (set(COMPARISONS) & {*arguments.tables} and not arguments.results):
         needed.add("default")
@@ -152,20 +152,20 @@ def needed_runs(arguments: argparse.Namespace) -> list[str]:
 
 
 def cached(path: Path, compute: Callable[[], dict]) -> dict:
-    """The content of a JSON file, which is computed and saved if the file does not exist."""
+    """Return the content of a JSON file. If it does not exist, compute and save the content first."""
     if not path.exists():
         save_json(compute(), path)
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def data_name(annotations: str, split: str | None) -> str:
-    """The name of annotations in the tables: the same wherever the file is."""
+    """Return the name of annotations in the tables, which does not depend on the folder of the file."""
     name = Path(annotations).resolve().name
     return name if split is None else f"{name} {split}"
 
 
 class EvaluationData:
-    """The data on which every model is measured: the rows by which training chooses its checkpoint."""
+    """The data on which every model is measured: the rows with which training chooses its checkpoint."""
 
     def __init__(self, training: argparse.Namespace):
         self.rows = train.load_rows(training)[1]
@@ -195,7 +195,7 @@ class EvaluationData:
 
 
 class Run:
-    """The training of one model and its measurements, each saved atomically in a file of its own."""
+    """The training of one model and its measurements, each saved atomically in its own file."""
 
     def __init__(self, name: str, seed: int, output_dir: Path, flags: Sequence[str], data: EvaluationData, device: str):
         self.name = f"{name}_seed{seed}"
@@ -213,12 +213,12 @@ class Run:
         return self.folder / "log.txt"
 
     def settings(self) -> dict:
-        """All options of the training but the output folder, as JSON has them."""
+        """Return all options of the training except the output folder, in the types of JSON."""
         options = {name: value for name, value in vars(self.training).items() if name not in ("output_dir", "given")}
         return json.loads(json.dumps(options))
 
     def check_settings(self) -> None:
-        """Raise `ValueError` if the folder holds results of a training with other settings."""
+        """Raise `ValueError` if the folder contains results of a training with other settings."""
         has_results = self.is_done or any(self.folder.glob("checkpoint-*"))
         if has_results and cached(self.folder / SETTINGS_FILE, self.settings) != self.settings():
             raise ValueError(f"{self.folder}: made with other flags; use the same ones or another --output_dir")
@@ -250,7 +250,7 @@ class Run:
         torch.cuda.empty_cache()
 
     def evaluation(self, num_proposals: int | None = None, num_sampling_steps: int | None = None) -> dict:
-        """The metrics, optionally with another N or S than the model's own."""
+        """Return the metrics, optionally with another N or S than the model's own."""
         metrics = cached(self.folder / METRICS_FILE, lambda: evaluate_model(*self.opened))
         n = num_proposals or metrics["settings"]["num_proposals"]
         s = num_sampling_steps or metrics["settings"]["num_sampling_steps"]
@@ -259,11 +259,11 @@ class Run:
         return cached(self.folder / "evaluations" / f"N{n}_S{s}.json", lambda: evaluate_model(*self.opened, n, s))
 
     def layers(self) -> dict:
-        """The numbers of Figure 4."""
+        """Return the numbers of Figure 4."""
         return cached(self.folder / "evaluations" / "layers.json", lambda: layer_ious(*self.opened))
 
     def seconds(self, repeats: int) -> dict:
-        """The seconds of Table 4, by batch size and S."""
+        """Return the seconds of Table 4, by batch size and S."""
         device = torch.device(self.device)
 
         def measure() -> dict:
@@ -277,10 +277,10 @@ class Run:
 
 class Ablation:
     """
-    The runs, and the tables and figures made from those that are finished.
+    The runs, and the tables and figures made from the finished ones.
 
     Raises:
-        ValueError: for all bad input that can be found before the first training.
+        ValueError: for any bad input that can be found before the first training.
     """
 
     def __init__(self, arguments: argparse.Namespace):
@@ -298,17 +298,17 @@ class Ablation:
         }
         if len({*COMPARISONS} & {*arguments.tables}) > 1 and (self.results or self.preset not in TABLE_OF_PRESET):
             raise ValueError(
-                "--tables: only one of 1, 2 and 3 at a time, since --results and preset files do not say which it is"
+                "--tables: only one of 1, 2 and 3 at a time, since --results and preset files do not name a table"
             )
 
     def _make_runs(self, names: Sequence[str]) -> None:
         arguments = self.arguments
         training = train.parse([*arguments.flags, "--output_dir", str(arguments.output_dir)])
         if "seed" in training.given:
-            raise ValueError("--seed: set by --seeds")
+            raise ValueError("--seed: use --seeds instead")
         for flag in (part for name in names for part in RUNS[name] if part.startswith("--")):
             if flag.removeprefix("--") in training.given:
-                raise ValueError(f"{flag}: set by the runs")
+                raise ValueError(f"{flag}: cannot be used, since the runs differ in it")
         self.preset = training.preset
         self.data = EvaluationData(training)
         known = {str(row["qid"]) for row in self.data.rows}
@@ -324,7 +324,7 @@ class Ablation:
                 run.check_settings()
 
     def train(self) -> list[str]:
-        """Train what is not finished, all runs of one seed before the next. Return one line per failed run."""
+        """Train the unfinished runs, all of one seed before the next. Return one line per failed run."""
         runs = [run for of_seed in zip(*self.runs.values()) for run in of_seed]
         failed = []
         for index, run in enumerate(runs):
@@ -350,7 +350,7 @@ class Ablation:
         return self.finished("default")
 
     def title(self, text: str, settings: Mapping[str, Any]) -> str:
-        """The title of a figure: what it shows, for which data and settings."""
+        """Return the title of a figure: what it shows, for which data and settings."""
         beside = settings_beside(settings)
         known = [f"{name} = {beside[name]}" for name in ("N", "S") if beside[name] is not None]
         known.append("no NMS" if beside["NMS"] == "none" else f"NMS {beside['NMS']}")
@@ -364,7 +364,7 @@ class Ablation:
         return "ours" if count == 1 else f"ours (mean of {count} runs; band: min to max)"
 
     def measured(self, evaluations: Sequence[dict]) -> Measured:
-        """One row of a table, from evaluations with the same settings."""
+        """Return one row of a table, from evaluations with the same settings."""
         settings = evaluations[0].get("settings", {}) if evaluations else {}
         beside = settings_beside(settings)
         if settings.get("annotations"):  # --results may come from other data
@@ -372,14 +372,14 @@ class Ablation:
         return Measured([metric_columns(metrics) for metrics in evaluations], beside)
 
     def table(self, number: int) -> list[dict]:
-        """The rows of one of Tables 1 to 6."""
+        """Return the rows of one of Tables 1 to 6."""
         if number in COMPARISONS:
             ours = self.results
             if not ours and TABLE_OF_PRESET.get(self.preset, number) == number:
                 ours = {"DiffusionVMR, this library": [run.evaluation() for run in self.default]}
             if not ours:
                 print(
-                    f"table {number}: {self.preset} is another benchmark, only the paper's rows",
+                    f"table {number}: contains only the paper's rows, since {self.preset} is another benchmark",
                     file=sys.stderr,
                 )
             return paper_table(number, {name: self.measured(of_name) for name, of_name in ours.items()}, self.beside)
@@ -390,7 +390,7 @@ class Ablation:
         return paper_table(number, {label: self.measured(runs) for label, runs in ours.items()}, self.beside)
 
     def sampling_steps(self) -> dict[str, Measured]:
-        """The rows of Table 4. Seconds are measured on one model, since they do not depend on the weights."""
+        """Return the rows of Table 4. Seconds are measured on one model, since they do not depend on the weights."""
         timing = self.default[0].seconds(self.arguments.repeats)
         rows = {}
         for steps in SAMPLING_STEPS:
@@ -401,7 +401,7 @@ class Ablation:
         return rows
 
     def example_rows(self, run: Run) -> list[dict]:
-        """The rows of the queries in Figures 1 and 5."""
+        """Return the rows of the queries in Figures 1 and 5."""
         rows = run.opened[1].rows
         if not self.arguments.qids:
             return [rows[(2 * index + 1) * len(rows) // (2 * NUM_EXAMPLES)] for index in range(NUM_EXAMPLES)]
@@ -426,7 +426,7 @@ class Ablation:
         )
 
     def figure_3(self):
-        """Plot and save mAP by the number of proposals in inference. The models are not retrained."""
+        """Plot and save mAP by the number of proposals at inference. The models are not retrained."""
         curves = self.curves
         ours = {n: [run.evaluation(num_proposals=n) for run in self.default] for n in NUM_PROPOSALS}
         entries = []
@@ -444,7 +444,7 @@ class Ablation:
         lines = {self.label: {n: [metric_columns(one)["mAP@Avg"] for one in ours[n]] for n in ours}}
         lines |= {name: {n: [value] for n, value in curve.items()} for name, curve in curves.items()}
         settings = {**self.default[0].evaluation()["settings"], "num_proposals": None}
-        title = self.title("mAP@Avg by the number of proposals in inference", settings)
+        title = self.title("mAP@Avg by the number of proposals at inference", settings)
         return plot_curves(lines, "proposals", "mAP@Avg", title)
 
     def figure_4(self):

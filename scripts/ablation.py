@@ -1,15 +1,15 @@
 """
 Numbers for the paper's tables and figures: the printed ones, those measured on a trained model, and both side by side.
 
-`paper_tables.csv` holds Tables 1 to 6 of the paper (arXiv 2308.15109v1), one line per printed row, in the printed order
-and with the printed digits:
+`paper_tables.csv` contains Tables 1 to 6 of the paper (arXiv 2308.15109v1), one line per printed row, in the printed
+order and with the printed digits:
 
 - `table`: the number of the table.
 - `data`: the dataset and the split it was measured on.
 - `rows are`: what distinguishes the rows of this table.
 - `row`: the row's label, without citation and with the table's features column, if any, in parentheses.
-- one column per metric, in the order of the tables. A dash is a dash in the paper; an empty cell is a column that this
-  table does not have. Seconds (Table 4) are on one NVIDIA RTX 3090.
+- one column per metric, in the order of the tables. A dash is a dash in the paper. An empty cell means that this table
+  does not have the column. Seconds (Table 4) were measured on one NVIDIA RTX 3090.
 
 Figures 3 and 4 are pictures in the paper and print no numbers.
 """
@@ -47,7 +47,7 @@ METRICS = {
 }
 """The paper's name of each metric, and the (part, key) under which `evaluate_predictions` returns it."""
 SELECTION = ("best IoU", "chosen IoU", "chosen / true width")
-"""The keys of `selection`. They tell a moment that no proposal covers from one that is covered but not chosen."""
+"""The keys of `selection`. They distinguish moments that no proposal covers from moments that are not chosen."""
 
 
 class PaperTable(NamedTuple):
@@ -110,7 +110,7 @@ def selection(predictions: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[s
     Compare the best proposal of each query with the chosen one, which has the highest score.
 
     Args:
-        predictions: with `pred_relevant_windows` by falling score.
+        predictions: with `pred_relevant_windows` by descending score.
         rows: annotations, in the order of `predictions`.
 
     Returns:
@@ -176,7 +176,7 @@ def sampling_seconds(
     """
     Measure the seconds of one forward pass: one call of the encoder and S calls of the decoder.
 
-    The numbers of steps take turns, so that other load on the machine affects all of them alike. A first round is not
+    The numbers of steps take turns, so that other load on the machine affects all of them alike. The first round is not
     counted.
 
     Returns:
@@ -218,7 +218,7 @@ class Measured(NamedTuple):
 
 
 def metric_columns(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return what `evaluate_model` measured under the paper's names; `None` for missing metrics."""
+    """Return what `evaluate_model` measured by the paper's names, with `None` for missing metrics."""
     figures = {column: metrics.get(part, {}).get(key) for column, (part, key) in METRICS.items()}
     return figures | metrics.get("selection", {})
 
@@ -303,7 +303,7 @@ def read_curve(path: str | os.PathLike) -> dict[int, float]:
     Read mAP@Avg by number of proposals from a CSV file with the columns `N` and `mAP@Avg`.
 
     Raises:
-        ValueError: if a line lacks these numbers; names the file and the line.
+        ValueError: if a line lacks these numbers. The message names the file and the line.
     """
     with open(path, encoding="utf-8", newline="") as file:
         return dict(_curve_points(csv.DictReader(file), Path(path)))

@@ -1,4 +1,4 @@
-"""Measure time and memory of parts of the library."""
+"""Measure the time and memory that parts of the library take."""
 
 import argparse
 import contextlib
@@ -42,8 +42,8 @@ from modeling_diffusionvmr.data.annotations import SALIENCY_CLIP_SECONDS, load_a
 from modeling_diffusionvmr.data.files import load_jsonl, save_json
 from modeling_diffusionvmr.training.metrics import evaluate_predictions
 
-# The size of simulated data is that of QVHighlights
-QUERIES, DURATION, MOST_WINDOWS, PROPOSALS = 1550, 150, 4, 10
+# Simulated data has the size of QVHighlights
+QUERIES, DURATION, MAX_WINDOWS, PROPOSALS = 1550, 150, 4, 10
 BACKBONE_SIZES, TEXT_SIZE, NUM_TOKENS = {"slowfast": 2304, "clip": 512}, 512, 20
 BATCH_SIZE = 32
 WARM_UP_STEPS = 3
@@ -78,11 +78,11 @@ def alternate(jobs: dict[str, Callable], repeats: int) -> dict[str, tuple]:
 
 
 def simulate_truth(seed: int, num_queries: int = QUERIES) -> list[dict]:
-    """Draw rows like those of QVHighlights: up to four windows on a grid of clips, three scores per clip in them."""
+    """Draw rows like those of QVHighlights: up to four windows on a grid of clips, with three scores per clip."""
     rng, num_clips = np.random.default_rng(seed), DURATION // SALIENCY_CLIP_SECONDS
     rows = []
     for qid in range(num_queries):
-        edges = np.sort(rng.choice(num_clips + 1, 2 * rng.integers(1, MOST_WINDOWS + 1), replace=False))
+        edges = np.sort(rng.choice(num_clips + 1, 2 * rng.integers(1, MAX_WINDOWS + 1), replace=False))
         windows = edges.reshape(-1, 2)
         clips = np.concatenate([np.arange(start, end) for start, end in windows])
         rows.append(
@@ -100,7 +100,7 @@ def simulate_truth(seed: int, num_queries: int = QUERIES) -> list[dict]:
 
 
 def simulate_predictions(rows: list[dict], seed: int) -> list[dict]:
-    """Draw ten windows per row, half of them near a true one, by falling score, and one saliency score per clip."""
+    """Draw ten windows per row, half of them near a true one, by descending score, and one saliency score per clip."""
     rng, predictions = np.random.default_rng([seed, 1]), []
     for row in rows:
         windows = rng.uniform(0, row["duration"], (PROPOSALS, 2))
@@ -167,8 +167,8 @@ def measure_metrics(arguments: argparse.Namespace) -> dict:
     }
 
 
-class SimulatedFeatures(Mapping):
-    """Arrays cut from one block of random numbers: as large on disk as real features, and quick to make."""
+class RandomFeatures(Mapping):
+    """Arrays cut from one block of random numbers: as large on disk as real features, and fast to make."""
 
     def __init__(self, identifiers: Sequence, length: int, size: int, seed: int):
         block_length = 4096
@@ -194,8 +194,8 @@ def make_folder(folder: Path, num_videos: int, seed: int) -> None:
     rows = simulate_truth(seed, num_videos)
     videos, sentences = [row["vid"] for row in rows], [row["qid"] for row in rows]
     num_clips = int(DURATION / SALIENCY_CLIP_SECONDS)
-    backbones = {name: SimulatedFeatures(videos, num_clips, size, seed) for name, size in BACKBONE_SIZES.items()}
-    text = SimulatedFeatures(sentences, NUM_TOKENS, TEXT_SIZE, seed)
+    backbones = {name: RandomFeatures(videos, num_clips, size, seed) for name, size in BACKBONE_SIZES.items()}
+    text = RandomFeatures(sentences, NUM_TOKENS, TEXT_SIZE, seed)
     simulated = Benchmark("Simulated", "Random numbers in the shape of QVHighlights.")
     convert(simulated, Source({"train": rows}, backbones, text, SALIENCY_CLIP_SECONDS), folder)
 
@@ -224,12 +224,12 @@ def open_folder(folder: Path, samples: int, repeats: int, seed: int) -> dict[str
 
 
 def measure_data(arguments: argparse.Namespace) -> dict:
-    """Measure the first and the second opening of a converted folder, each in a process of its own."""
+    """Measure the first and the second opening of a converted folder, each in its own process."""
     if arguments.work_dir is not None and not Path(arguments.work_dir).is_dir():
         raise ValueError(f"--work_dir: {arguments.work_dir} is not a folder")
     with tempfile.TemporaryDirectory(dir=arguments.work_dir) as work:
         folder = Path(work) / "simulated"
-        # An empty cache makes the first opening really the first
+        # With an empty cache, the first opening really is the first
         os.environ["HF_DATASETS_CACHE"] = f"{work}/cache"
         started = time.perf_counter()
         make_folder(folder, arguments.videos, arguments.seed)
@@ -302,8 +302,8 @@ def make_training(arguments: argparse.Namespace, settings: argparse.Namespace):
     num_clips = int(DURATION / SALIENCY_CLIP_SECONDS)
     dataset = MomentRetrievalDataset(
         rows,
-        [SimulatedFeatures(videos, num_clips, size, arguments.seed) for size in sizes],
-        SimulatedFeatures(sentences, NUM_TOKENS, config.text_feature_size, arguments.seed),
+        [RandomFeatures(videos, num_clips, size, arguments.seed) for size in sizes],
+        RandomFeatures(sentences, NUM_TOKENS, config.text_feature_size, arguments.seed),
         DiffusionVMRProcessor(sizes, config.text_feature_size, config.max_clips, config.max_tokens),
         config,
         SALIENCY_CLIP_SECONDS,
@@ -362,7 +362,7 @@ PARTS = {
     "metrics": measure_metrics,
     "training": measure_training,
 }
-"""Each returns a "table", as rows with the same columns, and further values that describe the measurement."""
+"""Each returns a "table", a list of rows with the same columns, and further values that describe the measurement."""
 
 
 def print_table(rows: list[dict]) -> None:

@@ -1,6 +1,6 @@
 """
-Render a new video, retrieve the moments of three sentences in it with the embedded model, and save plots of the moments
-beside the true ones. Run it with `make demo`.
+Render a new video, retrieve the moments of three sentences with the embedded model, and plot them beside the true
+moments. `make demo` runs this script.
 """
 
 import argparse

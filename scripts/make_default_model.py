@@ -1,6 +1,6 @@
 """
 Make the embedded checkpoint from one seed: train a tiny CLIP on rendered frames, extract its features from rendered mp4
-files, and train a tiny DiffusionVMR on them. Then print its results on held-out videos.
+files, and train a tiny DiffusionVMR on them. Then print the model's results on held-out videos.
 """
 
 import argparse
@@ -41,8 +41,8 @@ from modeling_diffusionvmr.synthetic.rendered_world import VideoPlan, annotation
 CLIP_SECONDS = 2.0
 TRAINING_VIDEOS = 1200
 TRAINING_STEPS = 4000
-HELD_OUT_VIDEOS = 100  # with seen pairs, and as many with pairs that training never shows
-HELD_OUT_SEED, UNSEEN_SEED = 10_000_000, 20_000_000  # of the first video; training videos count up from `--seed`
+HELD_OUT_VIDEOS = 100  # number of videos with seen pairs, and of videos with pairs that training never shows
+HELD_OUT_SEED, UNSEEN_SEED = 10_000_000, 20_000_000  # seed of the first video; training videos start at `--seed`
 
 
 # Stages. Each writes one folder in the work directory, and is skipped if that folder exists
@@ -84,7 +84,7 @@ def make_features(seed: int, backbones: Backbones, folder: Path) -> None:
 
 
 def render_and_encode(seed: int, folder: Path, backbones: Backbones) -> list[dict]:
-    """Save the features of one training video, by way of an mp4 file. Returns its annotations."""
+    """Render one training video to an mp4 file, save its features, and delete the file. Return its annotations."""
     plan = plan_video(seed)
     rows = annotation_rows(plan)
     path = render(plan, folder / "rendered")
@@ -192,7 +192,7 @@ def make_model(seed: int, backbones: Backbones, features: Path, folder: Path) ->
 
 
 def save(model: DiffusionVMRForMomentRetrieval, processor: DiffusionVMRProcessor, backbones: Backbones, folder: Path):
-    """Save the checkpoint. Weights are stored as float16 and load as float32, the dtype in the configurations."""
+    """Save the checkpoint. Weights are stored in float16 and loaded in float32, the dtype of the configurations."""
     retrieve = VideoMomentRetrievalPipeline(model=model, processor=processor, backbones=backbones, task=TASK)
     retrieve.save_pretrained(folder)
     for path in folder.rglob("*.safetensors"):
@@ -204,7 +204,7 @@ def publish(made: Path, folder: Path) -> None:
     Copy the checkpoint to its destination, replacing a checkpoint there. Inside the package it needs no remote code.
 
     Raises:
-        ValueError: if the destination is something else than a checkpoint.
+        ValueError: if the destination exists and is not a checkpoint.
     """
     check_destination(folder)
     partial = folder.with_name(f"{folder.name}.partial")
@@ -223,7 +223,7 @@ def check_destination(folder: Path) -> None:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Return whether a folder holds a model."""
+    """Return whether a folder contains a model."""
     return (folder / "config.json").is_file()
 
 
@@ -256,7 +256,7 @@ def evaluate(model: Path, folder: Path) -> None:
     paths = list(in_two_processes(render, plans, "rendering held-out videos", folder))
 
     clip = retrieve.backbones.models[0]
-    print("\nbackbone alone: how well the cosine similarity of sentence and frame tells where the sentence is true")
+    print("\nbackbone alone: how well the cosine similarity of sentence and frame shows where the sentence is true")
     measure_clip(clip.model, clip.tokenizer, clip.image_processor, plans, folder)
 
     rows, predictions = [], []
@@ -284,7 +284,7 @@ def evaluate(model: Path, folder: Path) -> None:
 
 
 def guesses(rows: Sequence[dict], draw: Callable) -> list[dict]:
-    """Return predictions with one window per row. `draw(rng)` gives its start and end as shares of the video."""
+    """Return predictions with one window per row. `draw(rng)` returns its start and end as shares of the video."""
     rng = np.random.default_rng(0)
     windows = [[*(share * row["duration"] for share in draw(rng)), 1.0] for row in rows]
     return [{**row, "pred_relevant_windows": [window]} for row, window in zip(rows, windows)]
@@ -339,7 +339,7 @@ def main(arguments: argparse.Namespace) -> None:
             features = stage(work / "features", make_features, arguments.seed, backbones)
             made = stage(work / "model", make_model, arguments.seed, backbones, features)
             publish(made, arguments.model)
-            print(f"wrote {arguments.model}: {(time.perf_counter() - began) / 60:.1f} min in all", flush=True)
+            print(f"wrote {arguments.model}: {(time.perf_counter() - began) / 60:.1f} min in total", flush=True)
         evaluate(arguments.model, Path(temporary))
         print("\n".join(sizes(arguments.model)))
 

@@ -2,8 +2,8 @@
 A tiny CLIP for the rendered world: the frozen backbone of the embedded model, trained from scratch on single frames.
 
 A frame matches many sentences, so the loss is pairwise: every frame against every sentence of the batch, with the exact
-truth. Two things provide hard negatives: frames of one family show the same words in other combinations, and each batch
-asks for relations that are true, that are true with their words swapped, and whose objects are visible but apart.
+truth. Hard negatives come from two sources: frames of one family show the same words in other combinations, and each
+batch asks for relations that are true, that are true with their words swapped, and whose objects are visible but apart.
 """
 
 import io
@@ -40,7 +40,7 @@ IMAGE_SIZE = 72  # pixels, square
 PATCH_SIZE = 12
 PATCHES_PER_SIDE = IMAGE_SIZE // PATCH_SIZE
 PIXEL_MEAN, PIXEL_STD = 0.45, 0.25
-MOST_OBJECTS = 6  # per frame
+MAX_OBJECTS = 6  # per frame
 FAMILY = 4  # number of consecutive frames with the same cast
 
 
@@ -141,7 +141,7 @@ def _start_embeddings(embeddings: nn.Module) -> None:
     waves = torch.cat([wave(axis[:, None] * speeds) for axis in (x, y) for wave in (torch.sin, torch.cos)], 1)
     embeddings.position_embedding.weight.copy_(torch.cat([torch.zeros(1, size), 0.7 * waves]))
 
-    # JPEG's cosine basis, by rising frequency
+    # JPEG's cosine basis, by ascending frequency
     places = (torch.arange(PATCH_SIZE) + 0.5) / PATCH_SIZE
     basis = torch.cos(math.pi * torch.arange(PATCH_SIZE)[:, None] * places) * math.sqrt(2 / PATCH_SIZE)
     frequencies = [(i, j) for i in range(PATCH_SIZE) for j in range(PATCH_SIZE)]
@@ -157,9 +157,9 @@ class Frames:
     """N frames and their content. For nameless colors, `pair` and `neighbor` have the right shape and a wrong color."""
 
     pixels: Tensor  # uint8 (N, 3, IMAGE_SIZE, IMAGE_SIZE)
-    pair: Tensor  # long (N, MOST_OBJECTS): index into `PAIRS`; -1 for no object
-    neighbor: Tensor  # long (N, MOST_OBJECTS): pair of the object next to it; -1 for none
-    place: Tensor  # float (N, MOST_OBJECTS, 2): center (x, y) in frame widths
+    pair: Tensor  # long (N, MAX_OBJECTS): index into `PAIRS`; -1 for no object
+    neighbor: Tensor  # long (N, MAX_OBJECTS): pair of the object next to it; -1 for none
+    place: Tensor  # float (N, MAX_OBJECTS, 2): center (x, y) in frame widths
 
     def __len__(self) -> int:
         return len(self.pair)
@@ -175,7 +175,7 @@ class Frames:
     def relations(self) -> Tensor:
         """
         Return the two pairs that are next to each other as one code: lower index * len(PAIRS) + higher index, or -1 for
-        an object without a neighbor. Long (N, MOST_OBJECTS).
+        an object without a neighbor. Long (N, MAX_OBJECTS).
         """
         code = torch.minimum(self.pair, self.neighbor) * len(PAIRS) + torch.maximum(self.pair, self.neighbor)
         return torch.where(self.neighbor < 0, -1, code)
@@ -186,15 +186,15 @@ class Frames:
 
 
 _PAIR_INDEX = {pair: i for i, pair in enumerate(PAIRS)}
-_SEEN = torch.tensor([_PAIR_INDEX[pair] for pair in SEEN_PAIRS])  # rising
+_SEEN = torch.tensor([_PAIR_INDEX[pair] for pair in SEEN_PAIRS])  # ascending
 
 
 def render_frames(seed: int, count: int, nameless: bool = False) -> Frames:
     """Render `count` frames of seen pairs, or of shapes in nameless colors, with compression artifacts."""
     rng = np.random.default_rng(seed)
     pixels = np.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    pair, neighbor = (np.full((count, MOST_OBJECTS), -1) for _ in range(2))
-    place = np.zeros((count, MOST_OBJECTS, 2), np.float32)
+    pair, neighbor = (np.full((count, MAX_OBJECTS), -1) for _ in range(2))
+    place = np.zeros((count, MAX_OBJECTS, 2), np.float32)
     for i, still in enumerate(plan_stills(seed, count, nameless=nameless, family=FAMILY)):
         pixels[i] = _degraded(render_frame(still, 0.0), int(rng.integers(60, 96)))
         for j, track in enumerate(still.tracks):
@@ -219,7 +219,7 @@ def _degraded(picture: np.ndarray, quality: int) -> np.ndarray:
 
 
 def _draw_families(pool: Frames, count: int, rng: np.random.Generator) -> Frames:
-    """Draw whole families of frames, `count` frames in all."""
+    """Draw complete families of frames, `count` frames in total."""
     chosen = torch.from_numpy(rng.choice(len(pool) // FAMILY, count // FAMILY, replace=False))
     return pool[(chosen[:, None] * FAMILY + torch.arange(FAMILY)).flatten()]
 
@@ -229,7 +229,7 @@ def _augmented(frames: Frames, generator: torch.Generator) -> tuple[Tensor, Tens
     Normalize frames, with random flips, shifts and lighting. No shape's name depends on left or right.
 
     Returns:
-        Pixel values, float (B, 3, IMAGE_SIZE, IMAGE_SIZE), and the new places of the objects, (B, MOST_OBJECTS, 2).
+        Pixel values, float (B, 3, IMAGE_SIZE, IMAGE_SIZE), and the new places of the objects, (B, MAX_OBJECTS, 2).
     """
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -250,7 +250,7 @@ def _augmented(frames: Frames, generator: torch.Generator) -> tuple[Tensor, Tens
 def _draw_relations(frames: Frames, rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
     """
     Draw about `count` relations to ask for in one batch: some that hold in a frame, some with their words swapped, and
-    some of two objects that are apart. Each is two rising indices into `PAIRS`, of seen pairs.
+    some of two objects that are apart. Each is two ascending indices into `PAIRS`, of seen pairs.
     """
     true = {(int(code) // len(PAIRS), int(code) % len(PAIRS)) for code in frames.relations().unique() if code >= 0}
     shapes = len(SHAPES)
@@ -308,11 +308,11 @@ def train_rendered_clip(
     Train a CLIP on frames of seen pairs.
 
     Args:
-        seed: of all random draws.
+        seed: seed of all random draws.
         steps: number of optimizer steps.
-        batch_size: number of frames per batch. A quarter of that number in nameless colors is added.
-        pool_size: number of frames to draw batches from. Half that number in nameless colors is added.
-        learning_rate: peak value.
+        batch_size: number of frames per batch. A quarter of that number is added in nameless colors.
+        pool_size: number of frames to draw batches from. Half that number is added in nameless colors.
+        learning_rate: peak learning rate.
         progress: called as `progress(step, steps, losses)` after each step, with one float per loss term.
 
     Returns:
@@ -426,26 +426,26 @@ def _losses(
     return losses
 
 
-def _at_objects(patches: Tensor, there: Tensor, place: Tensor) -> Tensor:
+def _at_objects(patches: Tensor, is_object: Tensor, place: Tensor) -> Tensor:
     """
     Select the patch at each object's center.
 
     Args:
         patches: (B, PATCHES_PER_SIDE ** 2, size).
-        there: bool (B, MOST_OBJECTS), true for each object.
-        place: (B, MOST_OBJECTS, 2) in frame widths.
+        is_object: bool (B, MAX_OBJECTS), true for each object.
+        place: (B, MAX_OBJECTS, 2) in frame widths.
 
     Returns:
-        (objects, size), in the order of `there`.
+        (objects, size), in the order of `is_object`.
     """
     cells = (place * PATCHES_PER_SIDE).long().clamp(0, PATCHES_PER_SIDE - 1)
     column, row = cells.unbind(-1)
-    batch = torch.arange(len(there))[:, None].expand_as(there)
-    return patches[batch[there], (row * PATCHES_PER_SIDE + column)[there]]
+    batch = torch.arange(len(is_object))[:, None].expand_as(is_object)
+    return patches[batch[is_object], (row * PATCHES_PER_SIDE + column)[is_object]]
 
 
 def _product_loss(vectors: Tensor, products: Tensor, which: Tensor) -> Tensor:
-    """Pull unit vectors (n, size) to their own products, of index `which` (n,), and away from the others."""
+    """Pull unit vectors (n, size) toward their own products, of index `which` (n,), and away from the others."""
     return F.cross_entropy(20 * vectors @ products.T, which) + 2 * (1 - (vectors * products[which]).sum(-1)).mean()
 
 

@@ -2,7 +2,7 @@
 Entry point of the `diffusionvmr` command.
 
 Importing `modeling_diffusionvmr` registers its classes with `transformers`, which loads torch and takes seconds.
-`--help` needs none of that, so the package is executed only once the arguments have been parsed.
+`--help` needs none of that, so the package is only executed after the arguments have been parsed.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ import sys
 def main() -> None:
     """Run the command with the arguments of this process."""
     spec = importlib.util.find_spec("modeling_diffusionvmr")
-    assert spec is not None and spec.loader is not None  # it is installed with this module
+    assert spec is not None and spec.loader is not None  # the package is installed together with this module
     execute = spec.loader.exec_module
     package = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # known, but not executed yet
 

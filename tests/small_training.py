@@ -50,7 +50,7 @@ def make_dataset(
     lengths: tuple[int, ...] = LENGTHS,
     num_tokens: int | None = None,
 ) -> Recording:
-    """Make a data set of random features; with `config`, one to train on."""
+    """Make a dataset of random features; with `config`, one to train on."""
     rng = np.random.default_rng(0)
     video = {f"v{index}": rng.normal(size=(length, 12)).astype("f4") for index, length in enumerate(lengths)}
     rows, text = [], {}

@@ -1,4 +1,4 @@
-"""The embedded checkpoint: the claims of its README, on a small sample."""
+"""The embedded checkpoint: the claims of docs/explanation/embedded_model.md, on a small sample."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from modeling_diffusionvmr import (
 from modeling_diffusionvmr.modeling_diffusionvmr import TASK
 from modeling_diffusionvmr.synthetic.rendered_world import annotation_rows, plan_video, write_video
 
-FIRST_SEED = 55_000_000  # used neither in training nor for the README's figures
+FIRST_SEED = 55_000_000  # used neither in training nor for the published figures
 NUM_VIDEOS = 12
 
 

@@ -248,7 +248,7 @@ def test_draws_of_the_forward_process():
     assert stats.kstest(noise.flatten().double().numpy(), "norm").pvalue > 0.01
     assert timesteps.dtype == torch.long and timesteps.min() >= 0 and timesteps.max() < NUM_STEPS
     assert stats.kstest(timesteps.double().numpy() + 0.5, "uniform", args=(0, NUM_STEPS)).pvalue > 0.01
-    # A step a sample, not a batch; noise a proposal
+    # Steps are drawn per sample rather than per batch, and noise per proposal
     assert len(timesteps.unique()) > 900 and len(noise.unique()) > 0.99 * noise.numel()
 
 

@@ -267,7 +267,7 @@ def test_half_precision_is_computed_in_float32():
 
 def test_gradients():
     labels, *tensors = make_batch()
-    # More windows than proposals in the one, padding in the other
+    # One sample has more windows than proposals, the other has padding
     targets = Targets.from_labels(labels[2:], "cpu")
     targets["spans"] = targets.spans.double()
     *inputs, mask = (tensor[2:] for tensor in tensors)

@@ -8,7 +8,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 import modeling_diffusionvmr
 
-CONTRACT = [
+PUBLIC_NAMES = [
     *("DiffusionVMRConfig", "DiffusionVMRModel", "DiffusionVMRForMomentRetrieval", "DiffusionVMRProcessor"),
     *("VideoMomentRetrievalPipeline", "MomentRetrievalDataset", "DiffusionVMRDataCollator", "DiffusionVMRTrainer"),
     *("open_features", "load_annotations", "evaluate_predictions", "DEFAULT_MODEL"),
@@ -79,8 +79,8 @@ def test_imports_are_found(tmp_path, monkeypatch):
     assert found == {"a", "b", "data.c", "d", "", "e", "data", "data.f", "h.i"}
 
 
-def test_names_of_the_contract():
-    for name in CONTRACT:
+def test_public_names():
+    for name in PUBLIC_NAMES:
         assert getattr(modeling_diffusionvmr, name) is not None
         assert name in modeling_diffusionvmr.__all__ and name in dir(modeling_diffusionvmr)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
@@ -89,7 +89,7 @@ def test_names_of_the_contract():
         from modeling_diffusionvmr import nothing  # noqa: F401
 
 
-def test_everything_that_is_named_is_there():
+def test_all_names_exist():
     namespace = {}
     exec("from modeling_diffusionvmr import *", namespace)
     assert set(modeling_diffusionvmr.__all__) <= namespace.keys()

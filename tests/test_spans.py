@@ -19,10 +19,10 @@ from modeling_diffusionvmr.spans import (
 )
 
 
-def random_spans(*shape: int, least_width: float = 0.02, seed: int = 0) -> torch.Tensor:
+def random_spans(*shape: int, min_width: float = 0.02, seed: int = 0) -> torch.Tensor:
     """Return random spans (*shape, 2) inside [0, 1], float64."""
     random = torch.Generator().manual_seed(seed)
-    width = least_width + (0.95 - least_width) * torch.rand(shape, generator=random, dtype=torch.float64)
+    width = min_width + (0.95 - min_width) * torch.rand(shape, generator=random, dtype=torch.float64)
     center = width / 2 + (1 - width) * torch.rand(shape, generator=random, dtype=torch.float64)
     return torch.stack((center, width), dim=-1)
 
@@ -175,7 +175,7 @@ def test_roi_align_types():
 
 def test_roi_align_gradients():
     features = torch.randn(2, 6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
-    spans = random_spans(2, 3, least_width=0.1).requires_grad_()
+    spans = random_spans(2, 3, min_width=0.1).requires_grad_()
     num_clips = torch.tensor([6, 4])
     assert torch.autograd.gradcheck(lambda f, s: roi_align(f, num_clips, s, 3), (features, spans))
     reaching_out = torch.tensor([[[0.1, 0.5], [1.4, 0.3]], [[0.5, 2.2], [0.9, 0.31]]], dtype=torch.float64)
@@ -186,7 +186,7 @@ def test_roi_align_gradients():
 
 
 @pytest.mark.parametrize(
-    ("span", "least_width", "expected"),
+    ("span", "min_width", "expected"),
     [
         ((0.5, 0.4), 0.1, (0.5, 0.4)),
         ((0.1, 0.4), 0.1, (0.15, 0.3)),  # from -0.1: cut at 0
@@ -197,8 +197,8 @@ def test_roi_align_gradients():
         ((0.3, 0.2), 1.0, (0.5, 1.0)),
     ],
 )
-def test_keep_inside(span, least_width, expected):
-    result = keep_inside(torch.tensor(span, dtype=torch.float64), least_width)
+def test_keep_inside(span, min_width, expected):
+    result = keep_inside(torch.tensor(span, dtype=torch.float64), min_width)
     torch.testing.assert_close(result, torch.tensor(expected, dtype=torch.float64))
 
 

@@ -298,8 +298,8 @@ class DiffusionVMRCommonTest(SkipsAreAccountedFor, modeling_common.ModelTesterMi
                 for name, shapes in expected.items():
                     self.assertEqual([tensor.shape for tensor in outputs[name]], shapes)
                 torch.testing.assert_close(outputs.encoder_hidden_states[-1], without.encoder_last_hidden_state)
-            refused = model(**inputs, output_attentions=False, output_hidden_states=False)
-            self.assertEqual(set(refused), set(without))
+            without_flags = model(**inputs, output_attentions=False, output_hidden_states=False)
+            self.assertEqual(set(without_flags), set(without))
 
     # These tests look for one stack of layers, or for cross-attention, which our decoder does not have (it reads RoI
     # features). They make the same checks with our names.

@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 DEFAULT_MODEL = str(Path(__file__).parent / "default_model")
 """Folder of the embedded checkpoint."""
 
-# Imported on first access: `transformers.Trainer` loads datasets, and retrieval needs no features and no metrics
+# Imported on first access: `transformers.Trainer` loads `datasets`, and retrieval needs neither features nor metrics
 LAZY = {
     "DiffusionVMRDataCollator": "training.collator",
     "DiffusionVMRTrainer": "training.trainer",

@@ -16,8 +16,8 @@ from .checks import check_sentence
 
 class ClipBackbone:
     """
-    CLIP, used as for the released features: the projected embedding of one frame per clip, and the last hidden states
-    of the text encoder.
+    CLIP, used in the same way as for the released features: the projected embedding of one frame per clip, and the last
+    hidden states of the text encoder.
 
     Args:
         model: a `CLIPModel`. It is frozen and set to eval mode.
@@ -29,8 +29,8 @@ class ClipBackbone:
         self.model = model.eval().requires_grad_(False)
         self.image_processor = image_processor
         self.tokenizer = tokenizer
-        # `tokenizer(text)` sets these two for every user of the tokenizer, which is not thread-safe, and they are saved
-        # with it. Once off, calls that do not ask for them leave them alone.
+        # Truncation and padding are state of the tokenizer: a call that sets them is not thread-safe, and they are
+        # saved with it. Once they are off, calls that do not ask for them leave them alone.
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
 

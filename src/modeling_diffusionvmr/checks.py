@@ -1,4 +1,4 @@
-"""Checks of single values that several modules need. They raise `ValueError` and name the value."""
+"""Checks of single values that several modules share."""
 
 import math
 from numbers import Real
@@ -6,8 +6,10 @@ from typing import Any
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a real number that fits a float: not NaN, not infinite, not a bool. NumPy scalars count."""
-    # The exact types first: checking against the abstract class takes much longer, and annotations hold many numbers
+    """
+    Return whether a value is a finite real number that fits a float. NumPy scalars are numbers, bools are not.
+    """
+    # Check the exact types first: `isinstance` with an abstract class is much slower, and annotations have many numbers
     if type(value) not in (int, float) and (isinstance(value, bool) or not isinstance(value, Real)):
         return False
     try:
@@ -24,8 +26,8 @@ def check_positive(value: Any, name: str) -> None:
 
 def check_sentence(value: Any, name: str = "a query") -> None:
     """
-    Raise `ValueError` unless a value is text that can be encoded: not blank, and without lone surrogates, which no file
-    and no tokenizer can hold. The message begins with `name`.
+    Raise `ValueError` unless a value is a string that is not blank and can be encoded, which excludes lone surrogates:
+    neither files nor tokenizers accept them. The message begins with `name`.
     """
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{name} must be a string that is not blank, got {value!r}")

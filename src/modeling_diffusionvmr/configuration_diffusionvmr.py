@@ -71,7 +71,7 @@ class DiffusionVMRConfig(PreTrainedConfig):
         Number of equal bins that the 1-D RoI-align splits a span into.
     roi_context (`float`, *optional*, defaults to 2.0):
         Width of the region read for a span, as a multiple of the span's width (at least 1). The surroundings help to
-        tell a whole moment from a part of one.
+        distinguish a whole moment from a part of one.
     dynamic_size (`int`, *optional*, defaults to 16):
         Inner size of the dynamic interaction: each proposal generates filters D -> dynamic_size -> D.
     l1_loss_coefficient, iou_loss_coefficient, class_loss_coefficient, hinge_loss_coefficient,
@@ -177,7 +177,7 @@ class DiffusionVMRConfig(PreTrainedConfig):
             for key in ("feature_size", "text_feature_size"):
                 if key in backbone and not (isinstance(backbone[key], int) and backbone[key] > 0):
                     raise ValueError(f"`backbones[{index}]`: `{key}` must be an integer above 0: {backbone}")
-            # A backbone that can be run needs it to cut the video into clips. Released features do not.
+            # A backbone that can be run needs `clip_seconds` to divide the video into clips. Released features do not.
             if "clip_seconds" in backbone or ("feature_size" in backbone and backbone.get("id") is not None):
                 check_positive(backbone.get("clip_seconds"), f"`backbones[{index}]`: `clip_seconds`")
         for field, key, total in (

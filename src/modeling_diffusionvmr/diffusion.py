@@ -1,7 +1,8 @@
 """
 The diffusion process on spans (section 3.1): noise schedule, forward process, DDIM step and fixed inference noise.
 
-Works on plain tensors and does not depend on the network. Spans in [0, 1] are scaled to signals in [-scale, scale].
+This module works on plain tensors and does not depend on the network. Spans in [0, 1] are scaled to signals in
+[-scale, scale].
 """
 
 import math
@@ -28,10 +29,9 @@ def fixed_noise(num_proposals: int) -> Tensor:
     """
     Return the noise that inference starts from: (num_proposals, 2) float32.
 
-    It is computed on the CPU, so it is the same on every device. A smaller table is a prefix of a larger one.
-
     The rows are a Sobol sequence mapped through the inverse normal CDF. They are normally distributed, and cover the
-    space more evenly than independent samples.
+    space more evenly than independent samples. A smaller table is a prefix of a larger one. The noise is computed on
+    the CPU, so that it is the same on every device.
     """
     with torch.device("cpu"):  # a model may be under construction on another device
         uniform = torch.quasirandom.SobolEngine(2).fast_forward(1).draw(num_proposals, dtype=torch.float64)
@@ -67,8 +67,11 @@ class Draws:
     """
     The random numbers of B training samples with up to M true spans and N proposals.
 
-    `order` (B, M) in [0, 1) shuffles the true spans; `padding` (B, N, 2) in [0, 1) holds the two ends of random spans;
-    `timesteps` (B,), long, is t; `noise` (B, N, 2) is Gaussian.
+    Attributes:
+        order: (B, M) in [0, 1), shuffles the true spans.
+        padding: (B, N, 2) in [0, 1), the two ends of each random span.
+        timesteps: (B,), long, t.
+        noise: (B, N, 2), Gaussian.
     """
 
     order: Tensor
@@ -145,24 +148,24 @@ class DiffusionSchedule(nn.Module):
         noise = (noisy - alpha.sqrt() * predicted) / (1 - alpha).sqrt()
         return next_alpha.sqrt() * predicted + (1 - next_alpha).sqrt() * noise
 
-    def draw(self, batch: int, most: int, num_proposals: int, device: torch.device | None = None) -> Draws:
-        """Draw what `corrupt` needs at random for B samples of up to M spans, from torch's global generator."""
+    def draw(self, batch: int, max_spans: int, num_proposals: int, device: torch.device | None = None) -> Draws:
+        """Draw the random numbers that `corrupt` needs for B samples of up to M spans, from torch's global state."""
         return Draws(
             padding=torch.rand(batch, num_proposals, 2, device=device),
             timesteps=torch.randint(self.num_steps, (batch,), device=device),
             noise=torch.randn(batch, num_proposals, 2, device=device),
-            order=torch.rand(most, batch, device=device).T,  # last and so that a larger M changes nothing else
+            order=torch.rand(max_spans, batch, device=device).T,  # last and transposed: a larger M changes nothing else
         )
 
-    def draw_samples(self, rngs: Sequence[np.random.Generator], most: int, num_proposals: int) -> Draws:
-        """Draw the same for B samples, from one NumPy generator per sample, so that it does not depend on the batch."""
+    def draw_samples(self, rngs: Sequence[np.random.Generator], max_spans: int, num_proposals: int) -> Draws:
+        """Like `draw`, but from one NumPy generator per sample, so that samples do not depend on their batch."""
         padding, timesteps, noise, order = zip(
             *(
                 (
                     rng.random((num_proposals, 2), dtype=np.float32),
                     rng.integers(self.num_steps),
                     rng.standard_normal((num_proposals, 2), dtype=np.float32),
-                    rng.random(most, dtype=np.float32),  # last: a larger M, of another batch, changes nothing else
+                    rng.random(max_spans, dtype=np.float32),  # last: the M of the batch changes nothing else
                 )
                 for rng in rngs
             )
@@ -173,20 +176,20 @@ class DiffusionSchedule(nn.Module):
         """
         Pad the true spans with random ones and add the noise of step t (section 3.2).
 
-        The true spans come first, in random order, so that the first N rows are valid for any N; if there are more of
-        them than proposals, some are left out. A random span lies between two random points of the video, so that its
-        width does not tell it from a true span at a small t.
+        The true spans come first, in random order, so that the first N rows are valid for any N. If there are more true
+        spans than proposals, some are left out. A random span lies between two random points of the video, so that at
+        a small t its width does not distinguish it from a true span.
 
         Args:
-            spans: (B, M, 2), padded on the right.
-            counts: (B,), the real spans of each sample.
+            spans: the true spans, (B, M, 2), padded on the right.
+            counts: number of true spans of each sample, (B,).
             draws: from `draw` or `draw_samples`.
 
         Returns:
             X_t (B, N, 2) in signal space, and t (B,), long.
         """
-        most, num_proposals = draws.order.shape[1], draws.noise.shape[1]
-        order = draws.order + (torch.arange(most, device=spans.device) >= counts[:, None])
+        max_spans, num_proposals = draws.order.shape[1], draws.noise.shape[1]
+        order = draws.order + (torch.arange(max_spans, device=spans.device) >= counts[:, None])
         shuffled = spans.gather(1, order.argsort(dim=1)[..., None].expand(-1, -1, 2))[:, :num_proposals]
         shuffled = nn.functional.pad(shuffled, (0, 0, 0, num_proposals - shuffled.shape[1]))
         padding = torch.stack((draws.padding.mean(-1), draws.padding.diff(dim=-1).abs().squeeze(-1)), dim=-1)

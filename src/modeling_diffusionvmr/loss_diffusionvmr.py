@@ -14,29 +14,26 @@ from .spans import iou_and_generalized_iou, relevant_clips
 
 class Targets(dict[str, Tensor]):
     """
-    The labels of B samples as padded tensors. M is the largest number of windows, P of saliency pairs.
+    The labels of B samples as padded tensors, for up to M windows and up to P saliency pairs. Padding is on the right.
 
-    `spans` (B, M, 2) and `window_mask` (B, M); `saliency_pos` and `saliency_neg` (B, P), indices of clips, and
-    `pair_mask` (B, P). Padding is on the right.
-
-    This is a dict because accelerate, `Trainer`, pinned memory and `nn.DataParallel` all rebuild a dict, of any class,
+    This is a dict because accelerate, `Trainer`, pinned memory and `nn.DataParallel` all rebuild any subclass of dict
     from its items. Like the list of labels that it replaces, it has length B, and `targets[i]` is one sample's label.
     """
 
-    spans: Tensor
-    window_mask: Tensor
-    saliency_pos: Tensor
-    saliency_neg: Tensor
-    pair_mask: Tensor
+    spans: Tensor  # (B, M, 2)
+    window_mask: Tensor  # (B, M), true for real windows
+    saliency_pos: Tensor  # (B, P), indices of the more salient clips
+    saliency_neg: Tensor  # (B, P), indices of the less salient clips
+    pair_mask: Tensor  # (B, P), true for real pairs
 
     @classmethod
-    @torch.compiler.disable  # it would be compiled again for every shape of every label
+    @torch.compiler.disable  # it would be recompiled for every shape of every label
     def from_labels(cls, labels: Sequence[Mapping[str, Tensor]], device: torch.device | str | None = None) -> "Targets":
         """
         Pad the labels that `DiffusionVMRForMomentRetrieval.forward` describes.
 
         Raises:
-            ValueError: for tensors of the wrong shape; the message names the label.
+            ValueError: if a tensor has the wrong shape. The message names the label.
         """
         for index, label in enumerate(labels):
             if label["spans"].ndim != 2 or label["spans"].shape[1] != 2:
@@ -84,13 +81,13 @@ class Targets(dict[str, Tensor]):
 
 def match(cost: np.ndarray, num_windows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
-    Assign windows to proposals at the least total cost (Eq. 9), in Q independent problems.
+    Assign windows to proposals at the minimum total cost (Eq. 9), in Q independent problems.
 
-    If there are more windows than proposals, only the cheapest ones are matched.
+    If there are more windows than proposals, the windows that cost most stay unmatched.
 
     Args:
         cost: (Q, N, M), finite.
-        num_windows: (Q,), the number of real windows in each problem; they come first, padding follows.
+        num_windows: (Q,), the number of real windows in each problem. They come before the padding.
 
     Returns:
         The matched pairs as three arrays: problem, proposal and window.
@@ -141,8 +138,8 @@ def detection_losses(logits: Tensor, spans: Tensor, targets: Targets, config) ->
     batch, layers, num_proposals, _ = logits.shape
     with torch.no_grad():
         cost = matching_cost(logits, spans, targets, config.l1_loss_coefficient, config.iou_loss_coefficient)
-        # The only transfer to the host in a training step: all samples and layers at once, costs and counts. The costs
-        # of a model that diverged are NaN, which the solver refuses.
+        # The only transfer to the host in a training step: costs and counts of all samples and layers at once. If the
+        # model diverged, costs are NaN, which the solver rejects.
         num_windows = targets.window_mask.sum(1, keepdim=True, dtype=cost.dtype)
         host = torch.cat((cost.nan_to_num().flatten(1), num_windows), dim=1).cpu().numpy()
         problems = host[:, :-1].reshape(batch * layers, num_proposals, targets.spans.shape[1])
@@ -153,7 +150,7 @@ def detection_losses(logits: Tensor, spans: Tensor, targets: Targets, config) ->
     is_background = torch.ones(batch, layers, num_proposals, dtype=torch.long, device=logits.device)
     is_background[sample, layer, proposal] = 0
     class_loss = F.cross_entropy(logits.flatten(0, 2), is_background.flatten(), reduction="none")
-    # Divided by the sum of a sample's weights, as DETR does for a batch, not by N as in Moment-DETR: otherwise the
+    # Divide by the sum of a sample's weights, as DETR does for a batch, and not by N as in Moment-DETR: otherwise the
     # share of the few foreground proposals would shrink as N grows
     class_weight = torch.where(is_background == 1, config.background_coefficient, 1.0)
     class_weight = class_weight / class_weight.sum(-1, keepdim=True).clamp(min=torch.finfo(class_weight.dtype).tiny)
@@ -171,12 +168,12 @@ def detection_losses(logits: Tensor, spans: Tensor, targets: Targets, config) ->
 
 def hinge_loss(saliency_scores: Tensor, targets: Targets, margin: float) -> Tensor:
     """
-    Return the hinge term of Eq. 13: in each pair the more salient clip scores higher by the margin, at least.
+    Return the hinge term of Eq. 13: in each pair, the more salient clip should score higher by at least the margin.
 
     Args:
         saliency_scores: (B, Lv).
-        targets: the pairs.
-        margin: the margin.
+        targets: the saliency pairs.
+        margin: the required difference.
     """
     if not targets.pair_mask.shape[1]:
         return saliency_scores.sum() * 0
@@ -188,14 +185,15 @@ def hinge_loss(saliency_scores: Tensor, targets: Targets, margin: float) -> Tens
 
 def contrastive_loss(scores: Tensor, negative_scores: Tensor, targets: Targets, video_mask: Tensor) -> Tensor:
     """
-    Return the contrastive term of Eq. 13: relevant clips score higher than all clips under a sentence of another video.
+    Return the contrastive term of Eq. 13: relevant clips should score higher than all clips paired with a sentence of
+    another video.
 
-    The paper gives no formula. This is InfoNCE: the log-likelihood of each relevant clip among itself and the clips of
-    the same video under the other sentence.
+    The paper gives no formula. This is InfoNCE: the negative log-likelihood of each relevant clip among itself and the
+    clips of the same video paired with the other sentence.
 
     Args:
-        scores, negative_scores: (B, Lv), saliency of the video's clips under its own and under the other sentence.
-        targets: the windows, which tell the relevant clips.
+        scores, negative_scores: (B, Lv), saliency of the clips, paired with the own and with the other sentence.
+        targets: the windows, which determine the relevant clips.
         video_mask: (B, Lv), 1 = real.
     """
     relevant = relevant_clips(targets.spans, targets.window_mask, video_mask.sum(1), scores.shape[1])
@@ -204,7 +202,7 @@ def contrastive_loss(scores: Tensor, negative_scores: Tensor, targets: Targets, 
     return (loss.sum(1) / relevant.sum(1).clamp(min=1)).mean()
 
 
-@torch.compiler.disable  # matching runs on the host, and would be compiled again for every number of proposals
+@torch.compiler.disable  # matching runs on the host, and would be recompiled for every number of proposals
 def diffusionvmr_loss(
     logits: Tensor,
     spans: Tensor,
@@ -226,7 +224,7 @@ def diffusionvmr_loss(
         targets: the labels.
         video_mask: (B, Lv), 1 = real.
         config: a `DiffusionVMRConfig`, for the coefficients and the margin.
-        negative_saliency_scores: (B, Lv), under a sentence of another video; without them the contrastive term is 0.
+        negative_saliency_scores: (B, Lv), with a sentence of another video. Without them, the contrastive term is 0.
     """
     logits, spans, saliency_scores = logits.float(), spans.float(), saliency_scores.float()
     terms = detection_losses(logits, spans, targets, config)

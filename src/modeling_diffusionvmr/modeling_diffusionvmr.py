@@ -32,7 +32,7 @@ TASK = "video-moment-retrieval"
 @dataclass
 class DiffusionVMRMemory(ModelOutput):
     """
-    The encoder's output (Eq. 7), which the decoder is conditioned on.
+    The encoder's output (Eq. 7), which conditions the decoder.
 
     last_hidden_state (`torch.Tensor` of shape `(B, Lv + Lt, D)`): clips, then tokens.
     video (`torch.Tensor` of shape `(B, Lv, D)`): M_V, the clips.
@@ -133,7 +133,7 @@ def clip_positions(video_mask: Tensor) -> Tensor:
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention in plain operations, which also returns the weights."""
+    """Compute attention with plain operations. Return the output and the weights."""
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
@@ -224,7 +224,7 @@ class DiffusionVMRDynamicInteraction(nn.Module):
 
 
 class DiffusionVMRDenoisingLayer(GradientCheckpointingLayer):
-    """One decoder layer: the denoising head on RoI features, and the class and span heads."""
+    """One decoder layer: the denoising head on RoI features, then the class and span heads."""
 
     def __init__(self, config: DiffusionVMRConfig):
         super().__init__()
@@ -268,7 +268,7 @@ class DiffusionVMRDenoisingLayer(GradientCheckpointingLayer):
 
 
 class DiffusionVMRPreTrainedModel(PreTrainedModel):
-    """Weight initialization, and the settings that `transformers` reads."""
+    """Weight initialization, and attributes that `transformers` reads."""
 
     config: DiffusionVMRConfig
     config_class = DiffusionVMRConfig
@@ -284,7 +284,7 @@ class DiffusionVMRPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """Xavier (section 4.1). Also fill the schedule's tables, which are not part of a checkpoint."""
+        """Initialize with Xavier (section 4.1), and fill the schedule's tables, which are not part of a checkpoint."""
         if isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
             init.zeros_(module.bias)
@@ -312,7 +312,7 @@ class DiffusionVMREncoder(DiffusionVMRPreTrainedModel):
     @capture_outputs
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor, positions: Tensor, **kwargs) -> BaseModelOutput:
         """Encode embeddings (B, L, D) with mask (B, L) and positions (B, L, D) to hidden states (B, L, D)."""
-        # By default `transformers` checks whether the mask has any padding, which would wait for the device
+        # By default, `transformers` checks whether the mask has any padding, which would wait for the device
         layer_mask = create_bidirectional_mask(
             self.config, inputs_embeds, attention_mask, allow_is_bidirectional_skip=False
         )
@@ -427,7 +427,7 @@ class DiffusionVMRModel(DiffusionVMRPreTrainedModel):
     ) -> DiffusionVMRMemory:
         """Encode a projected video (B, Lv, D) with a sentence (B, Lt, Dt), both with bool masks."""
         text = self.text_projection(text_features)
-        # As in Moment-DETR: clips are numbered from 1, the last one is scaled to 2 pi, and words have no positions
+        # As in Moment-DETR: the position of a clip is its end, scaled so that the last one is 2 pi. Words have none
         sine = sine_embedding(clip_positions(video_mask)[..., 1] * (2 * math.pi), self.config.d_model).to(video.dtype)
         hidden = self.encoder(
             inputs_embeds=torch.cat((video, text), dim=1),
@@ -570,7 +570,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
             self.config.custom_pipelines = {TASK: {"impl": implementation, "pt": ["AutoModel"], "type": "multimodal"}}
         super().save_pretrained(save_directory, **kwargs)
 
-    # Compile the modules that it calls, but not this function: it would recompile for every shape of every label
+    # Compile the modules that this function calls, but not the function: it would recompile for every shape of labels
     @partial(torch.compiler.disable, recursive=False)
     @can_return_tuple
     @partial(torch.compiler.disable, recursive=False)
@@ -605,8 +605,8 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
             num_proposals: N. Default: the number of rows of `noisy_spans`, or the configuration's value. If
                 `noisy_spans` has more rows, the first N are used.
             num_sampling_steps: number of DDIM steps (S). Default: the configuration's value.
-            labels: B dicts with `spans`, float (n, 2), n from 0 up; and optionally `saliency_pos` and `saliency_neg`,
-                long (p,), pairs of clips of which the first fits better (hinge term). Or the same as `Targets`, padded.
+            labels: B dicts with `spans`, float (n, 2) with n >= 0; and optionally `saliency_pos` and `saliency_neg`,
+                long (p,), pairs of clips of which the first is more salient (hinge term). Or the same as `Targets`.
             negative_text_features, negative_text_mask: a sentence of another video for each video, (B, L, Dt) and
                 (B, L) (contrastive term).
 
@@ -615,7 +615,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         """
         batch_size = len(video_features)
         if labels is not None and len(labels) != batch_size:
-            raise ValueError(f"there are {batch_size} samples but {len(labels)} labels")
+            raise ValueError(f"got {batch_size} samples but {len(labels)} labels")
         flags = recording_flags(output_attentions, output_hidden_states)
         targets = (
             labels
@@ -630,9 +630,9 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
             if (noisy_spans is None) != (timesteps is None):
                 raise ValueError("in training, `noisy_spans` and `timesteps` must be given together")
             if noisy_spans is None:
-                most = self.config.max_training_proposals if num_proposals is None else max(num_proposals, 1)
+                drawn = self.config.max_training_proposals if num_proposals is None else max(num_proposals, 1)
                 schedule = self.model.schedule
-                draws = schedule.draw(*targets.spans.shape[:2], most, device=targets.spans.device)
+                draws = schedule.draw(*targets.spans.shape[:2], drawn, device=targets.spans.device)
                 noisy_spans, timesteps = schedule.corrupt(targets.spans, targets.window_mask.sum(1), draws)
             start = self.model.starting_point(batch_size, num_proposals, noisy_spans, timesteps)
             decoded = self.model.denoise(memory, *start, **flags)
@@ -654,7 +654,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
             )
         fields = combine(memory, decoded)
         fields.pop("last_hidden_state")
-        # The loss needs spans that reach beyond the video. The output has them clipped.
+        # The loss needs spans that extend beyond the video. In the output, they are clipped.
         noisy, refined = fields.pop("intermediate_spans").split((1, self.config.decoder_layers), dim=1)
         intermediate_spans = torch.cat((noisy, keep_inside(refined, 0.0)), dim=1)
         return DiffusionVMRMomentRetrievalOutput(
@@ -722,7 +722,7 @@ def mask_of(features: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def pad_pair(text, text_mask, negative_text, negative_mask) -> tuple[Tensor, Tensor]:
-    """Join two batches of sentences (B, L, D) and (B, M, D), and their masks, to one of 2 B, padded to the longer."""
+    """Join two batches of sentences (B, L, D) and (B, M, D), and their masks, into one of 2 B, padded to the longer."""
     length = max(text.shape[1], negative_text.shape[1])
     features, masks = [], []
     for sentence, mask in ((text, text_mask), (negative_text, negative_mask)):

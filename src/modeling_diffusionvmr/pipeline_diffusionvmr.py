@@ -49,7 +49,7 @@ class VideoMomentRetrievalPipeline(Pipeline):
             backbones = load_backbones(config, config.name_or_path or None, **hub_kwargs)
         self.backbones = backbones.to(self.device, self.model.dtype)
 
-    # Here and below, `Pipeline` has other names for the same arguments, which it always passes by position
+    # Here and below, `Pipeline` uses other names for the same arguments, but always passes them by position
     def __call__(  # type: ignore[override]
         self, video: Any, query: str | list[str] | None = None, **kwargs
     ) -> Any:
@@ -87,7 +87,7 @@ class VideoMomentRetrievalPipeline(Pipeline):
         if isinstance(video, list) and not video:
             return []
         if isinstance(video, Iterable) and not isinstance(video, (list, Mapping, torch.utils.data.Dataset)):
-            video = (row for row in video)  # the only kind of iterator that `Pipeline` knows
+            video = (row for row in video)  # a generator, the only kind of iterator that `Pipeline` accepts
         return super().__call__(video, **kwargs)
 
     def _sanitize_parameters(self, **kwargs):

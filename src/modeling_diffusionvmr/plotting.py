@@ -1,8 +1,8 @@
 """
 Figures: timelines of a video, predictions beside the truth, spans as they are refined from noise, and curves.
 
-Text from outside is written with `parse_math=False`: otherwise Matplotlib reads what is between two `$` as a formula,
-which fails for most sentences.
+Text from outside is drawn with `parse_math=False`: otherwise Matplotlib reads text between two `$` as a formula, which
+usually fails.
 """
 
 import os
@@ -21,27 +21,26 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from .checks import check_positive
-from .data.annotations import SALIENCY_CLIP_SECONDS, check_row
+from .data.annotations import MAX_SALIENCY, SALIENCY_CLIP_SECONDS, check_row
 from .data.files import atomic_write
 from .spans import span_to_window
 from .training.metrics import predicted_saliency, predicted_windows
 
 PREDICTED, TRUE, SALIENCY = "#d1495b", "#2e7d32", "#33658a"
 SOURCES = (PREDICTED, SALIENCY, "#c17c00", "#6d597a", "#3a3a3a")  # one color per source of predictions
-MOST_SALIENT = 4  # the highest score of an annotator
 WIDTH = 11  # inches
-DPI, MAX_PIXELS = 110, 2**16  # resolution, and the largest height and width of a figure
+DPI, MAX_PIXELS = 110, 2**16  # resolution, and the maximum height and width of a figure
 TOP, BAR = 1.15, 0.3  # upper end of a panel and height of a bar: curves are drawn from 0 to 1, bars below 0
-RANK, GAP = 0.16, 0.12  # height of one ranked window, and space above those of a source
-TOP_K = 5  # windows per source
+RANK, GAP = 0.16, 0.12  # height of one ranked window, and space above the windows of a source
+TOP_K = 5  # default number of windows per source
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
     """
-    Save a figure, atomically. The extension of the path gives the format.
+    Save a figure, atomically, in the format of the path's extension.
 
     Raises:
-        ValueError: for an unknown format, and for a figure that is too large.
+        ValueError: if the format is unknown or the figure is too large.
     """
     if max(figure.get_size_inches()) * DPI > MAX_PIXELS:
         raise ValueError(f"{path}: the figure exceeds {MAX_PIXELS} pixels; draw fewer windows or panels")
@@ -50,12 +49,12 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> None:
 
 
 def _drawable(text: str) -> str:
-    """Replace lone surrogates, which Matplotlib cannot draw: a file name may hold them."""
+    """Replace lone surrogates, which file names may contain but Matplotlib cannot draw."""
     return text.encode(errors="replace").decode()
 
 
 def _draw_curve(axes: Axes, scores: Sequence[float] | np.ndarray, clip_seconds: float, **style) -> None:
-    """Draw scores of clips, scaled to [0, 1] since saliency has no unit."""
+    """Draw the scores of clips, scaled to [0, 1] because saliency has no unit."""
     values = np.asarray(scores)
     low, high = values.min(), max(values.max(), values.min() + 1e-6)
     axes.plot((np.arange(len(values)) + 0.5) * clip_seconds, (values - low) / (high - low), linewidth=1.2, **style)
@@ -101,7 +100,7 @@ def plot_timeline(
         _draw_curve(axes, result["saliency"], result["clip_seconds"], color=SALIENCY, label="saliency")
         windows = [(moment["start"], moment["end"]) for moment in result["moments"]]
         _draw_windows(axes, -0.25, windows, PREDICTED, label="predicted (score)")
-        labeled: list[float] = []  # where scores are written, so that they do not overlap
+        labeled: list[float] = []  # positions of the scores, to keep them from overlapping
         for moment in result["moments"]:
             middle = (moment["start"] + moment["end"]) / 2
             if all(abs(middle - other) > duration / 25 for other in labeled):
@@ -152,20 +151,20 @@ def plot_predictions(
     Plot the predictions for one query beside the truth (the paper's Figure 5).
 
     From top to bottom: saliency, with the annotators' mean as an area and each source's scores as a curve; the true
-    windows; each source's windows by falling score. A higher score, written on the right, gives a stronger color.
+    windows; each source's windows by descending score. A higher score, written on the right, gives a stronger color.
 
     Args:
-        row: an annotation of `load_annotations`. Its windows and saliency are drawn if it has them.
-        predictions: by the name of their source, the predictions for this row in the official format
+        row: an annotation from `load_annotations`. Its windows and saliency are drawn if it has them.
+        predictions: the prediction of each source for this row, by the name of the source, in the official format
             (`pred_relevant_windows` in seconds and, optionally, `pred_saliency_scores`).
-        top_k: the most windows to draw per source.
-        clip_seconds: seconds per entry of `pred_saliency_scores`. By default 2, the official length, if the row has
-            annotated saliency; otherwise the entries share the duration.
-        axes: one of `prediction_panels` to draw in; by default a new figure.
+        top_k: maximum number of windows to draw per source.
+        clip_seconds: seconds per entry of `pred_saliency_scores`. Default: 2, the official length, if the row has
+            annotated saliency; otherwise the entries divide the duration equally.
+        axes: a panel from `prediction_panels` to draw in. Default: a new figure.
 
     Raises:
-        ValueError: for a row that `check_row` refuses, and for a prediction that is malformed or of another query; the
-            latter names the source.
+        ValueError: if `check_row` rejects the row, or if a prediction is malformed or for another query. The message
+            names the source of the prediction.
     """
     row = check_row(row)
     check_positive(top_k, "top_k")
@@ -178,7 +177,7 @@ def plot_predictions(
     has_saliency = bool(row.get("saliency_scores"))
     if has_saliency:
         mean = np.zeros(int(row["duration"] / SALIENCY_CLIP_SECONDS))
-        mean[row["relevant_clip_ids"]] = np.mean(row["saliency_scores"], axis=1) / MOST_SALIENT
+        mean[row["relevant_clip_ids"]] = np.mean(row["saliency_scores"], axis=1) / MAX_SALIENCY
         axes.stairs(mean, np.arange(len(mean) + 1) * SALIENCY_CLIP_SECONDS, fill=True, color=TRUE, alpha=0.2)
     if row.get("relevant_windows"):
         lanes.append((y - GAP - BAR / 2, "truth", TRUE))
@@ -203,7 +202,7 @@ def plot_predictions(
         lanes.append((y - height / 2, name, color))
         _draw_ranked(axes, y, best, color)
         y -= height
-    for edge in np.ravel(row.get("relevant_windows", [])):  # down to the last source, as a guide for the eye
+    for edge in np.ravel(row.get("relevant_windows", [])):  # lines down to the last source, as a guide for the eye
         axes.plot([edge, edge], [y, -GAP], color=TRUE, linewidth=0.8, linestyle=":")
     unit = f"seconds of {row['vid']} (qid {row['qid']})"
     if has_saliency:
@@ -260,10 +259,11 @@ def plot_curves(
     curves: Mapping[str, Mapping[float, Sequence[float]]], x_label: str, y_label: str, title: str = ""
 ) -> Figure:
     """
-    Plot measured values over a number (the paper's Figures 3 and 4).
+    Plot measured values over a variable (the paper's Figures 3 and 4).
 
     Args:
-        curves: by name, the values of one or more runs at each x. The line is their mean, the band their range.
+        curves: the values of one or more runs at each x, by the name of the curve. The line is their mean, the band
+            their range.
         x_label, y_label, title: text of the figure.
     """
     figure = Figure(figsize=(0.7 * WIDTH, 4.2), layout="constrained")

@@ -21,8 +21,8 @@ def average_down(features: Tensor, num_parts: int) -> Tensor:
     """Average features (L, D) over `num_parts` equal parts of the time that they cover. Return (num_parts, D)."""
     total = torch.cat((torch.zeros_like(features[:1]), features)).cumsum(0)
     edges = torch.linspace(0, len(features), num_parts + 1, dtype=torch.float64)
-    whole = edges.long().clamp(max=len(features) - 1)
-    at_edges = total[whole] + (edges - whole).float()[:, None] * features[whole]
+    clips = edges.long().clamp(max=len(features) - 1)  # the clip that each edge lies in
+    at_edges = total[clips] + (edges - clips).float()[:, None] * features[clips]
     return at_edges.diff(dim=0) * (num_parts / len(features))
 
 
@@ -31,7 +31,7 @@ def normalize(features: Tensor, name: str, out: Tensor | None = None) -> Tensor:
     Scale each vector of (L, D) to length 1, with the epsilon of Moment-DETR. Write the result to `out` if given.
 
     Raises:
-        ValueError: if there is NaN or infinity, or the length of a vector overflows float32. The message begins with
+        ValueError: if a value is NaN or infinite, or the length of a vector overflows float32. The message begins with
             `name`.
     """
     lengths = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
@@ -58,7 +58,7 @@ def check_finite(features: Tensor, name: str) -> None:
     # Fast path: a finite sum means that all values are finite
     if not math.isfinite(features.sum().item()) and not features.isfinite().all():
         row = (~features.isfinite()).any(1).nonzero()[0].item()
-        raise ValueError(f"{name}: features have NaN or infinity in row {row}")
+        raise ValueError(f"{name}: features contain NaN or infinity in row {row}")
 
 
 class DiffusionVMRProcessor(ProcessorMixin):
@@ -178,7 +178,7 @@ class DiffusionVMRProcessor(ProcessorMixin):
         if array.flags.writeable:
             return torch.from_numpy(array)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch warns about read-only (memory-mapped) arrays; none is written to
+            warnings.simplefilter("ignore")  # PyTorch warns about read-only (memory-mapped) arrays; we only read them
             return torch.from_numpy(array)
 
     @staticmethod
@@ -225,7 +225,7 @@ class DiffusionVMRProcessor(ProcessorMixin):
                 raise ValueError(f"`{name}` must have one entry per sample ({len(outputs.logits)}), got {len(seconds)}")
 
         scores = outputs.logits.detach().float().softmax(-1)[..., 0].cpu()
-        # In float64: in float32, a moment could end after a video of 30.1 s
+        # Use float64: in float32, a moment could end after a video of 30.1 s
         covered = torch.as_tensor(covered_durations, dtype=torch.float64)[:, None, None]
         limits = covered if durations is None else torch.as_tensor(durations, dtype=torch.float64)[:, None, None]
         windows = span_to_window(outputs.pred_spans.detach().cpu().double()) * covered

@@ -59,7 +59,7 @@ def roi_align(features: Tensor, num_clips: Tensor, spans: Tensor, bins: int, bey
     Args:
         features: (B, L, D), padded on the right.
         num_clips: (B,), number of real clips in each video, at least 1. Padding is never read.
-        spans: (B, N, 2). The width divided by `bins` must not vanish in their dtype.
+        spans: (B, N, 2). The width divided by `bins` must not underflow in their dtype.
         beyond: (D,), the feature used outside the video. Default: 0.
 
     Returns:
@@ -73,8 +73,8 @@ def roi_align(features: Tensor, num_clips: Tensor, spans: Tensor, bins: int, bey
     last = num_clips.to(spans.dtype)[:, None, None, None] - 1
     clips = torch.arange(features.shape[1], dtype=spans.dtype, device=spans.device)
     offset = (inside * (last + 1) - 0.5 - clips).clamp(-1, 1)  # in clips, from the center of each clip
-    # The integral of the hat function up to each edge, up to a constant. The first and the last clip's functions stay
-    # at 1 towards the ends of the video.
+    # The integral of the hat function up to each edge, up to a constant. The functions of the first and the last clip
+    # stay at 1 toward the ends of the video.
     outside = ((clips == 0) & (offset < 0)) | ((clips == last) & (offset > 0))
     integral = offset - torch.where(outside, 0.0, 0.5) * offset * offset.abs()
     weights = integral.diff(dim=2) * (clips <= last)
@@ -85,14 +85,14 @@ def roi_align(features: Tensor, num_clips: Tensor, spans: Tensor, bins: int, bey
     return read if beyond is None else read + (1 - share).to(features.dtype) * beyond.to(features.dtype)
 
 
-def keep_inside(spans: Tensor, least_width: Tensor | float) -> Tensor:
+def keep_inside(spans: Tensor, min_width: Tensor | float) -> Tensor:
     """
-    Clip spans (..., 2) to [0, 1], widen those narrower than `least_width` (at most 1), and shift them back inside if
+    Clip spans (..., 2) to [0, 1], widen those narrower than `min_width` (at most 1), and shift them back inside if
     widening pushed them past an end.
     """
     window = span_to_window(spans).clamp(0, 1)
     center, width = window_to_span(window).unbind(-1)
-    width = width.clamp(min=least_width)
+    width = width.clamp(min=min_width)
     center = torch.minimum(torch.maximum(center, width / 2), 1 - width / 2)
     return torch.stack((center, width), dim=-1)
 
@@ -110,7 +110,7 @@ def refine(spans: Tensor, deltas: Tensor) -> Tensor:
 
 def relevant_clips(spans: Tensor, window_mask: Tensor, num_clips: Tensor, length: int) -> Tensor:
     """
-    Mark the clips that belong to a moment: those whose center lies in it, and the clip that contains its own center.
+    Mark the clips that belong to a moment: those whose center lies in it, and the one that contains its center.
 
     Args:
         spans: (B, M, 2).
@@ -123,9 +123,9 @@ def relevant_clips(spans: Tensor, window_mask: Tensor, num_clips: Tensor, length
     """
     start, end = (span_to_window(spans) * num_clips[:, None, None])[..., None, :].unbind(-1)
     clips = torch.arange(length, device=spans.device)
-    own = torch.minimum((spans[..., :1] * num_clips[:, None, None]).floor(), num_clips[:, None, None] - 1)
-    held = ((start <= clips + 0.5) & (clips + 0.5 <= end)) | (clips == own)
-    return (held & window_mask[..., None]).any(1) & (clips < num_clips[:, None])
+    central = torch.minimum((spans[..., :1] * num_clips[:, None, None]).floor(), num_clips[:, None, None] - 1)
+    belongs = ((start <= clips + 0.5) & (clips + 0.5 <= end)) | (clips == central)
+    return (belongs & window_mask[..., None]).any(1) & (clips < num_clips[:, None])
 
 
 def nms(windows: Tensor, threshold: float) -> Tensor:

@@ -17,8 +17,9 @@ import numpy as np
 
 from .checks import check_positive
 
-# A file that ends earlier than its header says was cut off, but headers round and streams end a little apart
-SECONDS_ALLOWED_TO_MISS = 0.5
+# In seconds: a file that ends earlier than its header says was cut off, but headers are rounded and the streams of a
+# file end at slightly different times
+MISSING_END_TOLERANCE = 0.5
 # In seconds: a clip center that equals a frame's timestamp must not round down to the previous frame
 TIME_TOLERANCE = 1e-6
 
@@ -89,7 +90,7 @@ class FrameVideo(Video):
 
 
 class _ReadOnly:
-    """The methods of a binary file that PyAV needs. PyAV misreads others: the `mode` of a temporary file is "w+b"."""
+    """The methods of a binary file that PyAV needs. Others mislead it: the `mode` of a temporary file is "w+b"."""
 
     def __init__(self, file: Any):
         self.read = file.read
@@ -106,7 +107,7 @@ class FileVideo(Video):
         self.file = file
         self.is_path = isinstance(file, (str, os.PathLike))
         name = file if self.is_path else getattr(file, "name", None)
-        self.name = str(name if isinstance(name, (str, os.PathLike)) else file)  # temporary files have other names
+        self.name = str(name if isinstance(name, (str, os.PathLike)) else file)  # a temporary file's name is a number
         if self.is_path and not os.path.exists(file):
             raise FileNotFoundError(f"{self.name}: no such file")
         super().__init__(self._measure(), clip_seconds)
@@ -160,7 +161,7 @@ class FileVideo(Video):
                         end = max(end, packet_end if packet.duration else packet_start + frame_seconds)
             except av.FFmpegError as error:
                 raise ValueError(f"{self.name}: reading failed at {end_of_all:.2f} s ({_reason(error)})") from error
-        if end_of_all < promised - SECONDS_ALLOWED_TO_MISS:
+        if end_of_all < promised - MISSING_END_TOLERANCE:
             raise ValueError(f"{self.name}: cut off at {end_of_all:.2f} s of {promised:.2f} s")
         if not stamped:
             raise ValueError(f"{self.name}: frames have no timestamps; put them into a container such as mp4")

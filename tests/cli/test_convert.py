@@ -36,7 +36,7 @@ def test_help_loads_no_library():
         (["tacos", "output", *REQUIRED, "--split", "val"], "unrecognized arguments: --split val"),
     ],
 )
-def test_refused_arguments(arguments, message, tmp_path, monkeypatch, capsys):
+def test_rejected_arguments(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as error:
         main(["convert", *arguments])

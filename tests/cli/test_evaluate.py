@@ -129,10 +129,10 @@ def test_without_ground_truth_there_are_predictions_only(evaluate, argv, error_o
     metrics, predictions = evaluate(annotations="test.jsonl")
     assert metrics is None and len(predictions) == 7
     assert predictions == evaluate()[1]  # the truth, where there is one, is not looked at
-    assert "N cannot be chosen" in error_of(*argv("--num_proposals", 1, 3, annotations="test.jsonl"))
+    assert "choosing N needs rows" in error_of(*argv("--num_proposals", 1, 3, annotations="test.jsonl"))
 
 
-def test_metrics_of_other_predictions_do_not_stay(evaluate, capsys):
+def test_metrics_of_other_predictions_are_removed(evaluate, capsys):
     assert evaluate()[0] is not None
     assert evaluate(annotations="test.jsonl")[0] is None
     assert "7 of 7 rows are not scored" in capsys.readouterr().out
@@ -251,7 +251,7 @@ def test_features_of_one_backbone_of_two(argv, error_of, folder, tmp_path, monke
         (["--video_features", "{data}/clip", "{data}/slowfast"], "must be (length, 8), got (15, 4)"),
         (["--model", "{tmp}/absent"], "{tmp}/absent: not a local folder or a valid Hub id"),
         (["--model", "a/b/c"], "a/b/c: not a local folder or a valid Hub id"),
-        (["--model", "{data}/val.jsonl"], "val.jsonl: a checkpoint is a folder, not a file"),
+        (["--model", "{data}/val.jsonl"], "val.jsonl: a checkpoint must be a folder, not a file"),
         (["--model", "{tmp}"], "{tmp}: cannot be loaded"),
         (["--model", CLIP], "a model of type clip, not diffusionvmr"),
         (["--num_proposals", "1000000000000000"], "not enough memory"),

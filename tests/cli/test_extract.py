@@ -219,15 +219,15 @@ def test_features_made_with_other_settings(world, extract, extract_error):
     arguments = ("--annotations", world.annotations)
     output = extract("--videos", world.videos, *arguments, backbone=CLIP + os.sep)
     error = extract_error("--videos", world.videos, "--clip_seconds", 1)
-    assert "clip: holds features with clip_seconds 2.0, not 1.0;" in error
+    assert "clip: contains features with clip_seconds 2.0, not 1.0;" in error
     error = extract_error(*arguments, "--dtype", "float32")
-    assert "clip_text: holds features with dtype 'float16', not 'float32'" in error
+    assert "clip_text: contains features with dtype 'float16', not 'float32'" in error
     extract(*arguments, "--clip_seconds", 1)  # sentences have none
     metadata = output / "clip_text" / METADATA_FILE
     metadata.write_text("no JSON")
     assert METADATA_FILE in extract_error(*arguments)
     metadata.unlink()
-    assert f"clip_text: holds features, but no {METADATA_FILE}" in extract_error(*arguments)
+    assert f"clip_text: contains features, but no {METADATA_FILE}" in extract_error(*arguments)
 
 
 # Bad input
@@ -236,7 +236,7 @@ def test_features_made_with_other_settings(world, extract, extract_error):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "nothing to extract: give --videos, --annotations, or both"),
+        ([], "nothing to extract: pass --videos, --annotations, or both"),
         (["--videos", "absent"], "absent"),
         (["--videos", "file.txt"], "file.txt"),
         (["--annotations", "absent.jsonl"], "absent.jsonl"),
@@ -244,8 +244,8 @@ def test_features_made_with_other_settings(world, extract, extract_error):
         (["--videos", ".", "--clip_seconds", "nan"], "--clip_seconds must be a number above 0, got nan"),
         (["--videos", ".", "--clip_seconds", "-1"], "--clip_seconds must be a number above 0, got -1.0"),
         (["--videos", ".", "--batch_size", 0], "--batch_size must be a number above 0, got 0"),
-        (["--videos", ".", "--name", "../outside"], "--name must be the name of a folder, got '../outside'"),
-        (["--videos", ".", "--name", ""], "--name must be the name of a folder, got ''"),
+        (["--videos", ".", "--name", "../outside"], "--name must be a folder name, got '../outside'"),
+        (["--videos", ".", "--name", ""], "--name must be a folder name, got ''"),
     ],
 )
 def test_bad_arguments(extract_error, tmp_path, monkeypatch, arguments, message):
@@ -272,7 +272,7 @@ def test_unknown_device(world, extract_error):
         (DEFAULT_MODEL, "type diffusionvmr is not supported as a backbone"),
         ("/absent", "/absent: not a local folder or a valid Hub id"),
         ("a/b/c", "a/b/c: not a local folder or a valid Hub id"),
-        (__file__, f"{__file__}: a checkpoint is a folder, not a file"),
+        (__file__, f"{__file__}: a checkpoint must be a folder, not a file"),
         ("absent", "absent: "),
     ],
 )

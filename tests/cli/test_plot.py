@@ -118,7 +118,7 @@ def test_panels_of_one_figure():
         ({}, {}, {"clip_seconds": float("nan")}, "clip_seconds must be a number above 0, got nan"),
     ],
 )
-def test_refused(row, prediction, options, message):
+def test_rejected(row, prediction, options, message):
     with pytest.raises(ValueError, match=message):
         plot_predictions({**ROW, **row}, {"ours": {**OURS, **prediction}}, **options)
 
@@ -177,7 +177,7 @@ def test_any_text_of_a_user(folder):
         (["--predictions", "ours.jsonl", "--qid", "7", "--annotations", "absent.jsonl"], "absent.jsonl"),
         (["--predictions", "ours.jsonl", "--qid", "7", "--annotations", "folder"], "folder"),
         (["--predictions", "ours.jsonl", "theirs.jsonl", "--names", "one", "--qid", "7"], "1 names for 2 prediction"),
-        (["--predictions", "ours.jsonl", "ours.jsonl", "--qid", "7"], "must differ, got ours, ours"),
+        (["--predictions", "ours.jsonl", "ours.jsonl", "--qid", "7"], "must have different names, got ours, ours"),
         (["--predictions", "twice.jsonl", "--qid", "7"], "twice.jsonl: qid 7: "),
         (["--predictions", "empty.jsonl", "--qid", "7"], "empty.jsonl: "),
         (["--predictions", "broken.jsonl", "--qid", "7"], "broken.jsonl, line 1: not JSON"),

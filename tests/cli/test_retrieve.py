@@ -84,7 +84,7 @@ def test_folder_is_not_a_video(error_of, tmp_path):
     [
         ([" "], "a query must be"),
         (["a dog", "--model", "a/b/c"], "a/b/c: not a local folder or a valid Hub id"),
-        (["a dog", "--model", __file__], "a checkpoint is a folder, not a file"),
+        (["a dog", "--model", __file__], "a checkpoint must be a folder, not a file"),
         (["a dog", "--model", f"{DEFAULT_MODEL}/clip"], "a model of type clip, not diffusionvmr"),
         (["a dog", "--top_k", "-1"], "top_k"),
         (["a dog", "--threshold", "nan"], "threshold"),

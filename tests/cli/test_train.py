@@ -1,4 +1,4 @@
-"""`diffusionvmr train`, in small."""
+"""`diffusionvmr train`, on small data."""
 
 import json
 import shutil
@@ -99,7 +99,7 @@ def test_resume_ends_with_the_same_weights(train, fail, capsys):
     resumed = load_file(train("--resume", output="stopped") / "model.safetensors")
     assert capsys.readouterr().out.count("'loss': ") == 2  # steps 3 and 4
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
-    assert "stopped: not empty; --resume continues the training in it" in fail(output="stopped")
+    assert "stopped: not empty; use --resume to continue the training in it" in fail(output="stopped")
 
 
 def test_fine_tuning_on_other_features(train, capsys):

@@ -63,11 +63,11 @@ def test_rows_come_back(tmp_path):
         ({**SALIENT, "relevant_clip_ids": [1, 1]}, "contains a clip twice"),
         ({**SALIENT, "saliency_scores": [[4, 3, 2], [1, 2]]}, r"must be 3 numbers.*, got \[1, 2\]"),
         ({**SALIENT, "saliency_scores": [[4, 3, 2], [1, 2, -4]]}, r"got \[1, 2, -4\]"),
-        (ROW, r"`qid` 1 was used before \(.*a\.jsonl, line 1\)"),
-        ({**ROW, "qid": "1"}, "`qid` '1' was used before"),  # would share a feature file with 1
+        (ROW, r"`qid` 1 was already used \(.*a\.jsonl, line 1\)"),
+        ({**ROW, "qid": "1"}, "`qid` '1' was already used"),  # would share a feature file with 1
     ],
 )
-def test_refused_rows(tmp_path, row, message):
+def test_rejected_rows(tmp_path, row, message):
     path = write(tmp_path / "a.jsonl", ROW)
     if not isinstance(row, bytes):
         row = (row if isinstance(row, str) else json.dumps(row)).encode()
@@ -75,7 +75,7 @@ def test_refused_rows(tmp_path, row, message):
     with pytest.raises(ValueError, match=rf"a\.jsonl, line 3: .*{message}") as error:
         load_annotations(path)
     assert "\n" not in str(error.value)
-    assert str(error.value).endswith(" (skip_invalid=True, or --skip_invalid, drops such rows)")
+    assert str(error.value).endswith(" (skip_invalid=True, or --skip_invalid, skips such rows)")
 
 
 @pytest.mark.parametrize("row", [None, 5, "row", b"row", ["qid"], [("qid", 1)], np.arange(3)], ids=repr)
@@ -86,18 +86,18 @@ def test_rows_that_are_not_dicts(row):
 
 def test_window_that_ends_after_the_video(tmp_path):
     row = {**ROW, "relevant_windows": [[2, 6], [19, 21]]}
-    with pytest.warns(UserWarning, match=r"a\.jsonl: the windows of 2 rows end after their video") as caught:
+    with pytest.warns(UserWarning, match=r"a\.jsonl: 2 rows have windows that end after the video") as caught:
         rows = load_annotations(write(tmp_path / "a.jsonl", row, {**ROW, "qid": 2}, {**row, "qid": 3}))
     assert len(caught) == 1
     assert rows[0]["relevant_windows"] == [[2, 6], [19, 20]]
     assert rows[1]["relevant_windows"] == ROW["relevant_windows"]
 
 
-def test_refused_files(tmp_path):
+def test_rejected_files(tmp_path):
     for name in ("nothing.jsonl", "nothing.txt", "nothing.json", "nothing.csv", "nothing"):
         with pytest.raises(FileNotFoundError) as error:
             load_annotations(tmp_path / name)
-        assert str(error.value) == f"{tmp_path / name}: no such file or folder of annotations"
+        assert str(error.value) == f"{tmp_path / name}: no such annotation file or folder"
     with pytest.raises(ValueError, match=r"a\.jsonl: contains no rows"):
         load_annotations(write(tmp_path / "a.jsonl"))
     with pytest.raises(
@@ -115,18 +115,18 @@ BROKEN = [
     ({**ROW, "qid": 2, "query": "\ud800"}, "`query` cannot be encoded as UTF-8"),
     ({**ROW, "qid": 3, "relevant_windows": [[6, 6]]}, r"\[6, 6\] does not end after it starts"),
     ({**ROW, "qid": 4, "relevant_windows": [[20, 21]]}, "starts at or after the end of the video"),
-    ({**ROW, "note": "again"}, r"`qid` 1 was used before \(.*line 1\)"),
+    ({**ROW, "note": "again"}, r"`qid` 1 was already used \(.*line 1\)"),
 ]
 
 
 def test_skip_invalid(tmp_path):
-    good = {**ROW, "qid": 4}  # a dropped row does not reserve its qid
+    good = {**ROW, "qid": 4}  # a skipped row does not reserve its qid
     path = write(tmp_path / "a.jsonl", ROW, *(row for row, _ in BROKEN), good)
     with pytest.warns(UserWarning) as caught:
         assert load_annotations(path, skip_invalid=True) == [ROW, good]
     assert len(caught) == 1 and caught[0].filename == __file__
     first, *lines = str(caught[0].message).splitlines()
-    assert first == f"{path}: dropped 6 of 8 rows:"
+    assert first == f"{path}: skipped 6 of 8 rows:"
     assert len(lines) == 6
     for number, (line, (_, reason)) in enumerate(zip(lines, BROKEN), start=2):
         assert line.startswith(f"  {path}, line {number}: ") and "--skip_invalid" not in line
@@ -143,7 +143,7 @@ def test_skip_invalid_where_nothing_is(tmp_path):
 
 def test_skip_invalid_where_all_are(tmp_path):
     path = write(tmp_path / "a.jsonl", BROKEN[0][0])
-    with pytest.warns(UserWarning, match="dropped 1 of 1 rows"), pytest.raises(ValueError, match="contains no rows"):
+    with pytest.warns(UserWarning, match="skipped 1 of 1 rows"), pytest.raises(ValueError, match="contains no rows"):
         load_annotations(path, skip_invalid=True)
 
 
@@ -152,7 +152,7 @@ def test_windows_are_cut_in_rows_that_stay(tmp_path):
     with pytest.warns(UserWarning) as caught:
         assert len(load_annotations(write(tmp_path / "a.jsonl", *rows), skip_invalid=True)) == 2
     messages = [str(warning.message) for warning in caught]
-    assert len(messages) == 2 and "the windows of 2 rows end after" in messages[1]
+    assert len(messages) == 2 and "2 rows have windows that end after" in messages[1]
 
 
 # Charades-STA
@@ -192,7 +192,7 @@ def test_charades_rows(charades):
 def test_charades_numbers_do_not_count_lines_that_end_before_they_start(charades, name, first):
     one, other = CHARADES_LINES
     path = charades("AAAAA 8.0 7.0##x", one, "", "B5B5B 3.0 2.9##x", "B5B5B 3.0 3.0##x", other, one, name=name)
-    with pytest.warns(UserWarning, match="dropped 3 of 6 rows") as caught:
+    with pytest.warns(UserWarning, match="skipped 3 of 6 rows") as caught:
         rows = load_annotations(path, skip_invalid=True)
     assert [row["qid"] for row in rows] == [first, first + 1, first + 2]
     assert [row["vid"] for row in rows] == ["AAAAA", "B5B5B", "AAAAA"]
@@ -208,7 +208,7 @@ def test_charades_numbers_do_not_count_lines_that_end_before_they_start(charades
 def test_charades_numbers_count_all_other_lines(charades, line):
     """Otherwise the sentences after it would get the features of their neighbors."""
     path = charades(CHARADES_LINES[0], line, CHARADES_LINES[1])
-    with pytest.warns(UserWarning, match="dropped 1 of 3 rows"):
+    with pytest.warns(UserWarning, match="skipped 1 of 3 rows"):
         assert [row["qid"] for row in load_annotations(path, skip_invalid=True)] == [0, 2]
 
 
@@ -228,11 +228,11 @@ def test_charades_numbers_count_all_other_lines(charades, line):
         ("AAAAA 30.5 40##someone sits", "starts at or after the end of the video, 30.5 s"),
     ],
 )
-def test_refused_charades_lines(charades, line, message):
+def test_rejected_charades_lines(charades, line, message):
     path = charades(CHARADES_LINES[0], line)
     with pytest.raises(ValueError, match=rf"charades_sta_train\.txt, line 2: .*{message}"):
         load_annotations(path)
-    with pytest.warns(UserWarning, match=rf"dropped 1 of 2 rows:\n .*line 2: .*{message}"):
+    with pytest.warns(UserWarning, match=rf"skipped 1 of 2 rows:\n .*line 2: .*{message}"):
         assert load_annotations(path, skip_invalid=True) == CHARADES_ROWS[:1]
 
 
@@ -248,7 +248,7 @@ def test_refused_charades_lines(charades, line, message):
         (None, r"Charades-STA needs Charades_v1_\*\.csv in this folder"),
     ],
 )
-def test_refused_charades_durations(charades, tmp_path, table, message):
+def test_rejected_charades_durations(charades, tmp_path, table, message):
     path = charades(CHARADES_LINES[0])
     for file in tmp_path.glob("*.csv"):
         file.unlink()
@@ -298,11 +298,11 @@ def test_tacos_rows(tmp_path):
         ({"sentences": ["He peels a plum."]}, "s1-d2.avi: has 2 `timestamps` for 1 `sentences`"),
     ],
 )
-def test_refused_tacos_videos(tmp_path, video, message):
+def test_rejected_tacos_videos(tmp_path, video, message):
     path = write(tmp_path / "train.json", {**TACOS, "s1-d2.avi": {**TACOS["s1-d2.avi"], **video}})
     with pytest.raises(ValueError, match=rf"train\.json, {message}"):
         load_annotations(path)
-    with pytest.warns(UserWarning, match=rf"dropped 1 of 2 rows:\n .*train\.json, {message}"):
+    with pytest.warns(UserWarning, match=rf"skipped 1 of 2 rows:\n .*train\.json, {message}"):
         assert load_annotations(path, skip_invalid=True) == TACOS_ROWS[2:]
 
 
@@ -319,17 +319,17 @@ def test_refused_tacos_videos(tmp_path, video, message):
         ({"sentences": ["He peels a plum.", " "]}, "`query` must be a string that is not blank"),
     ],
 )
-def test_refused_tacos_sentences(tmp_path, sentence, message):
+def test_rejected_tacos_sentences(tmp_path, sentence, message):
     path = write(tmp_path / "train.json", {**TACOS, "s1-d2.avi": {**TACOS["s1-d2.avi"], **sentence}})
     with pytest.raises(ValueError, match=rf"train\.json, s1-d2\.avi, sentence 1: .*{message}"):
         load_annotations(path)
-    with pytest.warns(UserWarning, match="dropped 1 of 3 rows"):  # the others keep their qids
+    with pytest.warns(UserWarning, match="skipped 1 of 3 rows"):  # the others keep their qids
         assert load_annotations(path, skip_invalid=True) == [TACOS_ROWS[0], TACOS_ROWS[2]]
 
 
 def test_tacos_window_that_ends_after_the_video(tmp_path):
     video = {**TACOS["s1-d2.avi"], "timestamps": [[50, 100], [125, 1001]]}
-    with pytest.warns(UserWarning, match=r"train\.json: the windows of 1 rows end after their video"):
+    with pytest.warns(UserWarning, match=r"train\.json: 1 rows have windows that end after the video"):
         assert load_annotations(write(tmp_path / "train.json", {**TACOS, "s1-d2.avi": video})) == TACOS_ROWS
 
 
@@ -371,7 +371,7 @@ def test_hold_out_depends_on_the_videos_and_the_seed():
 
 @pytest.mark.parametrize("count, share", [(10, 0.0), (10, 1.0), (10, -0.1), (10, 0.96), (1, 0.5), (0, 0.5), (10, 1.5)])
 def test_hold_out_that_leaves_one_side_empty(count, share):
-    with pytest.raises(ValueError, match=f"a share of {share} of {count} videos leaves one side empty"):
+    with pytest.raises(ValueError, match=f"a share of {share} of {count} videos: one side would be empty"):
         hold_out(rows_of_videos(count), share)
 
 
@@ -418,7 +418,7 @@ def test_official_files(shared, name, count):
 
 
 @pytest.mark.parametrize(
-    "name, converted, num_dropped, num_cut",
+    "name, converted, num_skipped, num_cut",
     [
         ("charades_sta/charades_sta_train.txt", "charades_sta/charades_train_release.jsonl", 4, 1802),
         ("charades_sta/charades_sta_test.txt", "charades_sta/charades_test_release.jsonl", 0, 562),
@@ -427,18 +427,18 @@ def test_official_files(shared, name, count):
         ("tacos/test.json", "tacos/tacos_test_release.jsonl", 0, 5),
     ],
 )
-def test_official_files_are_those_in_the_qvhighlights_shape(official, shared, name, converted, num_dropped, num_cut):
+def test_official_files_are_those_in_the_qvhighlights_shape(official, shared, name, converted, num_skipped, num_cut):
     rows, messages = official(name)
     assert rows == load_jsonl(shared / "annotations" / converted)
-    assert len(messages) == bool(num_dropped) + bool(num_cut)
-    if num_dropped:
+    assert len(messages) == bool(num_skipped) + bool(num_cut)
+    if num_skipped:
         first, *lines = messages[0].splitlines()
-        assert f"dropped {num_dropped} of {num_dropped + len(rows)} rows" in first and len(lines) == num_dropped
+        assert f"skipped {num_skipped} of {num_skipped + len(rows)} rows" in first and len(lines) == num_skipped
         assert all("does not end after it starts" in line for line in lines)
         with pytest.raises(ValueError, match=r"line \d+: the window .* does not end after it starts"):
             load_annotations(shared / "annotations" / name)
     if num_cut:
-        assert f"the windows of {num_cut} rows end after their video" in messages[-1]
+        assert f"{num_cut} rows have windows that end after the video" in messages[-1]
 
 
 def test_official_videos_are_of_one_split(official):

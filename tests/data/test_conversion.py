@@ -351,7 +351,7 @@ def test_numbers_that_a_column_cannot_hold(release):
     (row,) = load_jsonl(path)
     long = {"duration": 10**300, "relevant_windows": [[2, 10**299]]}
     save_jsonl([{**row, **long, "relevant_clip_ids": [2**31], "saliency_scores": [[1, 2, 3]]}], path)
-    assert_refused(release.convert(), "the val split of annotations cannot be written", release)
+    assert_rejected(release.convert(), "the val split of annotations cannot be written", release)
 
 
 def test_rows_are_written_in_batches(release, monkeypatch):
@@ -376,7 +376,7 @@ def test_clip_seconds(release):
         shutil.rmtree(release.output, ignore_errors=True)
         assert release.convert(*arguments).code is None
         values = {open_features(release.output, name).clip_seconds for name in ("slowfast", "clip")}
-        assert f"A clip has {values.copy().pop():g} s" in (release.output / "README.md").read_text()
+        assert f"A clip is {values.copy().pop():g} s long" in (release.output / "README.md").read_text()
         return values
 
     assert seconds() == {2.0}
@@ -408,7 +408,7 @@ def with_nan(array):
 
 
 TRAIN = "highlight_train_release.jsonl"
-HINT = r" \(skip_invalid=True, or --skip_invalid, drops such rows\)$"
+HINT = r" \(skip_invalid=True, or --skip_invalid, skips such rows\)$"
 BROKEN = {
     "no annotations": (
         lambda release: (release.folder / "highlight_val_release.jsonl").unlink(),
@@ -425,7 +425,7 @@ BROKEN = {
     ),
     "a duplicate": (
         lambda release: in_file(release, TRAIN, lambda text: text.replace(b'"qid": 12', b'"qid": 3')),
-        rf"{TRAIN}, line 3: `qid` 3 was used before \({TRAIN}, line 2\)" + HINT,
+        rf"{TRAIN}, line 3: `qid` 3 was already used \({TRAIN}, line 2\)" + HINT,
     ),
     "no features of a video": (
         lambda release: (release.folder / "slowfast" / "b_0.0_24.0.npz").unlink(),
@@ -441,11 +441,11 @@ BROKEN = {
     ),
     "NaN": (
         lambda release: rewritten(release, "clip", with_nan),
-        r"train, vid a_60\.0_210\.0: clip, a_60\.0_210\.0: features have NaN or infinity in row 1" + HINT,
+        r"train, vid a_60\.0_210\.0: clip, a_60\.0_210\.0: features contain NaN or infinity in row 1" + HINT,
     ),
     "NaN in a sentence": (
         lambda release: rewritten(release, "text", with_nan),
-        r"train, qid 12: text, 12: features have NaN or infinity in row 1" + HINT,
+        r"train, qid 12: text, 12: features contain NaN or infinity in row 1" + HINT,
     ),
     "another video": (
         lambda release: rewritten(release, "clip", lambda array: array[:4]),
@@ -457,11 +457,11 @@ BROKEN = {
     ),
     "beyond float16": (
         lambda release: rewritten(release, "clip", lambda array: array * 1e6),
-        r"train, vid a_60\.0_210\.0: clip: has values beyond the range of float16; float32 can hold them" + HINT,
+        r"train, vid a_60\.0_210\.0: clip: values outside the range of float16; use float32 instead" + HINT,
     ),
     "no usable features": (
         lambda release: [path.write_bytes(b"") for path in release.folder.glob("clip/*")],
-        "clip: has no usable features for any vid of the annotations$",
+        "clip: no usable features for any vid of the annotations$",
     ),
     "clips of two lengths": (
         lambda release: [
@@ -473,7 +473,7 @@ BROKEN = {
 }  # fmt: skip
 
 
-def assert_refused(result, message: str, release):
+def assert_rejected(result, message: str, release):
     """Check that the error is one line and that nothing is left behind."""
     assert isinstance(result.code, str) and result.code.startswith("error: ") and "\n" not in result.code
     with pytest.raises(ValueError, match=message):
@@ -482,21 +482,21 @@ def assert_refused(result, message: str, release):
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_refused_releases(release, broken):
+def test_rejected_releases(release, broken):
     change, message = BROKEN[broken]
     change(release)
     before = sorted(release.folder.rglob("*"))
-    assert_refused(release.convert(), message, release)
+    assert_rejected(release.convert(), message, release)
     assert sorted(release.folder.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
     "video, more, message",
     [
-        (["clip", "./clip"], [], "two backbones are called clip: give NAME=PATH"),
-        (["a=clip", "a=slowfast"], [], "two backbones are called a: give NAME=PATH"),
-        (["vid=clip"], [], "'vid' cannot be the name of a column of features: give NAME=PATH"),
-        (["text_features=clip"], [], "'text_features' cannot be the name of a column"),
+        (["clip", "./clip"], [], "two backbones are named clip; pass NAME=PATH"),
+        (["a=clip", "a=slowfast"], [], "two backbones are named a; pass NAME=PATH"),
+        (["vid=clip"], [], "'vid' is not a valid column name for features; pass NAME=PATH"),
+        (["text_features=clip"], [], "'text_features' is not a valid column name"),
         (["clip-b32"], [], r"clip-b32: no such file or folder"),
         (["clip"], ["--clip_seconds", "0"], "`clip_seconds` must be a number above 0, got 0"),
         (["clip"], ["--clip_seconds", "-1"], "`clip_seconds` must be"),
@@ -506,9 +506,9 @@ def test_refused_releases(release, broken):
         (["clip"], ["--text_features", "nowhere.txt"], r"nowhere\.txt"),
     ],
 )
-def test_refused_arguments(release, video, more, message):
+def test_rejected_arguments(release, video, more, message):
     arguments = ["--video_features", *video, "--text_features", "text"]
-    assert_refused(release.convert(*more, instead=arguments), message, release)
+    assert_rejected(release.convert(*more, instead=arguments), message, release)
 
 
 def test_names_of_backbones(release):
@@ -529,7 +529,7 @@ def test_output_that_is_there(release, kind):
         release.output.write_text("mine")
     else:
         release.output.mkdir()
-    assert release.convert().code == f"error: {release.output}: exists already; remove it, or give another name"
+    assert release.convert().code == f"error: {release.output}: already exists; remove it or choose another name"
     assert release.output.read_text() == "mine" if kind == "file" else not list(release.output.iterdir())
 
 
@@ -567,13 +567,13 @@ def test_skip_invalid(release):
     rewritten(release, "text", lambda array: array[:0])  # of qid 12, whose video stays
     result = release.convert("--skip_invalid")
     assert result.code is None
-    assert f"{TRAIN}, line 4: not JSON" in result.stderr and "dropped 1 of 4 rows" in result.stderr
+    assert f"{TRAIN}, line 4: not JSON" in result.stderr and "skipped 1 of 4 rows" in result.stderr
     wanted = {
         "train, vid b_0.0_24.0": "clip: no features of b_0.0_24.0",
-        "train, qid 3": "video b_0.0_24.0 was dropped",
+        "train, qid 3": "video b_0.0_24.0 was skipped",
         "train, qid 12": "text, 12: features are empty",
     }
-    assert f"warning: left out {len(wanted)} rows with unusable features:" in result.stderr
+    assert f"warning: skipped {len(wanted)} rows with unusable features:" in result.stderr
     card = (release.output / "README.md").read_text()
     for what, why in wanted.items():
         assert f"  {what}: {why}" in result.stderr
@@ -586,14 +586,14 @@ def test_skip_invalid(release):
 
 def test_skip_invalid_where_nothing_is(release):
     result = release.convert("--skip_invalid")
-    assert result.code is None and "left out" not in result.stderr and "dropped" not in result.stderr
-    assert "No query was left out" in (release.output / "README.md").read_text()
+    assert result.code is None and "skipped" not in result.stderr
+    assert "No query was skipped" in (release.output / "README.md").read_text()
 
 
 def test_skip_invalid_that_leaves_a_split_empty(release):
     (release.folder / "clip" / "c_0.0_30.0.npz").unlink()
     result = release.convert("--skip_invalid")
-    assert_refused(result, "the val split has no", release)
+    assert_rejected(result, "the val split has no", release)
 
 
 def test_lines_of_charades_that_end_before_they_start(releases, tmp_path):
@@ -605,11 +605,11 @@ def test_lines_of_charades_that_end_before_they_start(releases, tmp_path):
     result = convert("charades_sta", folder, tmp_path / "output", *arguments)
     assert result.code == (
         "error: charades_sta_train.txt, line 1: the window [8.0, 7.0] does not end after it starts "
-        "(skip_invalid=True, or --skip_invalid, drops such rows)"
+        "(skip_invalid=True, or --skip_invalid, skips such rows)"
     )
     result = convert("charades_sta", folder, tmp_path / "output", *arguments, "--skip_invalid")
     assert result.code is None
-    assert "charades_sta_train.txt: dropped 1 of 49 rows:\n  charades_sta_train.txt, line 1:" in result.stderr
+    assert "charades_sta_train.txt: skipped 1 of 49 rows:\n  charades_sta_train.txt, line 1:" in result.stderr
     rows = load_annotations(tmp_path / "output", "train") + load_annotations(tmp_path / "output", "val")
     assert sorted(row["qid"] for row in rows) == list(range(48))
 
@@ -644,11 +644,11 @@ def test_push_to_hub(release, monkeypatch, private):
     assert release.output.is_dir()
 
 
-def test_nothing_is_pushed_of_a_release_that_is_refused(release, monkeypatch):
+def test_a_rejected_release_is_not_pushed(release, monkeypatch):
     monkeypatch.setattr(FakeApi, "calls", [])
     monkeypatch.setattr(conversion, "HfApi", FakeApi)
     (release.folder / "text" / "qid9.npz").unlink()
-    assert_refused(release.convert("--push_to_hub", "moments"), "no features of 9", release)
+    assert_rejected(release.convert("--push_to_hub", "moments"), "no features of 9", release)
     assert not FakeApi.calls
 
 
@@ -693,7 +693,7 @@ def test_command(releases, tmp_path):
         "test: 4 queries, 2 videos",
         f"wrote {tmp_path / 'new' / 'output'}",
     ]
-    cut = "the windows of 1 rows end after their video and were cut there"
+    cut = "1 rows have windows that end after the video; they were cut"
     for split in ("train", "test"):
         assert f"warning: charades_sta_{split}.txt: {cut}" in result.stderr
     assert "Traceback" not in result.stderr

@@ -144,13 +144,13 @@ FLIPPED[len(FLIPPED) // 2] ^= 255
         ("v1.npy", as_npy(np.array([["a"]])), "must be real numbers"),
     ],
 )
-def test_refused_files(tmp_path, name, content, message):
+def test_rejected_files(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{tmp_path}, v1: .*{message}"):
         open_features(tmp_path)["v1"]
 
 
-def test_refused_data_sets(tmp_path):
+def test_rejected_data_sets(tmp_path):
     path = write_hdf5(tmp_path / "a.h5", good=ARRAY, nan=NAN, flat=ARRAY[0], empty=ARRAY[:0])
     with h5py.File(path, "a") as file:
         file.create_group("group")["inner"] = ARRAY
@@ -176,14 +176,14 @@ def test_damaged_hdf5_file(tmp_path, damage):
 
 
 @pytest.mark.parametrize("identifier", ["../v1", "a/b", "", ".hidden"])
-def test_refused_names(tmp_path, identifier):
+def test_rejected_names(tmp_path, identifier):
     with pytest.raises(ValueError, match="cannot be part of a file name"):
         write_features(tmp_path / "clip", identifier, ARRAY)
     assert not list(tmp_path.iterdir())
 
 
-def test_refused_arrays(tmp_path):
-    with pytest.raises(ValueError, match="clip, v1: features have NaN"):
+def test_rejected_arrays(tmp_path):
+    with pytest.raises(ValueError, match="clip, v1: features contain NaN"):
         write_features(tmp_path / "clip", "v1", NAN)
     with pytest.raises(ValueError, match="`key` must be"):
         write_features(tmp_path / "clip", "v1", ARRAY, "pooler_output")
@@ -249,7 +249,7 @@ def test_clip_seconds(tmp_path):
         '{"clip_seconds": 1' + 400 * "0" + "}", '{"clip_seconds": true}', "[" * 100_000,
     ],
 )  # fmt: skip
-def test_refused_metadata(tmp_path, content):
+def test_rejected_metadata(tmp_path, content):
     write_features(tmp_path, "v1", ARRAY)
     (tmp_path / "features.json").write_text(content)
     wanted = "(`clip_seconds` must be a number above 0|must be a JSON object|not JSON)"
@@ -261,7 +261,7 @@ def test_refused_metadata(tmp_path, content):
 @pytest.mark.parametrize(
     "seconds", ["two", 0.0, -1, np.nan, np.arange(1, 1000), np.longdouble("1e400"), h5py.Empty("f8")]
 )
-def test_refused_attribute(tmp_path, seconds):
+def test_rejected_attribute(tmp_path, seconds):
     path = write_hdf5(tmp_path / "vgg.h5", v1=ARRAY)
     with h5py.File(path, "a") as file:
         file.attrs["clip_seconds"] = seconds

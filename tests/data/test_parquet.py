@@ -118,7 +118,7 @@ def test_broken_values_in_a_converted_folder(cache, tmp_path):
     dataset = MomentRetrievalDataset(
         [row], open_features(tmp_path, "clip"), {1: ARRAY}, DiffusionVMRProcessor([6], text_feature_size=3)
     )
-    with pytest.raises(ValueError, match="video train_0, backbone 0: features have NaN or infinity in row 0"):
+    with pytest.raises(ValueError, match="video train_0, backbone 0: features contain NaN or infinity in row 0"):
         dataset[0]
 
 

@@ -1,4 +1,4 @@
-"""`scripts/ablate.py`, in small, and its copy of the paper's numbers against the paper."""
+"""`scripts/ablate.py`, on small data, and its copy of the paper's numbers against the paper."""
 
 import csv
 import json
@@ -115,7 +115,7 @@ def ours(path: Path, **labels: str) -> list[dict[str, str]]:
     return [line for line in read(path) if line["by"] == "ours" and labels.items() <= line.items()]
 
 
-def test_all_is_written(finished):
+def test_everything_is_written(finished):
     written = {path.name for path in finished.iterdir() if path.is_file()}
     assert written == {
         *(f"table{number}.csv" for number in range(1, 7)),
@@ -190,7 +190,7 @@ def test_runs_differ_by_their_flags(finished):
         assert ("'num_proposals': 1," in log) == (name != "stable")  # of the first step
 
 
-def test_the_paper_stands_beside(finished):
+def test_the_papers_numbers_are_beside_ours(finished):
     lines = read(finished / "table4.csv")
     assert [(line["sampling steps"], line["by"]) for line in lines] == [
         (steps, by) for steps in "12468" for by in ("paper", "ours")
@@ -281,9 +281,9 @@ def test_results_of_other_runs(finished, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--tables 6 --seed 3", "--seed: set by --seeds"),
-        ("--tables 5 --l1_loss_coefficient=2", "--l1_loss_coefficient: set by the runs"),
-        ("--tables 6 --proposal-schedule stable", "--proposal_schedule: set by the runs"),
+        ("--tables 6 --seed 3", "--seed: use --seeds instead"),
+        ("--tables 5 --l1_loss_coefficient=2", "--l1_loss_coefficient: cannot be used, since the runs differ in it"),
+        ("--tables 6 --proposal-schedule stable", "--proposal_schedule: cannot be used, since the runs differ in it"),
         ("--figures 5 --qids 12 3", "--qids: no qid 3 in val.jsonl"),
         ("--figures 3 --curves {folder}/curve.csv", "--curves: must be NAME=FILE"),
         ("--figures 3 --curves A={folder}/val.jsonl", "val.jsonl, line 2: needs the columns `N` and `mAP@Avg`"),

@@ -137,7 +137,7 @@ def test_bad_input(folder, arguments, message):
         ("training", ["--device", "toaster"], "--device toaster cannot be used"),
     ],
 )
-def test_bad_input_is_refused_before_any_work(folder, monkeypatch, part, arguments, message):
+def test_bad_input_is_rejected_before_any_work(folder, monkeypatch, part, arguments, message):
     for name in ("make_folder", "make_training"):
         monkeypatch.setattr(benchmark, name, lambda *_: pytest.fail("work has begun"))
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -38,7 +38,7 @@ def test_stages_after_the_clip(tmp_path, monkeypatch, capsys):
         script.publish(tmp_path / "model", tmp_path / "other")
 
 
-def test_bad_input_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
+def test_bad_input_is_rejected_before_any_work(tmp_path, monkeypatch, capsys):
     for name in ("train_rendered_clip", "in_two_processes"):
         monkeypatch.setattr(script, name, lambda *_, **__: pytest.fail("work has begun"))
     (tmp_path / "other").mkdir()

@@ -33,7 +33,7 @@ def test_videos_and_sentences_keep_their_bounds():
         assert len({query.text for query in plan.queries}) == len(plan.queries)
     for plan, query in EVERY:
         starts, ends = zip(*query.windows)
-        assert 0 <= starts[0] and ends[-1] <= plan.duration and len(query.windows) <= world.MOST_WINDOWS
+        assert 0 <= starts[0] and ends[-1] <= plan.duration and len(query.windows) <= world.MAX_WINDOWS
         assert min(end - start for start, end in query.windows) >= world.SHORTEST_WINDOW
         assert all(start - end >= world.SHORTEST_PAUSE for start, end in zip(starts[1:], ends))
 
@@ -59,7 +59,7 @@ def test_windows_are_exactly_when_the_sentence_is_true():
             assert true == any(start <= time < end for start, end in query.windows)
 
 
-def test_what_is_next_to_each_other_and_what_is_not_is_plain_to_see():
+def test_objects_are_clearly_next_to_each_other_or_apart():
     for plan in SEEN + UNSEEN:
         for time in np.arange(0, plan.duration, 2.0):
             visible = plan.visible(time)
@@ -76,7 +76,7 @@ def test_every_sentence_has_a_lookalike_in_its_video():
         assert any(track.pair not in query.statement.pairs and words & set(track.pair) for track in plan.tracks)
 
 
-def test_swapped_sentences_see_their_words_bound_the_other_way():
+def test_swapped_sentences_see_their_words_in_other_combinations():
     for plan, query in EVERY:
         if not query.swapped:
             continue
@@ -91,7 +91,7 @@ def test_swapped_sentences_see_their_words_bound_the_other_way():
             assert any(are_neighbors(scene, swap) for scene in scenes)
 
 
-def test_unseen_pairs_appear_only_where_asked_for():
+def test_unseen_pairs_appear_only_if_asked_for():
     shown = {track.pair for plan in SEEN + world.plan_stills(0, 400) for track in plan.tracks}
     assert shown <= set(world.SEEN_PAIRS) and len(world.SEEN_PAIRS) == 90
     assert not any(query.unseen for plan in SEEN for query in plan.queries)

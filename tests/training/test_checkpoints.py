@@ -18,7 +18,7 @@ from small_training import make_trainer, weights_of
 from transformers import AutoModel, AutoProcessor, TrainerCallback
 
 from modeling_diffusionvmr.training import trainer as trainer_module
-from modeling_diffusionvmr.training.checkpoints import STAGING_FOLDER, find_fault, last_whole_checkpoint
+from modeling_diffusionvmr.training.checkpoints import STAGING_FOLDER, find_fault, last_complete_checkpoint
 
 # An epoch has 5 micro-batches and 3 steps, so that most checkpoints are in the middle of one. Dropout is on.
 TRAINING = {
@@ -91,7 +91,7 @@ def killed(in_process, tmp_path_factory) -> list[Path]:
     return sorted((path.parent for path in folder.glob("*/moment")), key=lambda path: int(path.name))
 
 
-def test_every_file_is_a_moment_to_be_killed_at(killed):
+def test_training_is_killed_at_every_file(killed):
     """The moments that the next test relies on exist."""
     moments = [(folder / "moment").read_text() for folder in killed]
     staged = f"run/{STAGING_FOLDER}/checkpoint-2"
@@ -105,23 +105,23 @@ def test_every_file_is_a_moment_to_be_killed_at(killed):
     assert len(moments[removal:]) > len(FILES)
 
 
-def test_a_checkpoint_is_whole_or_not_there(killed, uninterrupted):
+def test_a_checkpoint_is_complete_or_not_there(killed, uninterrupted):
     steps = []
     for folder in killed:
         moment = (folder / "moment").read_text()
         for checkpoint in (folder / "run").glob("checkpoint-*"):
-            whole = contents(checkpoint).keys() == contents(uninterrupted / "run" / checkpoint.name).keys()
-            assert whole == (find_fault(checkpoint) is None), f"{checkpoint.name} after {moment}"
-            assert whole or checkpoint.name == "checkpoint-1"  # which is being removed
+            complete = contents(checkpoint).keys() == contents(uninterrupted / "run" / checkpoint.name).keys()
+            assert complete == (find_fault(checkpoint) is None), f"{checkpoint.name} after {moment}"
+            assert complete or checkpoint.name == "checkpoint-1"  # which is being removed
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # the last one is whole: nothing is skipped
-            last = last_whole_checkpoint(folder / "run")
+            warnings.simplefilter("error")  # the last one is complete: nothing is skipped
+            last = last_complete_checkpoint(folder / "run")
         assert last is not None, moment
         steps.append(int(last.split("-")[-1]))
     assert steps == sorted(steps) and set(steps) == {1, 2}
 
 
-def test_a_killed_training_goes_on_to_the_same_weights(killed, uninterrupted, in_process):
+def test_a_killed_training_resumes_to_the_same_weights(killed, uninterrupted, in_process):
     """Killed halfway through a file, between writing and moving, after moving, and while removing the old one."""
     moments = [(folder / "moment").read_text() for folder in killed]
     staged = f"run/{STAGING_FOLDER}/checkpoint-2"
@@ -138,7 +138,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(killed, uninterrupted, in
 # Resumed
 
 
-def test_goes_on_from_any_step_to_the_same_weights(uninterrupted, in_process, tmp_path):
+def test_resumes_from_any_step_to_the_same_weights(uninterrupted, in_process, tmp_path):
     """At the end and in the middle of an epoch, with dropout, with and without workers."""
     logs = json.loads((uninterrupted / "logs").read_text())
     workers = {"dataloader_num_workers": 2, "dataloader_multiprocessing_context": "fork"}
@@ -156,7 +156,7 @@ def test_goes_on_from_any_step_to_the_same_weights(uninterrupted, in_process, tm
     assert [log["num_proposals"] for log in logs if "loss" in log] == [1, 2, 3, 4, 5, 6]
 
 
-def test_starts_anew_without_a_checkpoint_only_where_asked_to(tiny_config, tmp_path):
+def test_starts_over_without_a_checkpoint_only_if_asked_to(tiny_config, tmp_path):
     trainer = make_trainer(tmp_path, tiny_config(), max_steps=1)
     with pytest.raises(ValueError, match="no complete checkpoint to resume from"):
         trainer.train(resume_from_checkpoint=True)
@@ -199,23 +199,21 @@ def test_files_of_a_checkpoint(uninterrupted):
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_checkpoint_is_skipped(copied, name, damage):
     damage(copied / "run/checkpoint-4" / name)
-    with pytest.warns(
-        UserWarning, match=f"checkpoint-4 cannot be resumed from and is skipped: .*{FAULTS.get(name, name)}"
-    ):
-        assert last_whole_checkpoint(copied / "run") == str(copied / "run/checkpoint-3")
+    with pytest.warns(UserWarning, match=f"checkpoint-4: skipped, cannot resume from it: .*{FAULTS.get(name, name)}"):
+        assert last_complete_checkpoint(copied / "run") == str(copied / "run/checkpoint-3")
 
 
 def test_an_empty_folder_is_skipped(copied):
     shutil.rmtree(copied / "run/checkpoint-4")
     (copied / "run/checkpoint-4").mkdir()
-    (copied / "run/checkpoint-best").mkdir()  # somebody's own
+    (copied / "run/checkpoint-best").mkdir()  # a folder of the user
     (copied / "run/checkpoint-9").write_text("no folder")
     with pytest.warns(UserWarning, match="checkpoint-4") as warned:
-        assert last_whole_checkpoint(copied / "run") == str(copied / "run/checkpoint-3")
+        assert last_complete_checkpoint(copied / "run") == str(copied / "run/checkpoint-3")
     assert len(warned) == 1
 
 
-def test_a_training_goes_on_from_before_the_damage(copied, uninterrupted, in_process):
+def test_training_resumes_from_before_the_damage(copied, uninterrupted, in_process):
     truncate(copied / "run/checkpoint-4/optimizer.pt")
     in_process(small_training.train, str(copied), True)
     assert_same_end(copied, uninterrupted)
@@ -223,11 +221,11 @@ def test_a_training_goes_on_from_before_the_damage(copied, uninterrupted, in_pro
     assert contents(copied / "run/checkpoint-4").keys() == contents(uninterrupted / "run/checkpoint-4").keys()
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(copied, tiny_config):
+def test_a_damaged_checkpoint_is_rejected_by_name(copied, tiny_config):
     trainer = make_trainer(copied / "run", tiny_config(), **TRAINING)
     for name in ("optimizer.pt", "trainer_state.json"):
         truncate(copied / "run/checkpoint-4" / name)
-        with pytest.raises(ValueError, match=f"checkpoint-4.*cannot be resumed from.*{name}"):
+        with pytest.raises(ValueError, match=f"checkpoint-4.*cannot resume from it.*{name}"):
             trainer.train(resume_from_checkpoint=str(copied / "run/checkpoint-4"))
     with pytest.raises(ValueError, match="checkpoint-7"):
         trainer.train(resume_from_checkpoint=str(copied / "run/checkpoint-7"))
@@ -251,7 +249,7 @@ STATES = {
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_a_state_of_other_fields_is_refused_by_name(copied, tiny_config, name):
+def test_a_state_of_other_fields_is_rejected_by_name(copied, tiny_config, name):
     """Also in a checkpoint of plain `Trainer`, which has no manifest."""
     change, fault = STATES[name]
     checkpoint = copied / "run/checkpoint-4"
@@ -262,7 +260,7 @@ def test_a_state_of_other_fields_is_refused_by_name(copied, tiny_config, name):
     trainer = make_trainer(copied / "run", tiny_config(), **TRAINING)
     with pytest.raises(ValueError) as error:
         trainer.train(resume_from_checkpoint=str(checkpoint))
-    assert str(error.value) == f"{checkpoint}: cannot be resumed from, trainer_state.json: {fault}"
+    assert str(error.value) == f"{checkpoint}: cannot resume from it: trainer_state.json: {fault}"
 
 
 class Hostile:
@@ -340,7 +338,7 @@ def test_the_best_checkpoint_stays_and_is_loaded(scripted, tiny_config, tmp_path
     state = json.loads((tmp_path / "checkpoint-4/trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")
     assert (state["best_metric"], state["best_global_step"]) == (40, 2)
-    # The state of the best one says so of itself
+    # The state of the best checkpoint names itself as the best
     state = json.loads((tmp_path / "checkpoint-2/trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")
     best, last = weights_in(tmp_path / "checkpoint-2"), weights_in(tmp_path / "checkpoint-4")
@@ -357,7 +355,7 @@ def test_the_best_checkpoint_stays_and_is_loaded(scripted, tiny_config, tmp_path
     assert all(torch.equal(again.model.get_parameter(name).cpu(), best[name]) for name in weights_of(again.model))
 
 
-def test_only_the_best_is_saved_where_asked_for(scripted, tiny_config, tmp_path):
+def test_only_the_best_is_saved_if_asked_for(scripted, tiny_config, tmp_path):
     scripted([10, 40, 30, 50, 20, 20])
     make_trainer(tmp_path, tiny_config(), **{**BEST, "save_strategy": "best", "save_total_limit": None}).train()
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2", "checkpoint-4"}
@@ -372,7 +370,7 @@ def test_weights_alone_are_a_checkpoint(tiny_config, tmp_path):
     trainer = make_trainer(tmp_path, tiny_config(), max_steps=2, save_steps=1, save_only_model=True)
     trainer.train()
     assert not [*tmp_path.rglob("*.pt"), *tmp_path.rglob("*.pth"), *tmp_path.rglob("*.bin")]
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
 def test_saved_model(tiny_config, tmp_path):

@@ -135,7 +135,7 @@ def test_rows_to_predict(make_dataset):
         [[ROWS[1]["duration"], ROWS[1]["duration"] + 1]],
     ],
 )
-def test_windows_that_are_none(make_dataset, windows):
+def test_invalid_windows(make_dataset, windows):
     with pytest.raises(ValueError, match="^qid b_2: .*(window|ends after the video)"):
         make_dataset([ROWS[0], {**ROWS[1], "relevant_windows": windows}])
 
@@ -188,7 +188,7 @@ def test_skip_invalid(features, tiny_config):
     assert [row["qid"] for row in dataset.rows] == [1, 4, 5, 10] and len(dataset) == 4
     assert len(caught) == 1 and caught[0].filename == __file__
     first, *lines = str(caught[0].message).splitlines()
-    assert "dropped 5 of 9 rows" in first
+    assert "skipped 5 of 9 rows" in first
     reasons = {
         "b_2": "video v2.*NaN or infinity",
         "3": r"features must be \(length, 8\), got \(4, 9\)",
@@ -209,7 +209,7 @@ def test_skip_invalid(features, tiny_config):
         MomentRetrievalDataset(rows, video, text, processor, tiny_config())
 
 
-def test_skip_invalid_where_nothing_is(make_dataset, features):
+def test_skip_invalid_without_invalid_rows(make_dataset, features):
     video, text = features
     processor = DiffusionVMRProcessor([12], 8, max_clips=20, max_tokens=10)
     with warnings.catch_warnings():
@@ -217,7 +217,7 @@ def test_skip_invalid_where_nothing_is(make_dataset, features):
         assert MomentRetrievalDataset(ROWS, video, text, processor, skip_invalid=True).rows == ROWS
 
 
-def test_skip_invalid_where_all_are(features):
+def test_skip_invalid_with_only_invalid_rows(features):
     """The error gives the first reason."""
     with (
         warnings.catch_warnings(record=True) as caught,
@@ -259,7 +259,7 @@ def test_clip_seconds_of_the_stores(features, tmp_path):
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf])
-def test_refused_clip_seconds(make_dataset, seconds):
+def test_rejected_clip_seconds(make_dataset, seconds):
     with pytest.raises(ValueError, match="`clip_seconds` must be a number"):
         make_dataset(clip_seconds=seconds)
 
@@ -491,7 +491,8 @@ def allowed_pairs(num_clips: int, covered: float, totals: dict[int, int]) -> lis
     """
     Apply the definition clip by clip: the clips that each of a sample's two pairs may be drawn from, (better, worse).
 
-    A clip has the highest score among the annotated clips whose center it holds and the one that holds its own center.
+    A clip has the highest score among the annotated clips whose center it contains and the one that contains its own
+    center.
     """
     seconds, scores = covered / num_clips, {}
     for clip in range(num_clips):

@@ -180,8 +180,8 @@ def test_qids_as_numbers_or_strings_in_any_order():
     "change, message",
     [
         ({"qid": None}, "prediction number 1 has no `qid`"),
-        ({"qid": 1}, "qid 1: there are two predictions"),
-        ({"qid": 3}, "qid 2: there is no prediction"),
+        ({"qid": 1}, "qid 1: more than one prediction"),
+        ({"qid": 3}, "no prediction for qid 2"),
         ({"pred_relevant_windows": None}, "qid 2: `pred_relevant_windows` must be a list of .*, got None"),
         ({"pred_relevant_windows": [[0, 4]]}, r"qid 2: .* \[start, end, score\], got \[\[0, 4\]\]"),
         ({"pred_relevant_windows": [[0, 4, 1], [0, 4]]}, r"qid 2: .* \[start, end, score\]"),
@@ -190,12 +190,12 @@ def test_qids_as_numbers_or_strings_in_any_order():
         ({"pred_relevant_windows": [[0, 4, float("nan")]]}, "qid 2: .* finite numbers, got nan"),
         ({"pred_relevant_windows": [[0, float("inf"), 1]]}, "qid 2: .* finite numbers, got inf"),
         ({"pred_relevant_windows": [[4, 0, 1]]}, "qid 2: a predicted window ends before it starts"),
-        ({"pred_saliency_scores": None}, "qid 2: has no `pred_saliency_scores`, though others have"),
+        ({"pred_saliency_scores": None}, "qid 2: has no `pred_saliency_scores`, but other queries have it"),
         ({"pred_saliency_scores": [1, float("nan")]}, "qid 2: .* finite numbers, got nan"),
         ({"pred_saliency_scores": [[1, 2]]}, "qid 2: `pred_saliency_scores` must be a list of numbers"),
     ],
 )
-def test_refused_predictions(change, message):
+def test_rejected_predictions(change, message):
     pairs = [salient_pair(qid, [1, 0, 0, 0], [0], [[4, 4, 4]]) for qid in (1, 2)]
     predictions, references = map(list, zip(*pairs))
     predictions[1] = {**predictions[1], **change}
@@ -206,17 +206,17 @@ def test_refused_predictions(change, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"qid": 1}, "qid 1: there are two references"),
-        ({"qid": 3}, "qid 3: there is no prediction"),
+        ({"qid": 1}, "qid 1: more than one reference"),
+        ({"qid": 3}, "no prediction for qid 3"),
         ({"relevant_windows": None}, "qid 2: `relevant_windows` of the reference"),
         ({"relevant_windows": []}, "qid 2: .* at least one"),
         ({"relevant_windows": [[4, 4]]}, "qid 2: .* ends after it starts"),
-        ({"saliency_scores": None}, "qid 2: has no `saliency_scores`, though others have"),
+        ({"saliency_scores": None}, "qid 2: has no `saliency_scores`, but other queries have it"),
         ({"relevant_clip_ids": [4]}, "qid 2: `relevant_clip_ids` must be whole numbers from 0 to 3, got 4"),
         ({"duration": None}, "qid 2: `duration` must be a number above 0"),
     ],
 )
-def test_refused_references(change, message):
+def test_rejected_references(change, message):
     pairs = [salient_pair(qid, [1, 0, 0, 0], [0], [[4, 4, 4]]) for qid in (1, 2)]
     predictions, references = map(list, zip(*pairs))
     references[1] = {**references[1], **change}
@@ -256,7 +256,7 @@ def test_scorable_rows():
 
 
 def test_nothing_to_score():
-    with pytest.raises(ValueError, match="there are no references"):
+    with pytest.raises(ValueError, match="no references; at least one"):
         evaluate_predictions([], [])
 
 

@@ -109,9 +109,9 @@ def test_file_that_extends(tmp_path):
     [
         ("config:\n  d_modell: 3\n", r"mine\.yaml: `config` has no field 'd_modell'; did you mean d_model\?"),
         ("trainng:\n  seed: 3\n", r"mine\.yaml: there is no section 'trainng'; did you mean training\?"),
-        ("- 1\n", r"mine\.yaml: must hold sections"),
-        ("config: 1\n", r"mine\.yaml: must hold sections"),
-        ("", r"mine\.yaml: must hold sections"),
+        ("- 1\n", r"mine\.yaml: must contain sections"),
+        ("config: 1\n", r"mine\.yaml: must contain sections"),
+        ("", r"mine\.yaml: must contain sections"),
         ("config: {\n", r"mine\.yaml: not YAML"),
         ("data:\n  hold_out: 2001-02-30\n", r"mine\.yaml: not YAML"),
         ("extends: nobody\n", r"nobody: not a preset \(charades_sta, .*\) or a file"),

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from modeling_diffusionvmr.training.supervision import (
-    annotated_clips_holding,
+    annotated_clips_at,
     annotated_scores,
     clip_scores,
-    clips_holding_annotated,
     draw_saliency_pairs,
+    feature_clips_at,
     true_spans,
 )
 
@@ -29,9 +29,9 @@ def test_true_spans():
         (9, 3, [0, 1, 1, 2, 2], [0, 2, 3]),  # of 3 s: the last annotated center, 9 s, is the end
     ],
 )
-def test_which_clip_holds_which(covered, num_clips, of_annotated, of_clips):
-    assert clips_holding_annotated(np.arange(5), covered, num_clips).tolist() == of_annotated
-    assert annotated_clips_holding(covered, num_clips).tolist() == of_clips
+def test_clips_at_centers(covered, num_clips, of_annotated, of_clips):
+    assert feature_clips_at(np.arange(5), covered, num_clips).tolist() == of_annotated
+    assert annotated_clips_at(covered, num_clips).tolist() == of_clips
 
 
 def test_scores_of_annotated_clips():

@@ -135,7 +135,7 @@ def test_plain_training_arguments_have_the_default_growth(make_dataset, tiny_con
     assert (trainer.proposal_schedule, trainer.proposal_growth) == ("progress", 1.0)
 
 
-def test_two_gpus_in_one_process_are_refused(make_dataset, tiny_config, tmp_path):
+def test_two_gpus_in_one_process_are_rejected(make_dataset, tiny_config, tmp_path):
     arguments = DiffusionVMRTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
     arguments._n_gpu = 2  # what `transformers` finds on a machine with two
     model = DiffusionVMRForMomentRetrieval(tiny_config())
@@ -175,7 +175,7 @@ def test_processor_is_saved_with_a_checkpoint(make_trainer, make_dataset, tmp_pa
     assert (processor.video_feature_sizes, processor.max_clips) == ([12], 20)
 
 
-def test_training_goes_on_from_a_checkpoint(make_trainer, tiny_config, tmp_path):
+def test_training_resumes_from_a_checkpoint(make_trainer, tiny_config, tmp_path):
     """In the middle of an epoch, to the same weights."""
     config = tiny_config(dropout=0, input_dropout=0)
     whole = make_trainer(tmp_path, config=config, max_steps=6, save_steps=3)
@@ -224,7 +224,7 @@ def test_evaluation_in_training(make_trainer, make_dataset, tmp_path, workers):
     assert trainer.state.best_metric == max(log["eval_MR-full-mAP"] for log in logs)
 
 
-def test_several_sets_to_evaluate_on(make_trainer, make_dataset, tmp_path):
+def test_several_evaluation_datasets(make_trainer, make_dataset, tmp_path):
     sets = {"few": make_dataset(train=False, num_rows=3), "all": make_dataset(train=False)}
     trainer = make_trainer(
         tmp_path,
@@ -270,7 +270,7 @@ def test_only_rows_with_windows_are_scored(make_trainer, make_dataset, tmp_path)
     logs = evaluations(trainer)
     assert len(logs) == 2 and metrics_of(logs[-1])
     assert metrics_of(logs[-1]) == official(trainer.model, rest)
-    # With several processes, one would have a batch without labels, and wait for ever for another's loss
+    # With several processes, one would have a batch without labels, and wait forever for the loss of another
     assert not any("eval_loss" in log for log in trainer.state.log_history)
     assert len(trainer.predict(mixed).predictions) == 8
 
@@ -308,7 +308,7 @@ def test_evaluation_loss_is_the_mean_over_rows(trained, make_dataset):
 
 
 def test_evaluation_leaves_the_training_alone(make_trainer, make_dataset, tiny_config, tmp_path):
-    """Even on the same data set, whose noisy spans depend on the epoch, and with another batch size."""
+    """Even on the same dataset, whose noisy spans depend on the epoch, and with another batch size."""
     losses = []
     # An evaluation changes the dropout that follows: its loader draws a seed from the same generator
     config = tiny_config(dropout=0.0, input_dropout=0.0)
@@ -362,7 +362,7 @@ class Reporter(TrainerCallback):
         self.logs.append(logs)
 
 
-def test_reporters_are_given_all(make_trainer, tmp_path):
+def test_reporters_get_everything(make_trainer, tmp_path):
     reporter = Reporter()
     make_trainer(
         tmp_path, callbacks=[reporter], max_steps=2, save_strategy="no", eval_strategy="epoch", logging_steps=2
@@ -411,12 +411,12 @@ def test_arguments_by_position(make_dataset, tiny_config, tmp_path):
 
 
 @pytest.mark.parametrize("field, value", [("eval_do_concat_batches", False), ("batch_eval_metrics", True)])
-def test_arguments_that_leave_no_metrics(make_trainer, tmp_path, field, value):
+def test_arguments_that_rule_out_metrics(make_trainer, tmp_path, field, value):
     with pytest.raises(ValueError, match=f"`{field}` must be {not value}"):
         make_trainer(tmp_path, **{field: value})
 
 
-def test_metrics_of_ones_own(make_dataset, tiny_config, tmp_path):
+def test_custom_metrics_are_rejected(make_dataset, tiny_config, tmp_path):
     with pytest.raises(ValueError, match="`compute_metrics`"):
         DiffusionVMRTrainer(
             DiffusionVMRForMomentRetrieval(tiny_config()),

@@ -1,8 +1,9 @@
 """
 The `diffusionvmr` command.
 
-Each subcommand is a module here with two functions: `parse(argv)` returns its arguments, `run(arguments)` does its job.
-Modules import the library, and with it torch, only inside `run`, so that `--help` answers at once.
+Each subcommand is a module in this folder with two functions: `parse(argv)` returns its arguments, and `run(arguments)`
+does the work. Modules import torch, and what needs it, only inside `run`, so that `--help` is fast. The exception is
+`train`, whose flags come from the training arguments.
 """
 
 import importlib
@@ -28,8 +29,8 @@ def main(argv: Sequence[str] | None = None, load_library: Callable[[], None] | N
     Run a subcommand. Bad input ends with one line on stderr and a non-zero exit status.
 
     Args:
-        argv: the arguments; by default those of this process.
-        load_library: called between parsing and running, by an entry point that has not executed the package yet.
+        argv: the arguments. Default: those of this process.
+        load_library: called between parsing and running, for an entry point that has not executed the package yet.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in COMMANDS:
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None, load_library: Callable[[], None] | N
 
 
 def _main_parser() -> CommandParser:
-    """The parser of everything but subcommands: it ends the process with help, the version, or an error."""
+    """Return the parser for everything but subcommands. It ends the process with help, the version, or an error."""
     width = max(map(len, COMMANDS))
     lines = "\n".join(f"  {name:{width}}  {purpose}" for name, purpose in COMMANDS.items())
     parser = CommandParser(

@@ -1,13 +1,11 @@
-"""`diffusionvmr convert`: an official release to a folder that `datasets.load_dataset` opens."""
+"""`diffusionvmr convert`: convert an official release to a folder that `datasets.load_dataset` opens."""
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..data.benchmarks import BENCHMARKS
-from .options import CommandParser
-
-DTYPES = ("float16", "float32")
+from .options import DTYPES, CommandParser, add_skip_invalid
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -17,18 +15,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         description="Convert an official release to a folder that datasets.load_dataset opens.",
         epilog="annotation files:\n" + "\n".join(_describe(name) for name in BENCHMARKS),
     )
-    parser.add_argument("benchmark", choices=BENCHMARKS, help="which release it is")
+    parser.add_argument("benchmark", choices=BENCHMARKS, help="the benchmark to convert")
     parser.add_argument("output", help="folder to write; must not exist")
     parser.add_argument(
-        "--annotations", required=True, type=Path, metavar="DIR", help="folder with the annotation files listed below"
+        "--annotations", required=True, type=Path, metavar="DIR", help="folder of the annotation files listed below"
     )
     parser.add_argument(
         "--video_features",
         required=True,
         nargs="+",
         metavar="[NAME=]PATH",
-        help="one per backbone, in the order of concatenation: folder of .npz or .npy, or HDF5 file; NAME is its "
-        "column, by default the name of the file or folder",
+        help="one per backbone, in the order of concatenation: folder of .npz or .npy, or HDF5 file; NAME becomes the "
+        "name of its column (default: the name of the file or folder)",
     )
     parser.add_argument(
         "--text_features", required=True, metavar="PATH", help="folder of qid*.npz, HDF5 file, or GloVe's .txt"
@@ -41,7 +39,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float16", help="type of the written features (default: %(default)s)"
     )
-    parser.add_argument("--skip_invalid", action="store_true", help="leave out unusable rows and list them")
+    add_skip_invalid(parser)
     parser.add_argument("--push_to_hub", metavar="USER/NAME", help="also upload the folder to the Hub")
     parser.add_argument("--private", action="store_true", help="upload to a private dataset")
     return parser.parse_args(argv)
@@ -54,7 +52,7 @@ def _describe(name: str) -> str:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Convert, and upload if asked to."""
+    """Convert the release, and upload the result with `--push_to_hub`."""
     from ..data.conversion import Source, convert, load_splits, push_folder
     from ..data.features import common_clip_seconds, open_text_features
     from ..data.parquet import ANNOTATIONS_CONFIG, VIDEOS_CONFIG
@@ -82,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _open_backbones(values: Iterable[str]) -> dict[str, Mapping]:
-    """Open the stores that `[NAME=]PATH` values name, by their column."""
+    """Open the stores that `[NAME=]PATH` values name, and return them by column name."""
     from ..data.features import open_features
 
     stores: dict[str, Mapping] = {}
@@ -91,6 +89,6 @@ def _open_backbones(values: Iterable[str]) -> dict[str, Mapping]:
         if not path or not name.isidentifier():  # a path may contain "=" as well
             name, path = Path(value).stem, value
         if name in stores:
-            raise ValueError(f"two backbones are called {name}: give NAME=PATH")
+            raise ValueError(f"two backbones are named {name}; pass NAME=PATH to choose another name")
         stores[name] = open_features(path)
     return stores

@@ -11,6 +11,7 @@ from .options import (
     add_data_arguments,
     add_device_argument,
     add_model_arguments,
+    add_retrieval_arguments,
     choose_device,
     clip_seconds_of,
     load_model,
@@ -21,7 +22,7 @@ POST_PROCESSING = ("threshold", "top_k", "nms_threshold", "round_to")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the arguments of the command."""
+    """Parse the arguments of `diffusionvmr evaluate`."""
     parser = CommandParser(
         "evaluate",
         description="Predict the moments of a benchmark, and score them with the official metrics.\n"
@@ -34,16 +35,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--output_dir", type=Path, default=Path("evaluation"), metavar="DIR", help="output folder (default: evaluation)"
     )
-    parser.add_argument("--num_proposals", type=int, nargs="+", metavar="N", help="spans drawn from noise")
-    parser.add_argument("--num_sampling_steps", type=int, metavar="S", help="DDIM steps")
+    parser.add_argument("--num_proposals", type=int, nargs="+", metavar="N", help="number of spans drawn from noise")
     parser.add_argument("--metric", default="MR-full-mAP", help="metric that chooses N (default: MR-full-mAP)")
-    parser.add_argument("--threshold", type=float, metavar="SCORE", help="lowest score of a moment")
-    parser.add_argument("--top_k", type=int, metavar="K", help="most moments per query")
+    add_retrieval_arguments(parser)
     parser.add_argument(
-        "--nms_threshold", type=float, metavar="IOU", help="drop moments that overlap a better one by more than this"
-    )
-    parser.add_argument(
-        "--round_to", type=float, metavar="SECONDS", help="round starts and ends (officially 2 for QVHighlights)"
+        "--round_to",
+        type=float,
+        metavar="SECONDS",
+        help="round starts and ends to multiples of this (2 in the official evaluation of QVHighlights)",
     )
     parser.add_argument("--batch_size", type=int, default=100, help="queries per batch (default: 100)")
     add_device_argument(parser)
@@ -67,10 +66,10 @@ def run(arguments: argparse.Namespace) -> None:
     if scored:
         _check_references(scored, arguments.metric)
     elif len(candidates) > 1:
-        raise ValueError(f"{arguments.annotations}: N cannot be chosen on rows without `relevant_windows`")
+        raise ValueError(f"{arguments.annotations}: choosing N needs rows with `relevant_windows`")
 
     options = {name: getattr(arguments, name) for name in POST_PROCESSING if getattr(arguments, name) is not None}
-    # Saved with the metrics, which depend on them: only a query's first 10 windows count, for example
+    # Saved with the metrics, which depend on them
     settings = {name: getattr(processor, name) for name in POST_PROCESSING} | options
     settings |= {
         "num_sampling_steps": arguments.num_sampling_steps or model.config.num_sampling_steps,
@@ -99,7 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Raise an error for flags that would fail only after the work."""
+    """Raise an error for invalid flags that would otherwise only fail after the work is done."""
     from ..checks import check_positive
 
     check_positive(arguments.batch_size, "--batch_size")
@@ -128,7 +127,7 @@ def _open_dataset(arguments: argparse.Namespace, config, processor):
 
 
 def _check_references(rows: Sequence[Mapping[str, Any]], metric: str) -> None:
-    """Raise `ValueError` for rows that cannot be scored or an unknown metric, before the model runs."""
+    """Raise `ValueError` if rows cannot be scored or the metric is unknown, before the model runs."""
     from ..training.metrics import evaluate_predictions
 
     nothing = [{"qid": row["qid"], "pred_relevant_windows": [], "pred_saliency_scores": []} for row in rows]
@@ -140,10 +139,10 @@ def _check_references(rows: Sequence[Mapping[str, Any]], metric: str) -> None:
 
 def _save(output_dir: Path, predictions: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any] | None) -> None:
     """
-    Write `predictions.jsonl` and `metrics.json`; without metrics, only the former.
+    Write `predictions.jsonl` and, if there are metrics, `metrics.json`.
 
-    Two files cannot be replaced at once. The old metrics are removed first and the new ones written last, so wherever
-    this is stopped, there are no metrics or those of the predictions beside them, never those of other predictions.
+    Two files cannot be replaced atomically. The old metrics are removed first and the new ones are written last, so
+    that metrics never belong to other predictions than those beside them, even if this is interrupted.
     """
     from ..data.files import save_json, save_jsonl
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .options import CommandParser, add_device_argument, choose_device, loading, resolve_model
+from .options import DTYPES, CommandParser, add_device_argument, choose_device, loading, resolve_model
 
-MAX_NAMES = 10  # listed on one line
+MAX_NAMES = 10  # number of file names to list in a message
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the arguments of the command."""
+    """Parse the arguments of `diffusionvmr extract`."""
     parser = CommandParser(
         "extract",
         description="Compute the features of the videos in a folder, and of the sentences in an annotation\n"
@@ -32,10 +32,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=32, help="frames per batch (default: 32)")
     add_device_argument(parser)
     parser.add_argument(
-        "--dtype",
-        choices=("float16", "float32"),
-        default="float16",
-        help="type of the numbers (default: float16)",
+        "--dtype", choices=DTYPES, default="float16", help="type of the written features (default: float16)"
     )
     parser.add_argument(
         "--skip_invalid", action="store_true", help="skip unusable rows and missing or damaged videos, and list them"
@@ -44,7 +41,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the features, and say what was skipped."""
+    """Write the features, and list what was skipped."""
     from ..data.annotations import load_annotations
     from ..data.extraction import extract_sentences, extract_videos
 
@@ -56,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
         videos, missing = _choose_videos(arguments, list(dict.fromkeys(row["vid"] for row in rows)))
 
     backbone = _open_backbone(arguments)
-    # A shell may append a slash to a folder, which is still the same backbone
+    # Shell completion may append a slash to a folder
     identifier = os.path.normpath(arguments.backbone) if os.path.isdir(arguments.backbone) else arguments.backbone
     folder = Path(arguments.output_dir) / (arguments.name or backbone.model.config.model_type)
     options = {"dtype": arguments.dtype, "skip_invalid": arguments.skip_invalid}
@@ -75,12 +72,12 @@ def _check(arguments: argparse.Namespace) -> None:
     from ..checks import check_positive
 
     if not (arguments.videos or arguments.annotations):
-        raise ValueError("nothing to extract: give --videos, --annotations, or both")
+        raise ValueError("nothing to extract: pass --videos, --annotations, or both")
     check_positive(arguments.clip_seconds, "--clip_seconds")
     check_positive(arguments.batch_size, "--batch_size")
     name = arguments.name
     if name is not None and (name in ("", ".", "..") or Path(name).name != name):
-        raise ValueError(f"--name must be the name of a folder, got {name!r}")
+        raise ValueError(f"--name must be a folder name, got {name!r}")
 
 
 def _choose_videos(arguments: argparse.Namespace, vids: Sequence[str]) -> tuple[dict[str, Path], dict[str, str]]:

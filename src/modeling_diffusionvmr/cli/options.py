@@ -1,4 +1,4 @@
-"""What subcommands share: their parser, errors as one line, options for a model and for data."""
+"""Code that subcommands share: the parser, one-line errors, and options for models and data."""
 
 import argparse
 import os
@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+DTYPES = ("float16", "float32")  # of written features
 DAMAGED_WEIGHTS = "weights are damaged or cut off"
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser of a subcommand. Errors are one line, since the usage of some commands fills a screen."""
+    """The parser of a subcommand. Errors are one line, without the usage, which fills a screen for some commands."""
 
     def __init__(self, command: str | None = None, **options):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
@@ -32,7 +33,7 @@ def run_safely(run: Callable[[argparse.Namespace], None], arguments: argparse.Na
     from safetensors import SafetensorError
 
     with warnings.catch_warnings():
-        # Python's default format names a line of code, which means nothing to the user of a command
+        # Python's default format includes a line of code, which means nothing to the user of a command
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         try:
             run(arguments)
@@ -47,7 +48,7 @@ def run_safely(run: Callable[[argparse.Namespace], None], arguments: argparse.Na
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # PyTorch has a type of its own for a GPU, and only a message for the CPU
+    # PyTorch has a special error type for GPUs, but only a special message for the CPU
     return isinstance(error, MemoryError) or any(
         sign in f"{type(error).__name__}: {error}" for sign in ("OutOfMemoryError", "DefaultCPUAllocator")
     )
@@ -55,7 +56,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def loading(checkpoint: str) -> Iterator[None]:
-    """Turn whatever `transformers` raises for an unusable checkpoint into an error of one line that names it."""
+    """Turn whatever `transformers` raises for an unusable checkpoint into a one-line `ValueError` that names it."""
     from safetensors import SafetensorError
 
     try:
@@ -64,7 +65,7 @@ def loading(checkpoint: str) -> Iterator[None]:
         raise
     except SafetensorError as error:
         raise ValueError(f"{checkpoint}: {DAMAGED_WEIGHTS} ({error})") from error
-    # A broken config.json ends in errors of many types: TypeError, AttributeError, KeyError and more
+    # A broken config.json causes errors of many types: TypeError, AttributeError, KeyError and more
     except Exception as error:
         reason = _unusable_json(checkpoint) or _cause(error)
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in reason:
@@ -76,8 +77,8 @@ def loading(checkpoint: str) -> Iterator[None]:
 
 def _unusable_json(checkpoint: str) -> str | None:
     """
-    What is wrong with a configuration file in a checkpoint folder or in the folders of its backbones: each must be a
-    JSON object. `None` if nothing is.
+    Return what is wrong with the configuration files in a checkpoint folder and in the folders of its backbones, or
+    `None`. Each must be a JSON object.
     """
     from ..data.files import parse_json_object
 
@@ -90,7 +91,7 @@ def _unusable_json(checkpoint: str) -> str | None:
 
 
 def _cause(error: BaseException) -> str:
-    """The message of an error. A `StrictDataclassError` only names a validator; its cause says what is wrong."""
+    """Return the message of an error, or of the cause of a `StrictDataclassError`, which only names a validator."""
     from huggingface_hub.errors import StrictDataclassError
 
     return _one_line((isinstance(error, StrictDataclassError) and error.__cause__) or error)
@@ -112,7 +113,7 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add annotations and features: official files or a converted folder."""
+    """Add flags for annotations and features, in official files or a converted folder."""
     parser.add_argument(
         "--annotations", required=True, metavar="PATH", help="official or JSONL file, or a converted folder"
     )
@@ -139,8 +140,21 @@ def add_skip_invalid(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip_invalid", action="store_true", help="skip unusable rows and list them")
 
 
+def add_retrieval_arguments(parser: argparse.ArgumentParser, top_k: int | None = None) -> None:
+    """Add the flags of `retrieve` and `evaluate`, with a default for `--top_k`."""
+    parser.add_argument("--num_sampling_steps", type=int, metavar="S", help="number of DDIM steps")
+    default = "" if top_k is None else f" (default: {top_k})"
+    parser.add_argument(
+        "--top_k", type=int, default=top_k, metavar="K", help=f"maximum number of moments per query{default}"
+    )
+    parser.add_argument("--threshold", type=float, metavar="SCORE", help="minimum score of a moment")
+    parser.add_argument(
+        "--nms_threshold", type=float, metavar="IOU", help="drop a moment if its IoU with a better one is above this"
+    )
+
+
 def clip_seconds_of(arguments: argparse.Namespace, video_features: Sequence[Mapping], config) -> float | None:
-    """The length of a clip from the flag, else from the features, else from the model's backbones; else `None`."""
+    """Return the length of a clip: from the flag, else the features, else the model's backbones, else `None`."""
     from ..data.features import common_clip_seconds
 
     if arguments.clip_seconds is not None:
@@ -161,7 +175,7 @@ def check_device(device: str) -> None:
 
 
 def choose_device(device: str | None) -> str:
-    """The device to run on: by default a GPU if there is one. Raise `ValueError` for one that cannot be used."""
+    """Return the device to run on, by default a GPU if there is one. Raise `ValueError` if it cannot be used."""
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -171,8 +185,8 @@ def choose_device(device: str | None) -> str:
 
 def resolve_model(model: str | None) -> str:
     """
-    The folder or Hub id that `--model` names; by default the embedded model. Raise `ValueError` for what cannot be
-    either, before the Hub is asked for it.
+    Return the folder or Hub id of `--model`, by default the embedded model. Raise `ValueError` if it cannot be either,
+    without asking the Hub.
     """
     from .. import DEFAULT_MODEL
 
@@ -181,7 +195,7 @@ def resolve_model(model: str | None) -> str:
     if os.path.isdir(model):
         return model
     if os.path.exists(model):
-        raise ValueError(f"{model}: a checkpoint is a folder, not a file")
+        raise ValueError(f"{model}: a checkpoint must be a folder, not a file")
     if not HUB_ID.fullmatch(model):
         raise ValueError(f"{model}: not a local folder or a valid Hub id")
     return model
@@ -189,8 +203,8 @@ def resolve_model(model: str | None) -> str:
 
 def load_model(arguments: argparse.Namespace):
     """
-    Load the model and the processor that `add_model_arguments` describes. Raise `ValueError`, which names the
-    checkpoint, if that fails.
+    Load the model and the processor that the flags of `add_model_arguments` name. If that fails, raise a `ValueError`
+    that names the checkpoint.
     """
     from transformers import AutoModel, AutoProcessor
 

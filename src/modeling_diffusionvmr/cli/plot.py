@@ -9,7 +9,7 @@ from .options import CommandParser, add_skip_invalid
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the arguments of the command."""
+    """Parse the arguments of `diffusionvmr plot`."""
     parser = CommandParser("plot", description="Plot the predictions of one or more files beside the truth.")
     parser.add_argument(
         "--annotations", required=True, metavar="FILE", help="annotation file; its windows and saliency are the truth"
@@ -17,14 +17,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--predictions", required=True, nargs="+", metavar="FILE", help="prediction files in the official format"
     )
-    parser.add_argument("--names", nargs="+", metavar="NAME", help="names in the picture (default: the file names)")
-    parser.add_argument("--qid", required=True, nargs="+", help="queries to plot, one panel each")
-    parser.add_argument("--output", required=True, metavar="OUT.png", help="the picture")
-    parser.add_argument("--top_k", type=int, default=5, metavar="K", help="most windows per file (default: 5)")
+    parser.add_argument(
+        "--names",
+        nargs="+",
+        metavar="NAME",
+        help="what to call the prediction files in the picture (default: their file names)",
+    )
+    parser.add_argument("--qid", required=True, nargs="+", help="ids of the queries to plot, one panel each")
+    parser.add_argument("--output", required=True, metavar="OUT.png", help="file to write")
+    parser.add_argument(
+        "--top_k", type=int, default=5, metavar="K", help="maximum number of windows per file (default: 5)"
+    )
     parser.add_argument(
         "--clip_seconds",
         type=float,
-        help="seconds per saliency score (default: 2 with annotated saliency, otherwise scores share the duration)",
+        help="seconds per saliency score (default: 2 with annotated saliency; otherwise duration / number of scores)",
     )
     add_skip_invalid(parser)
     return parser.parse_args(argv)
@@ -50,17 +57,17 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _names(arguments: argparse.Namespace) -> list[str]:
-    """What the prediction files are called in the picture: a name each, all different."""
+    """Return the name of each prediction file in the picture. Names are unique."""
     names = arguments.names or [Path(path).stem for path in arguments.predictions]
     if len(names) != len(arguments.predictions):
         raise ValueError(f"--names: got {len(names)} names for {len(arguments.predictions)} prediction files")
     if len(set(names)) < len(names):
-        raise ValueError(f"--names: the names of the prediction files must differ, got {', '.join(names)}")
+        raise ValueError(f"--names: prediction files must have different names, got {', '.join(names)}")
     return names
 
 
 def _load_predictions(path: str) -> dict[str, Mapping[str, Any]]:
-    """Read a prediction file by qid. Every error names the file."""
+    """Read a prediction file and index it by qid. Every error names the file."""
     from ..data.files import load_jsonl
     from ..training.metrics import rows_by_qid
 

@@ -5,37 +5,32 @@ import json
 import sys
 from collections.abc import Sequence
 
-from .options import CommandParser, add_model_arguments, load_model, loading
+from .options import CommandParser, add_model_arguments, add_retrieval_arguments, load_model, loading
 
-NUM_FRAMES = 12  # below the timeline
+NUM_FRAMES = 12  # number of frames below the timeline
 PIPELINE_OPTIONS = ("top_k", "threshold", "nms_threshold", "num_proposals", "num_sampling_steps")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the arguments of the command."""
+    """Parse the arguments of `diffusionvmr retrieve`."""
     parser = CommandParser("retrieve", description="Find the moments of a video that sentences describe.")
     parser.add_argument("video", metavar="VIDEO", help="video file")
     parser.add_argument(
         "query", metavar="QUERY", nargs="+", help="sentence; the video is encoded once for all sentences"
     )
     add_model_arguments(parser)
-    parser.add_argument("--top_k", type=int, default=5, metavar="K", help="most moments per query (default: 5)")
-    parser.add_argument("--threshold", type=float, metavar="SCORE", help="lowest score of a moment")
-    parser.add_argument(
-        "--nms_threshold", type=float, metavar="IOU", help="drop moments that overlap a better one by more than this"
-    )
-    parser.add_argument("--num_proposals", type=int, metavar="N", help="spans drawn from noise")
-    parser.add_argument("--num_sampling_steps", type=int, metavar="S", help="DDIM steps")
-    parser.add_argument("--plot", metavar="OUT.png", help="save a timeline as a picture")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--num_proposals", type=int, metavar="N", help="number of spans drawn from noise")
+    add_retrieval_arguments(parser, top_k=5)
+    parser.add_argument("--plot", metavar="OUT.png", help="save a picture of the timeline")
+    parser.add_argument("--json", action="store_true", help="print JSON, with the saliency of each clip")
     return parser.parse_args(argv)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the moments, and plot them if asked to."""
+    """Print the moments, and plot them with `--plot`."""
     from ..pipeline_diffusionvmr import VideoMomentRetrievalPipeline
 
-    # Not through `pipeline("video-moment-retrieval")`, which reports an unusable checkpoint as a traceback
+    # `pipeline("video-moment-retrieval")` would report an unusable checkpoint as a traceback
     model, processor = load_model(arguments)
     with loading(model.name_or_path):
         retrieve = VideoMomentRetrievalPipeline(model=model, processor=processor)

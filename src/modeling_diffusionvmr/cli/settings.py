@@ -1,7 +1,7 @@
 """
-The settings of a training as flags: every field of the configuration, the processor and the training arguments.
+Training settings as flags: every field of the configuration, the processor and the training arguments.
 
-A preset gives the defaults, and the command line changes them.
+A preset gives the defaults, and flags override them.
 """
 
 import argparse
@@ -20,20 +20,20 @@ from ..training.presets import PRESETS, SECTIONS, load_preset, suggest
 from .options import CommandParser
 
 DEFAULT_PRESET = "qvhighlights"
-# The data decide the sizes and the backbones, and the model always has an encoder and a decoder
+# Feature sizes come from the data and backbones from the preset, and the model always has an encoder and a decoder
 NO_FLAGS = ("backbones", "is_encoder_decoder", "video_feature_size", "video_feature_sizes", "text_feature_size")
 TYPE_NAMES = {float: "a number", int: "a whole number", bool: "true or false", NoneType: "null"}
 
 
 class SettingsParser(CommandParser, HfArgumentParser):
     """
-    A parser with one flag per setting. A name that both the configuration and the processor have is one flag, which
+    A parser with one flag per setting. If the configuration and the processor have a field of the same name, one flag
     sets both. Callers may add flags of their own before they call `parse_settings`.
 
     Args:
         command: the subcommand whose `--help` errors refer to.
-        argv: the arguments. `--preset` is read at once, since it gives the defaults of the other flags.
-        options: those of `argparse.ArgumentParser`.
+        argv: the arguments. `--preset` is read immediately, since it gives the defaults of the other flags.
+        options: options of `argparse.ArgumentParser`.
     """
 
     def __init__(self, command: str, argv: Sequence[str], **options):
@@ -51,7 +51,7 @@ class SettingsParser(CommandParser, HfArgumentParser):
 
     def parse_settings(self) -> argparse.Namespace:
         """
-        Parse the arguments. Bad ones end the process with one line.
+        Parse the arguments. If they are invalid, end the process with a one-line error.
 
         Returns:
             `config`, `processor` and `training`: dicts of the fields that the preset or the command line sets;
@@ -61,7 +61,7 @@ class SettingsParser(CommandParser, HfArgumentParser):
         parsed, unknown = self.parse_known_args(self.argv)
         if unknown:
             self.error(self._describe_unknown(unknown[0]))
-        # An argument that is given replaces the mark, a default does not
+        # Arguments on the command line replace the mark, defaults do not
         mark = object()
         marked, _ = self.parse_known_args(self.argv, argparse.Namespace(**dict.fromkeys(vars(parsed), mark)))
         given = {name for name, value in vars(marked).items() if value is not mark}
@@ -75,7 +75,7 @@ class SettingsParser(CommandParser, HfArgumentParser):
         return argparse.Namespace(**options, **sections, given=given)
 
     def _complete_training_flags(self) -> None:
-        """Let every boolean flag stand alone, and every optional one be null, which `HfArgumentParser` does not."""
+        """Allow boolean flags without a value, and null for optional fields. `HfArgumentParser` allows neither."""
         for action in self._actions:
             if action.type is string_to_bool:
                 action.nargs, action.const = "?", True
@@ -95,7 +95,7 @@ class SettingsParser(CommandParser, HfArgumentParser):
             group.add_argument(f"--{name}", type=convert, default=parameters[name].default, help=_describe(hint))
 
     def _load_preset(self) -> dict[str, dict[str, Any]]:
-        """Load the preset that the arguments name, and make its values the defaults of the flags."""
+        """Load the preset of the arguments, and make its values the defaults of the flags."""
         parser = CommandParser(add_help=False)
         parser.prog = self.prog
         parser.add_argument("--preset", default=DEFAULT_PRESET)
@@ -129,7 +129,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 
 def _types_of(hint: Any) -> list[Any]:
-    """The types that a field accepts; a field that accepts any number has `float` only."""
+    """Return the types that a field accepts. `float` includes `int`."""
     is_union = isinstance(hint, UnionType) or get_origin(hint) is Union
     types = list(get_args(hint)) if is_union else [hint]
     return [kind for kind in types if kind is not int or float not in types]
@@ -140,7 +140,7 @@ def _describe(hint: Any) -> str:
 
 
 def _accepts(hint: Any, value: Any) -> bool:
-    """Whether a preset may set a field to a value. What is more than a number or a boolean is not checked here."""
+    """Return whether a preset may set a field to a value. Only numbers and booleans are checked here."""
     types = _types_of(hint)
     if any(kind not in TYPE_NAMES for kind in types):
         return True
@@ -148,7 +148,7 @@ def _accepts(hint: Any, value: Any) -> bool:
 
 
 def _or_null(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A flag's type that also accepts "null", as in YAML."""
+    """Return an argparse type that also accepts "null", as in YAML."""
 
     def convert_or_null(text: str) -> Any:
         return None if text == "null" else convert(text)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from .options import CommandParser, add_skip_invalid
 
-# As in `synthetic/simulated_features.py`, which is slow to import
+# The same as in `synthetic/simulated_features.py`, which is slow to import; a test compares them
 NOISE_LEVELS = ("real", "easy")
 CLIP_SIZE = 512
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the arguments of the command."""
+    """Parse the arguments of `diffusionvmr simulate`."""
     parser = CommandParser(
         "simulate",
         description="Make features in the official layout from annotations alone. They behave like those of a\n"
@@ -24,7 +24,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="annotation files; distractors come from the rows of all of them, word vectors from the seed alone",
+        help="annotation files; pass all of them at once, since distractors come from the rows of all files",
     )
     parser.add_argument(
         "--output_dir", type=Path, required=True, metavar="DIR", help="where to write the folders clip and clip_text"
@@ -38,24 +38,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--clip_seconds", type=float, default=2.0, help="length of a clip (default: 2)")
     parser.add_argument(
-        "--size", type=int, default=CLIP_SIZE, help=f"numbers per clip and per token (default: {CLIP_SIZE})"
+        "--size", type=int, default=CLIP_SIZE, help=f"size of a clip's and a token's vector (default: {CLIP_SIZE})"
     )
     parser.add_argument(
         "--motion_size",
         type=int,
         metavar="SIZE",
-        help="also write slowfast, a backbone that shares no space with text, with this many numbers per clip "
-        "(real features: 2304)",
+        help="also write the folder slowfast: a backbone with vectors of this size that shares no space with text "
+        "(size of real features: 2304)",
     )
     parser.add_argument(
-        "--workers", type=int, default=1, help="number of processes, which does not change the files (default: 1)"
+        "--workers", type=int, default=1, help="number of processes; the files do not depend on it (default: 1)"
     )
     add_skip_invalid(parser)
     return parser.parse_args(argv)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the features, and say how many files were there already."""
+    """Write the features, and print how many files were written and skipped."""
     from ..checks import check_positive
     from ..data.annotations import load_annotations
     from ..synthetic.simulated_features import SimulatedFeatures
@@ -71,4 +71,4 @@ def run(arguments: argparse.Namespace) -> None:
     written, skipped = write_simulated_features(
         simulation, arguments.output_dir, arguments.motion_size, arguments.workers
     )
-    print(f"{arguments.output_dir}: wrote {written} files, skipped {skipped} that were there", file=sys.stderr)
+    print(f"{arguments.output_dir}: wrote {written} files, skipped {skipped} existing ones", file=sys.stderr)

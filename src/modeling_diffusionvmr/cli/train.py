@@ -1,8 +1,8 @@
 """
 Train a model with the settings of a preset, or fine-tune a checkpoint.
 
-Every setting is a flag; what is given here takes precedence over the preset. Run the same command with --resume to
-continue an interrupted training from its last complete checkpoint.
+Every setting is also a flag, which takes precedence over the preset. Run the same command with --resume to continue an
+interrupted training from its last complete checkpoint.
 """
 
 import argparse
@@ -23,7 +23,7 @@ USAGE = """diffusionvmr train [--preset NAME] --output_dir DIR --annotations PAT
 
 
 class FeatureSizes(NamedTuple):
-    """The size of a feature vector: of a clip for each video backbone, and of a token."""
+    """The size of a clip's vector for each video backbone, and of a token's vector."""
 
     video: list[int]
     text: int
@@ -33,15 +33,23 @@ class FeatureSizes(NamedTuple):
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the arguments; `SettingsParser.parse_settings` says how the settings are returned."""
+    """Parse the arguments of `diffusionvmr train`. See `SettingsParser.parse_settings` for the result."""
     parser = SettingsParser("train", argv, description=__doc__, usage=USAGE)
-    parser.add_argument("--model", help="checkpoint to fine-tune: folder or Hub id; config flags change its config")
+    parser.add_argument(
+        "--model", help="checkpoint to fine-tune: folder or Hub id; flags override single fields of its configuration"
+    )
     parser.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint, if any")
     add_data_arguments(parser)
-    parser.add_argument("--eval_annotations", metavar="PATH", help="rows to evaluate on, to choose the best checkpoint")
-    parser.add_argument("--eval_split", help="split of a converted folder (default: val)")
-    parser.add_argument("--eval_video_features", nargs="+", metavar="PATH", help="(default: as for training)")
-    parser.add_argument("--eval_text_features", metavar="PATH", help="(default: as for training)")
+    parser.add_argument(
+        "--eval_annotations", metavar="PATH", help="annotations to evaluate on, which choose the best checkpoint"
+    )
+    parser.add_argument("--eval_split", help="split of a converted folder to evaluate on (default: val)")
+    parser.add_argument(
+        "--eval_video_features", nargs="+", metavar="PATH", help="features to evaluate on (default: as for training)"
+    )
+    parser.add_argument(
+        "--eval_text_features", metavar="PATH", help="features to evaluate on (default: as for training)"
+    )
     arguments = parser.parse_settings()
     if not arguments.output_dir:
         parser.error("the following arguments are required: --output_dir")
@@ -91,7 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-    except KeyError as error:  # `Trainer` looks for the metric only after it has evaluated
+    except KeyError as error:  # `Trainer` only looks for the metric after the first evaluation
         if "metric_for_best_model" not in str(error):
             raise
         raise ValueError(error.args[0]) from None
@@ -102,12 +110,15 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def evaluates(arguments: argparse.Namespace) -> bool:
-    """Whether there are rows to evaluate on."""
+    """Return whether there are rows to evaluate on."""
     return bool(arguments.eval_annotations or Path(arguments.annotations).is_dir() or arguments.hold_out)
 
 
 def make_training_arguments(arguments: argparse.Namespace) -> DiffusionVMRTrainingArguments:
-    """The training arguments; without rows to evaluate on, without evaluation. Raise `ValueError` if invalid."""
+    """
+    Return the training arguments, with evaluation turned off if there are no rows to evaluate on. Raise `ValueError` if
+    they are invalid.
+    """
     fields = {"output_dir": arguments.output_dir, **arguments.training}
     if not evaluates(arguments):
         fields |= {"eval_strategy": "no", "load_best_model_at_end": False, "metric_for_best_model": None}
@@ -122,27 +133,27 @@ def make_training_arguments(arguments: argparse.Namespace) -> DiffusionVMRTraini
 
 def find_checkpoint(arguments: argparse.Namespace, training: DiffusionVMRTrainingArguments) -> str | None:
     """
-    The checkpoint to continue from, if any: with `--resume` the last complete one in the output folder.
+    Return the checkpoint to continue from, if any. With `--resume`, it is the last complete one in the output folder.
 
     Raises:
-        ValueError: if the output folder holds something and the training is a new one.
+        ValueError: if a new training would write to a folder that is not empty.
     """
-    from ..training.checkpoints import last_whole_checkpoint
+    from ..training.checkpoints import last_complete_checkpoint
 
     output_dir = Path(str(training.output_dir))
     if arguments.resume:
-        return last_whole_checkpoint(output_dir)
+        return last_complete_checkpoint(output_dir)
     if training.resume_from_checkpoint:
         return training.resume_from_checkpoint
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"{output_dir}: not a folder")
     if output_dir.exists() and any(output_dir.iterdir()):
-        raise ValueError(f"{output_dir}: not empty; --resume continues the training in it")
+        raise ValueError(f"{output_dir}: not empty; use --resume to continue the training in it")
     return None
 
 
 def load_rows(arguments: argparse.Namespace) -> tuple[list, list]:
-    """Load the rows to train on and the rows to evaluate on, of which there may be none."""
+    """Load the rows to train on and the rows to evaluate on. The latter may be empty."""
     from ..data.annotations import hold_out, load_annotations
 
     skip = arguments.skip_invalid
@@ -162,21 +173,14 @@ def load_rows(arguments: argparse.Namespace) -> tuple[list, list]:
 
 
 def feature_sizes(rows: Sequence[Mapping[str, Any]], video: Sequence[Mapping], text: Mapping) -> FeatureSizes:
-    """The sizes of the features of some rows. Raise `ValueError` if a store has usable features for none of them."""
-    from ..data.features import feature_size, name_of
+    """Return the feature sizes for some rows. Raise `ValueError` if a store has usable features for none of them."""
+    from ..data.features import feature_size
 
-    def size_in(store: Mapping, field: str) -> int:
-        identifiers = dict.fromkeys(row[field] for row in rows)
-        size = feature_size(store, (identifier for identifier in identifiers if identifier in store))
-        if size is None:
-            raise ValueError(f"{name_of(store)}: no usable features for any of the rows")
-        return size
-
-    return FeatureSizes([size_in(store, "vid") for store in video], size_in(text, "qid"))
+    return FeatureSizes([feature_size(store, rows, "vid") for store in video], feature_size(text, rows, "qid"))
 
 
 def make_model(arguments: argparse.Namespace, sizes: FeatureSizes):
-    """A new model, or that of `--model`, whose input layers fit the features."""
+    """Return a new model, or that of `--model`, with input layers that fit the features."""
     from .. import DiffusionVMRForMomentRetrieval
 
     if arguments.model is None:
@@ -210,7 +214,7 @@ def fit_to_features(config: DiffusionVMRConfig, sizes: FeatureSizes) -> None:
 
 
 def check_shapes(checkpoint: str, model) -> None:
-    """Raise `ValueError` if a model has weights of another shape than the checkpoint to continue from."""
+    """Raise `ValueError` if the model's weights have other shapes than those of the checkpoint to continue from."""
     from safetensors import safe_open
 
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -3,7 +3,7 @@ Read official annotation files, and check annotations.
 
 An annotation, or row, is a dict: `qid` (whole number or string), `query`, `vid`, `duration` (seconds). With ground
 truth it also has `relevant_windows` ([[start, end], ...] in seconds). QVHighlights adds `relevant_clip_ids` and
-`saliency_scores` (three annotators' scores of each of these clips, 0 to 4).
+`saliency_scores` (for each of these clips, the scores of three annotators, 0 to 4).
 """
 
 import csv
@@ -22,10 +22,11 @@ from .parquet import read_annotations
 
 SALIENCY_CLIP_SECONDS = 2  # the clips that QVHighlights' annotators scored
 NUM_SALIENCY_ANNOTATORS = 3
+MAX_SALIENCY = 4  # the highest score that an annotator can give
 CHARADES_DURATIONS = "Charades_v1_*.csv"
-CHARADES_TEST_QID = 12404  # of the first test line, in the released sentence features
+CHARADES_TEST_QID = 12404  # qid of the first test line in the released sentence features
 TACOS_FIELDS = ("fps", "num_frames", "timestamps", "sentences")
-SKIP_HINT = "(skip_invalid=True, or --skip_invalid, drops such rows)"
+SKIP_HINT = "(skip_invalid=True, or --skip_invalid, skips such rows)"
 
 
 def load_annotations(
@@ -35,11 +36,12 @@ def load_annotations(
     Load an annotation file: JSONL in the QVHighlights shape, Charades-STA's `.txt` (with `Charades_v1_*.csv` beside
     it), TACoS' `.json` as released with 2D-TAN, or a folder written by `diffusionvmr convert`.
 
-    Charades-STA and TACoS get the qids of their released sentence features. Charades-STA counts its lines without those
-    that end before they start, and the test file continues where the training file ends. TACoS uses `{vid}_{index}`.
+    Charades-STA and TACoS get the qids of their released sentence features. Charades-STA's are line numbers that do not
+    count windows that end before they start; the test file continues where the training file ends. TACoS' are
+    `{vid}_{index}`.
 
-    A row without `relevant_windows` is unlabeled. A window that ends after its video is cut there; one warning counts
-    these rows. Fields that the library does not know are kept.
+    A row without `relevant_windows` is unlabeled. A window that ends after its video is cut at the video's end; one
+    warning counts these rows. Unknown fields are kept.
 
     Args:
         path: the file or folder.
@@ -48,43 +50,43 @@ def load_annotations(
 
     Raises:
         FileNotFoundError: if `path` does not exist.
-        ValueError: for a file of another format or without rows, and for a row that `check_row` refuses; one line that
-            names the file, the line and the field.
+        ValueError: if the file has another format or no rows, or if `check_row` rejects a row. The message is one line
+            that names the file, the line and the field.
     """
     path = Path(path)
     rows: list[dict[str, Any]] = []
     seen: dict[str, str] = {}  # where each qid was found
-    dropped: list[str] = []
+    skipped: list[str] = []
     num_cut = 0
     for where, row in _read(path, split):
         try:
             if isinstance(row, ValueError):
                 raise row
             checked = check_row(row)
-            qid = str(checked["qid"])  # 7 and "7" would share a feature file
+            qid = str(checked["qid"])  # as strings, since 7 and "7" would share a feature file
             if qid in seen:
-                raise ValueError(f"`qid` {checked['qid']!r} was used before ({seen[qid]})")
+                raise ValueError(f"`qid` {checked['qid']!r} was already used ({seen[qid]})")
         except ValueError as error:
             if not skip_invalid:
                 raise ValueError(f"{where}: {error} {SKIP_HINT}") from None
-            dropped.append(f"{where}: {error}")
+            skipped.append(f"{where}: {error}")
             continue
         seen[qid] = where
         num_cut += checked.get("relevant_windows") != row.get("relevant_windows")
         rows.append(checked)
-    if dropped:
-        warn_dropped(path, dropped, len(rows))
+    if skipped:
+        warn_skipped(path, skipped, len(rows))
     if not rows:
         raise ValueError(f"{path}: contains no rows")
     if num_cut:
-        warnings.warn(f"{path}: the windows of {num_cut} rows end after their video and were cut there", stacklevel=2)
+        warnings.warn(f"{path}: {num_cut} rows have windows that end after the video; they were cut", stacklevel=2)
     return rows
 
 
-def warn_dropped(what: str | os.PathLike, dropped: Sequence[str], num_kept: int) -> None:
-    """Issue one warning that counts the dropped rows and lists each with its reason."""
-    lines = "\n  ".join(dropped)
-    warnings.warn(f"{what}: dropped {len(dropped)} of {len(dropped) + num_kept} rows:\n  {lines}", stacklevel=3)
+def warn_skipped(what: str | os.PathLike, skipped: Sequence[str], num_kept: int) -> None:
+    """Issue one warning that counts the skipped rows and lists each with its reason."""
+    lines = "\n  ".join(skipped)
+    warnings.warn(f"{what}: skipped {len(skipped)} of {len(skipped) + num_kept} rows:\n  {lines}", stacklevel=3)
 
 
 def hold_out(rows: Sequence[dict[str, Any]], share: float, seed: int = 0) -> tuple[list, list]:
@@ -92,11 +94,11 @@ def hold_out(rows: Sequence[dict[str, Any]], share: float, seed: int = 0) -> tup
     Split rows by video, for a benchmark without a validation split.
 
     Args:
-        share: of the videos to hold out, in (0, 1); at least one video is held out.
-        seed: of the choice, which depends on nothing but the seed and the set of videos.
+        share: share of the videos to hold out, in (0, 1). At least one video is held out.
+        seed: seed of the choice, which depends only on the seed and the set of videos.
 
     Returns:
-        The rows that are kept, and those that are held out.
+        The remaining rows, and those that are held out.
 
     Raises:
         ValueError: if either side would have no video.
@@ -104,7 +106,7 @@ def hold_out(rows: Sequence[dict[str, Any]], share: float, seed: int = 0) -> tup
     videos = sorted({row["vid"] for row in rows})
     count = max(1, round(share * len(videos)))
     if not 0 < share < 1 or count >= len(videos):
-        raise ValueError(f"a share of {share} of {len(videos)} videos leaves one side empty")
+        raise ValueError(f"cannot hold out a share of {share} of {len(videos)} videos: one side would be empty")
     chosen = {videos[index] for index in np.random.default_rng(seed).permutation(len(videos))[:count]}
     return [row for row in rows if row["vid"] not in chosen], [row for row in rows if row["vid"] in chosen]
 
@@ -114,10 +116,10 @@ def hold_out(rows: Sequence[dict[str, Any]], share: float, seed: int = 0) -> tup
 
 def check_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """
-    Return a checked copy of an annotation. Windows that end after the video are cut there.
+    Return a checked copy of an annotation. Windows that end after the video are cut at its end.
 
     Raises:
-        ValueError: for a row that is not as described at the top of this module; names the field.
+        ValueError: if the row is not as described at the top of this module. The message names the field.
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"a row must be a dict of fields, got {row!r}")
@@ -182,7 +184,7 @@ def check_saliency(row: Mapping[str, Any]) -> None:
             )
 
 
-# Readers: each yields where a row stands and the row, or the error that says why there is none. They only parse, since
+# Readers. Each yields the place of a row and the row, or the error if it cannot be parsed. They only parse:
 # `load_annotations` checks the rows of all formats.
 
 Found = Iterator[tuple[str, dict[str, Any] | ValueError]]
@@ -190,7 +192,7 @@ Found = Iterator[tuple[str, dict[str, Any] | ValueError]]
 
 def _read(path: Path, split: str | None) -> Found:
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder of annotations")
+        raise FileNotFoundError(f"{path}: no such annotation file or folder")
     if path.is_dir():
         return read_annotations(path, split)
     if split is not None:
@@ -242,7 +244,7 @@ def _parse_charades(line: bytes, durations: Mapping[str, float]) -> dict[str, An
 def _charades_durations(folder: Path) -> dict[str, float]:
     files = sorted(folder.glob(CHARADES_DURATIONS))
     if not files:
-        raise ValueError(f"{folder}: Charades-STA needs {CHARADES_DURATIONS} in this folder, for the durations")
+        raise ValueError(f"{folder}: Charades-STA needs {CHARADES_DURATIONS} in this folder to know the durations")
     durations = {}
     for path in files:
         with open(path, newline="", encoding="utf-8") as file:

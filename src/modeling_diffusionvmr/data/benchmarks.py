@@ -1,4 +1,4 @@
-"""The three benchmarks: what their releases contain, and what a converted folder says about them."""
+"""The three benchmarks: the annotation files of their releases, and the metadata of their dataset cards."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +13,11 @@ class Benchmark:
         title: name in prose.
         about: one or two sentences about its videos and queries.
         homepage: URL of the release.
-        license: of the annotations, as the Hub names it.
+        license: license of the annotations, as the Hub names it.
         citation: BibTeX.
-        clip_seconds: length of a clip of the released features; `None` if the clips share the duration of the video.
-        files: for each split, the possible names of its annotation file; the first one that exists is read.
-        hold_out: share of the training videos that become the split `val`, if the release has none.
+        clip_seconds: length of a clip of the released features. `None` if clips divide the video's duration equally.
+        files: the possible names of each split's annotation file. The first one that exists is read.
+        hold_out: share of the training videos that becomes the split `val` if the release has none.
     """
 
     title: str
@@ -61,7 +61,7 @@ CHARADES_STA = Benchmark(
     title="Charades-STA",
     about="Videos of daily activities, about 30 s long. A query describes one moment. The release has no validation "
     "split: 5% of its training videos are held out as `val`, to choose checkpoints. Four training lines end before "
-    "they start and are left out.",
+    "they start and are skipped.",
     homepage="https://github.com/jiyanggao/TALL",
     citation="""
 @inproceedings{gao2017tall,

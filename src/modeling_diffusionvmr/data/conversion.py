@@ -19,7 +19,7 @@ from ..processing_diffusionvmr import common_length
 from .annotations import SKIP_HINT, hold_out, load_annotations
 from .benchmarks import Benchmark
 from .dataset_card import dataset_card
-from .features import feature_size, name_of
+from .features import feature_size
 from .parquet import ANNOTATIONS_CONFIG, TEXT_COLUMN, VIDEOS_CONFIG, annotation_columns, video_columns, write_split
 
 WRITER_BATCH = 64  # videos in memory at once
@@ -33,13 +33,13 @@ def load_splits(
     Load the annotations of each split of a release.
 
     Args:
-        benchmark: which release it is.
-        folder: where its annotation files are.
+        benchmark: the benchmark.
+        folder: folder of its annotation files.
         skip_invalid: see `load_annotations`.
 
     Raises:
         FileNotFoundError: if the file of a split is missing.
-        ValueError: as `load_annotations`.
+        ValueError: like `load_annotations`.
     """
     rows = {}
     for split, names in benchmark.files.items():
@@ -59,16 +59,18 @@ class Source:
 
     Args:
         rows: annotations of each split.
-        video_features: stores by backbone; the names become columns.
+        video_features: stores by backbone. The names become columns.
         text_features: store of the sentences.
-        clip_seconds: length of a clip; `None` if the clips share the duration of the video.
-        dtype: of the written features, "float16" or "float32".
-        skip_invalid: leave out videos with unusable features and their queries.
+        clip_seconds: length of a clip. `None` if the clips divide the duration of the video equally.
+        dtype: dtype of the written features, "float16" or "float32".
+        skip_invalid: skip videos with unusable features, and their queries.
 
-    `columns` holds the columns of each table. `dropped` says what was left out, and why, as tables are read.
+    Attributes:
+        columns: the columns of each table.
+        skipped: the reason for each skipped row, by its place. Reading a table adds its rows.
 
     Raises:
-        ValueError: for a name that cannot be a column, an invalid `clip_seconds`, or a store without usable features.
+        ValueError: if a name is not a valid column name, `clip_seconds` is invalid, or a store has no usable features.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class Source:
         dtype: str = "float16",
         skip_invalid: bool = False,
     ):
-        video_columns(dict.fromkeys(video_features, 1), dtype)  # refuses a name before any features are read
+        video_columns(dict.fromkeys(video_features, 1), dtype)  # rejects invalid names before any features are read
         if clip_seconds is not None:
             check_positive(clip_seconds, "`clip_seconds`")
         self.rows = rows
@@ -89,30 +91,23 @@ class Source:
         self.clip_seconds = clip_seconds
         self.dtype = dtype
         self.skip_invalid = skip_invalid
-        self.dropped: dict[str, str] = {}
-        self._dropped_videos: set[str] = set()
-        self.sizes = {name: self._size(store, "vid") for name, store in video_features.items()}
-        self.text_size = self._size(text_features, "qid")
-        qids = [row["qid"] for split_rows in rows.values() for row in split_rows]
-        are_numbers = all(isinstance(qid, int) and qid in INT64 for qid in qids)
+        self.skipped: dict[str, str] = {}
+        self._skipped_videos: set[str] = set()
+        all_rows = [row for split_rows in rows.values() for row in split_rows]
+        self.sizes = {name: feature_size(store, all_rows, "vid") for name, store in video_features.items()}
+        self.text_size = feature_size(text_features, all_rows, "qid")
+        are_numbers = all(isinstance(row["qid"], int) and row["qid"] in INT64 for row in all_rows)
         self.columns: dict[str, Columns] = {
             VIDEOS_CONFIG: video_columns(self.sizes, dtype),
             ANNOTATIONS_CONFIG: annotation_columns("int64" if are_numbers else "string", self.text_size, dtype),
         }
 
-    def _size(self, store: Mapping, key: str) -> int:
-        identifiers = dict.fromkeys(row[key] for rows in self.rows.values() for row in rows)
-        size = feature_size(store, (identifier for identifier in identifiers if identifier in store))
-        if size is None:
-            raise ValueError(f"{name_of(store)}: has no usable features for any {key} of the annotations")
-        return size
-
     def table(self, config_name: str, split: str) -> Iterator[dict[str, Any]]:
         """
-        Yield the rows of a table. The table `videos` comes first: the queries of a dropped video are dropped after it.
+        Yield the rows of a table. The table `videos` must be read first: the queries of a skipped video are skipped.
 
         Raises:
-            ValueError: for unusable features, unless they are skipped, and if no row is usable.
+            ValueError: if features are unusable and not skipped, or if no row is usable.
         """
         if config_name == VIDEOS_CONFIG:
             key, make = "vid", self._video
@@ -128,9 +123,9 @@ class Source:
             except (KeyError, ValueError) as error:
                 if not self.skip_invalid:
                     raise ValueError(f"{where}: {error.args[0]} {SKIP_HINT}") from None
-                self.dropped[where] = error.args[0]
+                self.skipped[where] = error.args[0]
                 if key == "vid":
-                    self._dropped_videos.add(row["vid"])
+                    self._skipped_videos.add(row["vid"])
             else:
                 num_usable += 1
                 yield made
@@ -146,8 +141,8 @@ class Source:
         return {"vid": row["vid"], "duration": row["duration"], "clip_seconds": self.clip_seconds, **arrays}
 
     def _annotation(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        if row["vid"] in self._dropped_videos:
-            raise ValueError(f"video {row['vid']} was dropped")
+        if row["vid"] in self._skipped_videos:
+            raise ValueError(f"video {row['vid']} was skipped")
         tokens = self._converted(self.text_features[row["qid"]], self.text_size, TEXT_COLUMN)
         fields = {name: row.get(name) for name in self.columns[ANNOTATIONS_CONFIG]}
         return {**fields, TEXT_COLUMN: tokens}
@@ -158,24 +153,24 @@ class Source:
         with np.errstate(over="ignore"):
             converted = array.astype(self.dtype)
         if not np.isfinite(converted).all():
-            raise ValueError(f"{name}: has values beyond the range of {self.dtype}; float32 can hold them")
+            raise ValueError(f"{name}: values outside the range of {self.dtype}; use float32 instead")
         return converted
 
 
 def convert(benchmark: Benchmark, source: Source, output: str | os.PathLike) -> dict[str, dict[str, int]]:
     """
-    Write the folder, atomically.
+    Write the converted folder, atomically.
 
     Returns:
         The number of rows, by table and split.
 
     Raises:
         FileExistsError: if `output` exists.
-        ValueError: for unusable features, unless they are skipped, and if a split has no usable rows.
+        ValueError: if features are unusable and not skipped, or if a split has no usable rows.
     """
     output = Path(output)
     if output.exists():
-        raise FileExistsError(f"{output}: exists already; remove it, or give another name")
+        raise FileExistsError(f"{output}: already exists; remove it or choose another name")
     counts: dict[str, dict[str, int]] = {VIDEOS_CONFIG: {}, ANNOTATIONS_CONFIG: {}}
     files: dict[str, dict[str, list[str]]] = {VIDEOS_CONFIG: {}, ANNOTATIONS_CONFIG: {}}
     existing_parent = next(parent for parent in output.absolute().parents if parent.exists())
@@ -195,14 +190,14 @@ def convert(benchmark: Benchmark, source: Source, output: str | os.PathLike) -> 
             source.text_size,
             source.clip_seconds,
             source.dtype,
-            source.dropped,
+            source.skipped,
         )
         card.save(folder / "README.md")
         output.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(output)
-    if source.dropped:
-        lines = "\n  ".join(f"{what}: {why}" for what, why in source.dropped.items())
-        warnings.warn(f"left out {len(source.dropped)} rows with unusable features:\n  {lines}", stacklevel=2)
+    if source.skipped:
+        lines = "\n  ".join(f"{what}: {why}" for what, why in source.skipped.items())
+        warnings.warn(f"skipped {len(source.skipped)} rows with unusable features:\n  {lines}", stacklevel=2)
     return counts
 
 
@@ -219,9 +214,9 @@ def _generate(source: Source, config_name: str, split: str, cache: str) -> Datas
         )
     except DatasetGenerationError as error:
         cause = error.__cause__ or error
-        if isinstance(cause, OverflowError):  # a number that its column cannot hold
+        if isinstance(cause, OverflowError):  # a number out of the range of its column
             raise ValueError(f"the {split} split of {config_name} cannot be written ({cause})") from None
-        raise cause from None  # the line that says what is wrong
+        raise cause from None  # its message is the one that names the row
 
 
 def push_folder(folder: str | os.PathLike, repo_id: str, private: bool = False) -> str:

@@ -32,7 +32,7 @@ Times are in seconds. {clips} Features ({dtype}) are as released, not normalized
 
 {left_out}
 
-The license is that of the annotations, given by their authors; please cite them:
+The license is that of the annotations. Please cite their authors:
 
 ```bibtex
 {citation}
@@ -48,20 +48,20 @@ def dataset_card(
     text_size: int,
     clip_seconds: float | None,
     dtype: str,
-    dropped: Mapping[str, str],
+    skipped: Mapping[str, str],
 ) -> DatasetCard:
     """
     Return the card of a converted folder.
 
     Args:
-        benchmark: which was converted.
+        benchmark: the benchmark that was converted.
         files: paths in the folder, by table and split.
         counts: numbers of rows, by table and split.
-        sizes: size of the vectors of each video backbone.
-        text_size: size of the vectors of sentences.
-        clip_seconds: length of a clip; `None` if the clips share the duration of the video.
-        dtype: of the features.
-        dropped: what was left out, and why.
+        sizes: size of a clip's vector for each video backbone.
+        text_size: size of a token's vector.
+        clip_seconds: length of a clip. `None` if the clips divide the duration of the video equally.
+        dtype: dtype of the features.
+        skipped: the reason for each skipped row, by its place.
     """
     metadata = DatasetCardData(
         pretty_name=benchmark.title,
@@ -83,7 +83,7 @@ def dataset_card(
     ]
     columns = [f"| `{VIDEOS_CONFIG}` | `{name}` | clips x {size} |" for name, size in sizes.items()]
     columns.append(f"| `{ANNOTATIONS_CONFIG}` | `{TEXT_COLUMN}` | tokens x {text_size} |")
-    left_out = ["Left out, since their features are unusable:", "", *(f"- {what}" for what in dropped)]
+    left_out = ["Skipped because of unusable features:", "", *(f"- {what}" for what in skipped)]
     return DatasetCard(
         CARD.format(
             metadata=metadata.to_yaml(),
@@ -91,12 +91,12 @@ def dataset_card(
             about=benchmark.about,
             homepage=benchmark.homepage,
             splits="\n".join(splits),
-            clips="The clips of a video share its duration."
+            clips="The clips of a video divide its duration equally."
             if clip_seconds is None
-            else f"A clip has {clip_seconds:g} s.",
+            else f"A clip is {clip_seconds:g} s long.",
             dtype=dtype,
             columns="\n".join(columns),
-            left_out="\n".join(left_out) if dropped else "No query was left out for its features.",
+            left_out="\n".join(left_out) if skipped else "No query was skipped because of unusable features.",
             citation=benchmark.citation.strip(),
         )
     )

@@ -9,10 +9,11 @@ from tqdm.auto import tqdm
 
 from ..backbones import ClipBackbone
 from ..video import open_video
-from .features import METADATA_FILE, TEXT_KEY, VIDEO_KEY, VIDEO_SUFFIXES, open_features, write_features
+from .feature_store import VIDEO_SUFFIXES
+from .features import METADATA_FILE, TEXT_KEY, VIDEO_KEY, open_features, write_features
 from .files import parse_json_object, save_json
 
-# A folder of videos often holds other files too. These suffixes tell them apart
+# Folders of videos often contain other files too
 VIDEO_FILE_SUFFIXES = (*VIDEO_SUFFIXES, ".3gp", ".flv", ".m4v", ".mpeg", ".mpg", ".ogv", ".ts", ".wmv")
 
 
@@ -26,7 +27,7 @@ def extract_video(
     dtype: str = "float32",
 ) -> Path:
     """
-    Write the features (clips, size) of one video, computed from the same frames that the pipeline sees.
+    Write the features (clips, size) of one video, computed from the same frames as in the pipeline.
 
     Args:
         backbone: encodes the frames.
@@ -34,13 +35,13 @@ def extract_video(
         folder, vid: the file is `folder/{vid}.npz`.
         clip_seconds: length of a clip in seconds.
         batch_size: frames per batch.
-        dtype: NumPy's name of the type to write.
+        dtype: dtype of the written features, such as "float16".
 
     Returns:
         The path of the file. It is written atomically.
 
     Raises:
-        FileNotFoundError, ValueError: for a file that is missing, damaged or not a video; names the file.
+        FileNotFoundError, ValueError: if the file is missing, damaged or not a video. The message names the file.
     """
     clips = backbone.encode_video(open_video(video, clip_seconds), batch_size)
     return write_features(folder, vid, clips.astype(dtype), VIDEO_KEY)
@@ -53,7 +54,7 @@ def extract_sentence(
     Write the features (tokens, size) of one sentence to `folder/qid{qid}.npz`. See `extract_video`.
 
     Raises:
-        ValueError: for a sentence that `check_sentence` refuses.
+        ValueError: if `check_sentence` rejects the sentence.
     """
     (tokens,) = backbone.encode_text([sentence])
     return write_features(folder, qid, tokens.astype(dtype), TEXT_KEY)
@@ -68,7 +69,7 @@ def find_videos(folder: str | os.PathLike) -> tuple[dict[str, Path], list[str]]:
 
     Raises:
         FileNotFoundError, NotADirectoryError: if there is no such folder.
-        ValueError: for two files of the same `vid`, and for a folder without videos.
+        ValueError: if two files have the same `vid`, or if the folder contains no videos.
     """
     videos: dict[str, Path] = {}
     others = []
@@ -97,8 +98,8 @@ def extract_videos(
     skip_invalid: bool = False,
 ) -> dict[str, str]:
     """
-    Write the features of many videos, with a progress bar. Skip videos whose features are there and can be read, so
-    that an interrupted run can be resumed.
+    Write the features of many videos, with a progress bar. Skip videos that already have readable features, so that an
+    interrupted run can be resumed.
 
     Args:
         name: the backbone's Hub id or folder. It is saved in the folder's `features.json`, with `clip_seconds` and
@@ -111,9 +112,9 @@ def extract_videos(
         The reason for each skipped video, by `vid`.
 
     Raises:
-        FileNotFoundError, ValueError: for a video that is damaged or missing.
-        ValueError: if the folder holds features made with another backbone, `clip_seconds` or `dtype`, or if it does
-            not say what they were made with.
+        FileNotFoundError, ValueError: if a video is damaged or missing.
+        ValueError: if the folder contains features made with another backbone, `clip_seconds` or `dtype`, or if it does
+            not record how they were made.
     """
 
     def extract(vid, video):
@@ -155,7 +156,7 @@ def _extract_missing(
             continue
         try:
             extract(identifier, item)
-        except (ValueError, FileNotFoundError) as error:  # any other OSError concerns the output, thus all items
+        except (ValueError, FileNotFoundError) as error:  # any other OSError is about the output, so about all items
             if not skip_invalid:
                 raise
             skipped[identifier] = str(error)
@@ -163,19 +164,19 @@ def _extract_missing(
 
 
 def _open_output(folder: Path, made_with: Mapping[str, Any]) -> Mapping:
-    """Return the features that are in a folder already. Raise `ValueError` if they were made with something else."""
+    """Return the features that a folder already contains. Raise `ValueError` if they were made with other settings."""
     path = folder / METADATA_FILE
     if not any(folder.glob("[!.]*.npz")):  # temporary files are hidden
         save_json(made_with, path, indent=None)
         return {}
     if not path.exists():
-        raise ValueError(f"{folder}: holds features, but no {METADATA_FILE} that says what they were made with")
+        raise ValueError(f"{folder}: contains features, but no {METADATA_FILE} that records how they were made")
     features = open_features(folder)
     found = parse_json_object(path.read_bytes())
     for key, value in made_with.items():
         if found.get(key) != value:
             raise ValueError(
-                f"{folder}: holds features with {key} {found.get(key)!r}, not {value!r}; choose another folder"
+                f"{folder}: contains features with {key} {found.get(key)!r}, not {value!r}; choose another folder"
             )
     return features
 

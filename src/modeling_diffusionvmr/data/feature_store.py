@@ -11,8 +11,8 @@ import torch
 from ..checks import check_positive
 from ..processing_diffusionvmr import check_finite
 
-TEXT_PREFIX = "qid"  # of the names of official sentence files
-VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov")  # part of the names in some released files
+TEXT_PREFIX = "qid"  # begins the names of official sentence files
+VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov")  # some released files have them in their names
 
 
 class FeatureStore(Mapping):
@@ -23,11 +23,11 @@ class FeatureStore(Mapping):
 
     Args:
         path: the file or folder, for error messages.
-        places: for each name in the store, what `_read` needs to find its array.
+        places: what `_read` needs to find each array, by name in the store.
         clip_seconds: length of a clip, if the files state it.
 
     Raises:
-        ValueError: if there are no features, if two names stand for the same id, or for an invalid `clip_seconds`.
+        ValueError: if there are no features, two names mean the same id, or `clip_seconds` is invalid.
     """
 
     def __init__(self, path: Path, places: Mapping[str, Any], clip_seconds: float | None = None):
@@ -51,8 +51,8 @@ class FeatureStore(Mapping):
             raise KeyError(f"{self.path}: no features of {identifier}")
         try:
             array = self._read(place)
-        # A file that is truncated, pickled or in another format makes NumPy, zipfile and h5py raise errors of many
-        # kinds, MemoryError and tokenize.TokenError among them
+        # NumPy, zipfile and h5py raise errors of many types for a file that is truncated, pickled or in another format,
+        # MemoryError and tokenize.TokenError among them
         except Exception as error:
             raise ValueError(f"{self.path}, {identifier}: cannot be read ({error})") from error
         return self._check(array, f"{self.path}, {identifier}")
@@ -93,7 +93,7 @@ def check_features(array: Any, where: str) -> np.ndarray:
         raise ValueError(f"{where}: features must be (length, size), got shape {array.shape}")
     if not array.size:
         raise ValueError(f"{where}: features are empty, with shape {array.shape}")
-    with np.errstate(over="ignore"):  # values that float32 cannot represent become infinity, which is refused below
+    with np.errstate(over="ignore"):  # values that float32 cannot represent become infinity, which is rejected below
         array = array.astype(np.float32, copy=False)
     check_finite(torch.from_numpy(array), where)
     return array

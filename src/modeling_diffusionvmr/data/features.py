@@ -1,5 +1,5 @@
 """
-Feature files: open them in any supported format, and write the official one.
+Feature files: open any supported format, and write the official one.
 
 Wherever a store is expected, a plain dict {id: array} works as well.
 """
@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 
 from .feature_store import TEXT_PREFIX, FeatureStore, check_features
-from .feature_store import VIDEO_SUFFIXES as VIDEO_SUFFIXES  # used with the other names of the official layout
 from .files import atomic_write, parse_json_object
 from .glove import GloveFeatures
 from .parquet import TEXT_COLUMN, ParquetFeatures, is_converted, video_backbones
 
-VIDEO_KEY, TEXT_KEY = "features", "last_hidden_state"  # of the arrays in the official npz files
+VIDEO_KEY, TEXT_KEY = "features", "last_hidden_state"  # names of the arrays in the official npz files
 METADATA_FILE = "features.json"  # in folders that the library writes
 
 
@@ -45,8 +44,8 @@ def open_features(path: str | os.PathLike, column: str | None = None) -> Feature
     Raises:
         FileNotFoundError: if `path` does not exist.
         ValueError: if `path` contains no features. On access: if an array cannot be read, is empty, is not (length,
-            size) real numbers, or contains NaN or infinity; names the file and the id.
-        KeyError: on access, for an id without features; names the file and the id.
+            size) real numbers, or contains NaN or infinity. The message names the file and the id.
+        KeyError: on access, if an id has no features. The message names the file and the id.
     """
     path = Path(path)
     if not path.exists():
@@ -60,8 +59,8 @@ def open_features(path: str | os.PathLike, column: str | None = None) -> Feature
 
 def open_video_features(paths: Iterable[str | os.PathLike]) -> list[FeatureStore]:
     """
-    Open one store per backbone, in the order of `paths`. A converted folder gives all its backbones. Raises as
-    `open_features`.
+    Open one store per backbone, in the order of `paths`; all its backbones for a converted folder. Raise the same
+    errors as `open_features`.
     """
     stores = []
     for path in map(Path, paths):
@@ -72,8 +71,8 @@ def open_video_features(paths: Iterable[str | os.PathLike]) -> list[FeatureStore
 
 def open_text_features(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> Mapping[int | str, np.ndarray]:
     """
-    Open the features of queries: any path that `open_features` accepts, or GloVe's `.txt`, which gives word vectors for
-    the queries of `rows`. Raises as `open_features` and `GloveFeatures`.
+    Open the features of queries: any path that `open_features` accepts, or a GloVe `.txt` file, whose word vectors are
+    looked up for the queries of `rows`. Raise the same errors as `open_features` and `GloveFeatures`.
     """
     if Path(path).suffix == ".txt":
         return GloveFeatures(path, rows)
@@ -93,20 +92,30 @@ def common_clip_seconds(stores: Sequence[Mapping]) -> float | None:
     return next(iter(stated), None)
 
 
-def feature_size(store: Mapping, identifiers: Iterable[int | str]) -> int | None:
+def feature_size(store: Mapping, rows: Iterable[Mapping[str, Any]], key: str) -> int:
     """
-    Return the size of a store's vectors: the most common one among the first few arrays. `None` if none of these can be
-    read.
+    Return the size of a store's vectors: the most common one among the first few arrays that rows need.
+
+    Args:
+        store: the features.
+        rows: annotations.
+        key: `vid` or `qid`, the field by which the store is indexed.
+
+    Raises:
+        ValueError: if none of these arrays can be read.
     """
+    identifiers = dict.fromkeys(row[key] for row in rows)
     sizes: Counter[int] = Counter()
-    for identifier in islice(identifiers, 20):
-        with suppress(KeyError, ValueError):  # reported later, when the array is read for its content
+    for identifier in islice((identifier for identifier in identifiers if identifier in store), 20):
+        with suppress(KeyError, ValueError):  # reported later, when the array is needed
             sizes[store[identifier].shape[1]] += 1
-    return sizes.most_common(1)[0][0] if sizes else None
+    if not sizes:
+        raise ValueError(f"{name_of(store)}: no usable features for any {key} of the annotations")
+    return sizes.most_common(1)[0][0]
 
 
 def name_of(store: Mapping) -> str:
-    """Return what error messages call a store: its path, if it has one."""
+    """Return the name of a store for error messages: its path, if it has one."""
     return str(getattr(store, "path", "the given mapping"))
 
 
@@ -156,9 +165,9 @@ class Hdf5Features(FeatureStore):
             try:
                 places = {name: name for name in file}
                 seconds = file.attrs.get("clip_seconds")
-            # h5py raises what fits its own call: KeyError, RuntimeError, TypeError for a type that NumPy lacks
+            # h5py raises errors of many types: KeyError, RuntimeError, TypeError for a type that NumPy lacks
             except Exception as error:
-                raise ValueError(f"{path}: a broken HDF5 file ({error})") from error
+                raise ValueError(f"{path}: damaged HDF5 file ({error})") from error
         super().__init__(path, places, seconds.tolist() if isinstance(seconds, (np.generic, np.ndarray)) else seconds)
 
     @staticmethod
@@ -166,7 +175,7 @@ class Hdf5Features(FeatureStore):
         try:
             import h5py  # optional dependency, only needed for such files
         except ImportError:
-            raise ImportError(f"{path}: reading HDF5 needs h5py: `pip install h5py`") from None
+            raise ImportError(f"{path}: h5py is required to read HDF5 files: `pip install h5py`") from None
         try:
             return h5py.File(path, "r")
         except OSError as error:
@@ -193,8 +202,8 @@ def write_features(folder: str | os.PathLike, identifier: int | str, array: np.n
         The path of the file.
 
     Raises:
-        ValueError: for an array that could not be read back, an unknown key, or an identifier that cannot be part of a
-            file name.
+        ValueError: if the array could not be read back, the key is unknown, or the identifier cannot be part of a file
+            name.
     """
     if key not in (VIDEO_KEY, TEXT_KEY):
         raise ValueError(f"`key` must be `{VIDEO_KEY}` or `{TEXT_KEY}`, got {key!r}")

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and JSON Lines."""
+"""Atomic writing of files, and reading and writing of JSON and JSON Lines."""
 
 import json
 import os
@@ -11,8 +11,8 @@ from typing import Any
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """
-    Yield a temporary path beside `path` to write to. It is renamed to `path` when the block ends without an error, so
-    nobody ever finds a half-written file. Missing folders are created.
+    Yield a temporary path beside `path` to write to, and rename it to `path` if the block ends without an error. So
+    the file is either complete or not there. Missing folders are created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def load_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: for a line that is not a JSON object; names the file and the line.
+        ValueError: if a line is not a JSON object. The message names the file and the line.
     """
     rows = []
     for where, line in numbered_lines(path):
@@ -62,7 +62,7 @@ def numbered_lines(path: str | os.PathLike) -> Iterator[tuple[str, bytes]]:
 
 
 def parse_json_object(text: bytes) -> dict[str, Any]:
-    """Parse one JSON object. Raises `ValueError` for anything else."""
+    """Parse one JSON object. Raise `ValueError` for anything else."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:  # also covers a wrong encoding

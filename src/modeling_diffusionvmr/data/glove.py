@@ -24,8 +24,8 @@ class GloveFeatures(Mapping):
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: for a line that differs in form from the first one; names the file and the line.
-        KeyError: on access, for a qid that is not in `rows`.
+        ValueError: if a line has another form than the first one. The message names the file and the line.
+        KeyError: on access, if a qid is not in `rows`.
     """
 
     def __init__(self, path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]):
@@ -55,7 +55,7 @@ class GloveFeatures(Mapping):
                 if size is not None and line.partition(b" ")[0] not in encoded:
                     continue
                 try:
-                    # From the right, since some words of the largest release contain spaces
+                    # Split from the right, since some words of the largest release contain spaces
                     word, *numbers = line.decode().rstrip().rsplit(" ", -1 if size is None else size)
                     size = size or len(numbers)
                     if word in words:
@@ -66,13 +66,13 @@ class GloveFeatures(Mapping):
                 except ValueError:
                     raise ValueError(f"{path}, line {number}: must be a word and {size or 'its'} numbers") from None
         if not vectors:
-            raise ValueError(f"{path}: has no vector for any of {len(words)} words")
+            raise ValueError(f"{path}: contains none of the {len(words)} words")
         return vectors
 
     def __getitem__(self, identifier: int | str) -> np.ndarray:
         words = self._words.get(str(identifier))
         if words is None:
-            raise KeyError(f"{self.path}: qid {identifier} is not in the rows that it was opened for")
+            raise KeyError(f"{self.path}: qid {identifier} is not in the rows passed when opening it")
         return self._vectors[words]
 
     def __contains__(self, identifier: object) -> bool:

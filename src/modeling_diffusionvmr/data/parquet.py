@@ -1,9 +1,9 @@
 """
 The converted folder: Parquet files that `datasets.load_dataset(folder)` opens, written and read here.
 
-The folder holds two tables, each with its splits: `annotations` (the default config: one row per query, with the
+The folder contains two tables, each with its splits: `annotations` (the default config: one row per query, with the
 features of its sentence) and `videos` (one row per video, one column per backbone), so that the features of a video are
-stored once. `FOLDER/TABLE/NAME-SPLIT-00000-of-00001-DIGEST.parquet` is the pattern of its files.
+stored once. Its files are named `FOLDER/TABLE/NAME-SPLIT-00000-of-00001-DIGEST.parquet`.
 
 `datasets` and `pyarrow` are slow to import, so they are imported only where such a folder is read or written.
 """
@@ -27,7 +27,7 @@ ANNOTATIONS_CONFIG, VIDEOS_CONFIG = "annotations", "videos"  # names of the tabl
 TEXT_COLUMN = "text_features"
 FILE_OF_SPLIT = re.compile(r"(?:^|-)(?P<split>\w+)-(?P<index>\d{5})-of-(?P<count>\d{5})")
 MAX_FILE_BYTES = 500 << 20  # as the Hub recommends
-MAX_GROUP_BYTES = 64 << 20  # of a row group, the part of a file that must fit in memory
+MAX_GROUP_BYTES = 64 << 20  # size of a row group, the part of a file that must fit in memory
 
 
 # Columns
@@ -39,8 +39,8 @@ def annotation_columns(qid_type: str, text_size: int, dtype: str) -> "datasets.F
 
     Args:
         qid_type: "int64" or "string".
-        text_size: size of the vectors of sentences.
-        dtype: of the features, "float16" or "float32".
+        text_size: size of a token's vector.
+        dtype: dtype of the features, "float16" or "float32".
     """
     from datasets import Array2D, Features, List, Value
 
@@ -63,18 +63,18 @@ def video_columns(sizes: Mapping[str, int], dtype: str) -> "datasets.Features":
     Return the columns of the table `videos`.
 
     Args:
-        sizes: size of the vectors of each backbone.
-        dtype: of the features, "float16" or "float32".
+        sizes: size of a clip's vector for each backbone.
+        dtype: dtype of the features, "float16" or "float32".
 
     Raises:
-        ValueError: if the name of a backbone cannot be the name of a column.
+        ValueError: if the name of a backbone is not a valid column name.
     """
     from datasets import Array2D, Features, Value
 
     columns = {"vid": Value("string"), "duration": Value("float64"), "clip_seconds": Value("float64")}
     for name, size in sizes.items():
         if name in columns or name == TEXT_COLUMN or not name.isidentifier():
-            raise ValueError(f"{name!r} cannot be the name of a column of features: give NAME=PATH")
+            raise ValueError(f"{name!r} is not a valid column name for features; pass NAME=PATH to choose another")
         columns[name] = Array2D((None, size), dtype)
     return Features(columns)
 
@@ -87,12 +87,11 @@ def write_split(split: "datasets.Dataset", folder: Path, name: str) -> list[Path
     Write one split of a table and return the paths of its files.
 
     Args:
-        split: not empty.
-        folder: of the table, created if missing.
-        name: the beginning of the file names, `NAME-SPLIT`.
+        split: the rows, at least one.
+        folder: folder of the table, created if missing.
+        name: beginning of the file names, `NAME-SPLIT`.
     """
-    # Not `Dataset.to_parquet`: it looks for repeated values and repeated chunks, which features do not have, and took
-    # 4 times as long
+    # `Dataset.to_parquet` takes 4 times as long: it looks for repeated values and chunks, which features do not have
     import pyarrow.parquet
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +104,8 @@ def write_split(split: "datasets.Dataset", folder: Path, name: str) -> list[Path
         path = folder / f"{name}-{index:05d}-of-{num_files:05d}"
         part = table.slice(index * rows_per_file, rows_per_file)
         pyarrow.parquet.write_table(part, path, row_group_size=rows_per_group, compression="zstd", use_dictionary=False)
-        # The names of its files are all by which the cache of `load_dataset` tells two local folders of one name apart
+        # With the digest, file names depend on the content: the cache of `load_dataset` distinguishes two local folders
+        # of the same name only by the names of their files
         paths.append(path.rename(f"{path}-{_digest(path)}.parquet"))
     return paths
 
@@ -128,16 +128,18 @@ def is_converted(path: str | os.PathLike) -> bool:
 
 def open_table(path: str | os.PathLike, config_name: str) -> "datasets.DatasetDict":
     """
-    Open the splits of a table. The first time, `datasets` turns Parquet into Arrow files in its cache; from then on
-    rows are read from these, memory-mapped.
+    Open the splits of a table. The first time, `datasets` converts Parquet to Arrow files in its cache. Rows are read
+    from these, memory-mapped.
 
     Raises:
-        ValueError: if it is not a converted folder, or one of its files is missing or broken; names the folder.
+        ValueError: if it is not a converted folder, or one of its files is missing or damaged. The message names the
+            folder.
     """
     import datasets
     from datasets.exceptions import DatasetGenerationError
 
-    # By its files, since the cache cannot tell two folders of one name apart, nor an old folder and a new one
+    # Open the files rather than the folder, since the cache cannot distinguish two folders of the same name, or an old
+    # folder from a new one
     files = _files_of_splits(path, config_name)
     try:
         return datasets.load_dataset("parquet", data_files=files)
@@ -158,17 +160,17 @@ def _files_of_splits(path: str | os.PathLike, config_name: str) -> dict[str, lis
     for split, found in numbers.items():
         if found != [(index, len(found)) for index in range(len(found))]:
             raise ValueError(
-                f"{path}: the files of {config_name}, {split}, are incomplete or from several conversions: {found}"
+                f"{path}: files of {config_name}, {split}, are missing or from several conversions: {found}"
             )
     return files
 
 
 def read_annotations(path: str | os.PathLike, split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """
-    Yield where each annotation of a split stands, and the annotation: its fields that are not null, without features.
+    Yield each annotation of a split with its place: its fields that are not null, without features.
 
     Raises:
-        ValueError: as `open_table`, and if there is no such split.
+        ValueError: like `open_table`, and if there is no such split.
     """
     splits = open_table(path, ANNOTATIONS_CONFIG)
     if split not in splits:
@@ -179,7 +181,7 @@ def read_annotations(path: str | os.PathLike, split: str | None) -> Iterator[tup
 
 
 def video_backbones(path: str | os.PathLike) -> list[str]:
-    """Return the names of the video backbones of a converted folder. Raises as `open_table`."""
+    """Return the names of the video backbones of a converted folder. Raise the same errors as `open_table`."""
     import datasets
 
     columns = next(iter(open_table(path, VIDEOS_CONFIG).values())).features
@@ -205,8 +207,8 @@ class ParquetFeatures(FeatureStore):
             raise ValueError(f"{path}: `column` must be one of {', '.join((*backbones, TEXT_COLUMN))}, got {column!r}")
         config_name, key = (ANNOTATIONS_CONFIG, "qid") if column == TEXT_COLUMN else (VIDEOS_CONFIG, "vid")
         self.column = column
-        self._chunks: list[tuple[np.ndarray, np.ndarray, int]] = []  # values, where each row starts in them, size
-        places: dict[str, tuple[int, int]] = {}  # chunk, row in it
+        self._chunks: list[tuple[np.ndarray, np.ndarray, int]] = []  # values, index of each row's first vector, size
+        places: dict[str, tuple[int, int]] = {}  # (chunk, row in the chunk)
         seconds = None
         for name, split in open_table(path, config_name).items():
             if key not in split.column_names or not isinstance(split.features.get(column), datasets.Array2D):
@@ -232,6 +234,6 @@ class ParquetFeatures(FeatureStore):
         return values[starts[row] : starts[row + 1]].reshape(-1, size)
 
     def _check(self, array, where):
-        # Values were checked when the folder was written. The processor, which converts them to float32 in the same
-        # pass that reads them from the disk, finds what has been damaged since.
+        # Values were checked when the folder was written. The processor finds later damage, in the same pass in which
+        # it reads them from disk and converts them to float32.
         return array

@@ -58,7 +58,7 @@ DRIFT = 0.015  # how far an object moves from its place
 
 SHORTEST_WINDOW = 4.0
 SHORTEST_PAUSE = 2.0  # between two windows of one sentence
-MOST_WINDOWS = 5  # per sentence
+MAX_WINDOWS = 5  # per sentence
 
 Pair = tuple[str | tuple[float, float, float], str]  # (color, shape); a color without a name is (r, g, b) in [0, 255]
 Window = tuple[float, float]  # (start, end) in seconds
@@ -111,9 +111,9 @@ class Query:
 
     text: str
     statement: Statement
-    windows: tuple[Window, ...]  # by rising start
+    windows: tuple[Window, ...]  # by ascending start
     unseen: bool  # whether it names a pair of UNSEEN_PAIRS
-    swapped: bool  # whether the video also shows its words in other combinations while it is false
+    swapped: bool  # whether the video shows the sentence's words in other combinations while the sentence is false
 
     @property
     def kind(self) -> str:
@@ -186,7 +186,7 @@ def plan_stills(
     Draw scenes of a single frame, at time 0, without sentences.
 
     Args:
-        seed: of the random draws, for all scenes together.
+        seed: seed of the random draws, for all scenes together.
         count: number of scenes.
         unseen_pairs: whether they show pairs of `UNSEEN_PAIRS`.
         nameless: whether objects have colors between the named ones, to learn shapes independently of color. The color
@@ -295,7 +295,7 @@ def _draw_nameless_color(rng: np.random.Generator, shapes: Iterable[str]) -> tup
 
 
 def _draw_tracks(rng: np.random.Generator, duration: float, cast: Sequence[Pair]) -> tuple[Track, ...]:
-    """Draw two independent sequences of appearances. Returns all tracks by rising start."""
+    """Draw two independent sequences of appearances. Return all tracks by ascending start."""
     tracks: list[Track] = []
     for _ in range(2):
         time = rng.uniform(0, 8)
@@ -406,14 +406,14 @@ def _draw_query(
     rng: np.random.Generator, statement: Statement, tracks: Sequence[Track], duration: float
 ) -> Query | None:
     """
-    Put a statement into words. Returns `None` if its windows are too short, too close to each other, too many or nearly
+    Put a statement into words. Return `None` if its windows are too short, too close to each other, too many or nearly
     the whole video, or if no other object in the video shares a word with it.
     """
     windows = true_windows(statement, tracks)
     durations = [end - start for start, end in windows]
     lasting = windows and min(durations) >= SHORTEST_WINDOW and sum(durations) < 0.7 * duration
     distinct = all(after[0] - before[1] >= SHORTEST_PAUSE for before, after in zip(windows, windows[1:]))
-    if not lasting or not distinct or len(windows) > MOST_WINDOWS or not _has_lookalike(statement, tracks):
+    if not lasting or not distinct or len(windows) > MAX_WINDOWS or not _has_lookalike(statement, tracks):
         return None
     unseen = not UNSEEN_PAIRS.isdisjoint(statement.pairs)
     return Query(statement.text(int(rng.integers(6))), statement, windows, unseen, _has_swap(statement, tracks))
@@ -450,7 +450,7 @@ def _plural(pair: Pair) -> str:
     return f"{pair[0]} {pair[1]}{'es' if pair[1].endswith('s') else 's'}"
 
 
-# Drawing frames. Distances to a shape's outline are looked up in a table, which is much faster than computing them
+# Drawing frames. Distances to a shape's outline come from a table, which is much faster than computing them
 
 _TABLE_SIZE = 160  # cells per side
 _TABLE_REACH = 1.35  # a table spans [-reach, reach] radii
@@ -458,7 +458,7 @@ _COLOR_VALUES = {name: np.array(value, np.float32) for name, value in COLORS.ite
 
 
 def _draw_picture(tracks: Sequence[Track], time: float, backdrop: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """Draw objects on a backdrop and add noise: float32 -> uint8, all (FRAME_SIZE, FRAME_SIZE, 3)."""
+    """Draw objects on a backdrop and add noise: float32 to uint8, all (FRAME_SIZE, FRAME_SIZE, 3)."""
     picture = backdrop.copy()
     for track in tracks:
         x, y = (FRAME_SIZE * value for value in track.center(time))

@@ -1,8 +1,8 @@
 """
 Features made from annotations alone. They behave like those of a frozen CLIP, so that training can be tested without
-downloading any. Results on them must be reported as simulated.
+downloading features. Results on them must be reported as simulated.
 
-How they are made, everything a function of a seed:
+Everything is a function of a seed:
 
 - A word has a fixed random vector. Words with the same first letters ("cleans", "cleaning") have similar vectors. As in
   CLIP, a few directions carry most of the variance.
@@ -11,9 +11,9 @@ How they are made, everything a function of a seed:
 - A moment shows some of these words: the sum of their vectors, with soft edges near the annotated ones and a strength
   that depends, at least in part, on the saliency scores. Some moments show none of the words but something else.
 - A video also shows distractors: moments of other rows at other times. Some share a word with one of its sentences.
-- A clip is what it shows, partly unchanged and partly after a fixed nonlinear mixture. To this come a background per
-  video and noise that lasts for several clips; both look like words.
-- Sentences and clips share one space, each of the two with an offset of its own.
+- A clip is what it shows, partly unchanged and partly after a fixed nonlinear mixture, plus a background per video and
+  noise, some of which lasts for several clips. Background and noise look like words.
+- Sentences and clips share one space, but each has its own offset.
 
 The cosine similarity of sentence and clip is therefore a weak cue. A model that learns what the words look like does
 better.
@@ -29,9 +29,9 @@ from typing import Any
 import numpy as np
 
 from ..checks import check_positive
-from ..data.annotations import NUM_SALIENCY_ANNOTATORS, SALIENCY_CLIP_SECONDS
+from ..data.annotations import MAX_SALIENCY, NUM_SALIENCY_ANNOTATORS, SALIENCY_CLIP_SECONDS
 
-CLIP_SIZE = 512  # of a clip's and a token's vector in the official features, which are from CLIP
+CLIP_SIZE = 512  # size of a clip's and a token's vector in the official CLIP features
 BACKBONE = "clip"  # the backbone that shares a space with the sentences
 
 # Frequent words that no picture can show
@@ -46,12 +46,12 @@ STEM_LETTERS = 5  # words with the same first letters have similar vectors
 STEM_SHARE = 0.7  # share of a word's variance that comes from its stem
 SPECTRUM_POWER = 0.5  # the standard deviation along direction k is proportional to k to the power of minus this
 
-VIDEO_OFFSET = 1.9  # norm, relative to a word's
+VIDEO_OFFSET = 1.9  # norm, relative to that of a word
 CONTEXT, POSITION, PHRASING = 0.5, 0.3, 0.3  # norms of the other parts of a token
-DEFAULT_STRENGTH = 0.75  # of a moment without saliency scores: about the mean strength of moments with scores
+DEFAULT_STRENGTH = 0.75  # strength of a moment without saliency scores: about the mean of moments with scores
 SHARED_WORD = 0.5  # probability that a distractor is chosen to share a word with a sentence
-MIXTURE_GAIN = 1.5  # of the nonlinear mixture's input: the higher, the less linear
-NOISE_SECONDS = 8.0  # time in which the correlation of noise falls to 1 / e
+MIXTURE_GAIN = 1.5  # gain of the nonlinear mixture's input: the higher, the less linear
+NOISE_SECONDS = 8.0  # time in which the correlation of lasting noise falls to 1 / e
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class NoiseLevel:
 
 NOISE_LEVELS = {
     # Calibrated on QVHighlights in two ways. Ranking the clips of val by cosine similarity alone gives a highlight mAP
-    # of about 31 and a HIT@1 of about 57 (VeryGood), which a test checks. For 35 epochs Moment-DETR learns about as
-    # fast as in its published log on real features; after that it gets further (docs/results/README.md)
+    # of about 31 and a HIT@1 of about 57 (VeryGood), which a test checks. For 35 epochs, Moment-DETR learns about as
+    # fast as in its published log on real features; after that it reaches better results (docs/results/README.md)
     "real": NoiseLevel(
         hidden=0.25,
         unseen=0.25,
@@ -132,7 +132,7 @@ def content_words(sentence: str) -> list[str]:
 
 def strength_of(row: Mapping[str, Any], times: np.ndarray, noise: NoiseLevel, rng: np.random.Generator) -> np.ndarray:
     """
-    Return how visible a row's moments are in each clip. For a row without windows that is 0 everywhere.
+    Return how visible a row's moments are in each clip. For a row without windows, this is 0 everywhere.
 
     Args:
         row: an annotation.
@@ -152,8 +152,8 @@ def strength_of(row: Mapping[str, Any], times: np.ndarray, noise: NoiseLevel, rn
         return DEFAULT_STRENGTH * strength
     clips = (np.array(row["relevant_clip_ids"]) + 0.5) * SALIENCY_CLIP_SECONDS
     order = np.argsort(clips)
-    most = 4 * NUM_SALIENCY_ANNOTATORS
-    scores = np.interp(times, clips[order], np.array(row["saliency_scores"]).sum(1)[order] / most)
+    shares = np.array(row["saliency_scores"]).sum(1) / (MAX_SALIENCY * NUM_SALIENCY_ANNOTATORS)
+    scores = np.interp(times, clips[order], shares[order])
     return strength * (noise.graded * scores + (1 - noise.graded) * DEFAULT_STRENGTH)
 
 
@@ -167,10 +167,10 @@ class SimulatedFeatures:
     Args:
         rows: annotations, as from `load_annotations`. A row without windows adds nothing to its video and is never a
             distractor.
-        seed: of all random draws.
+        seed: seed of all random draws.
         noise: a key of `NOISE_LEVELS`, or a `NoiseLevel`.
         clip_seconds: length of a clip.
-        size: of a clip's and a token's vector.
+        size: size of a clip's and a token's vector.
 
     Raises:
         ValueError: if two rows have the same `qid`, or if an argument is out of range.
@@ -226,9 +226,9 @@ class SimulatedFeatures:
 
         Args:
             vid: the video's id.
-            backbone: a name. Every name other than "clip" gives a backbone with a space, backgrounds and noise of its
-                own, which has nothing in common with the sentences.
-            size: of a clip's vector in such a backbone, by default that of "clip".
+            backbone: a name. Every name other than "clip" stands for a backbone with its own space, backgrounds and
+                noise, which has nothing in common with the sentences.
+            size: size of a clip's vector in such a backbone. Default: that of "clip".
 
         Returns:
             Float16 (clips, size). The last clip may extend beyond the video's end.
@@ -265,7 +265,7 @@ class SimulatedFeatures:
     def _shown(self, vid: str, times: np.ndarray) -> np.ndarray:
         """Return the sum of what all moments of a video show, including distractors: (clips, size)."""
         shown, length = np.zeros((len(times), self.size)), len(times) * self.clip_seconds
-        free = np.ones(len(times))  # the strength left for distractors: none where the video's own moments are
+        free = np.ones(len(times))  # the strength left for distractors: none during the video's own moments
         for row in self.rows_of_video[vid]:
             rng = _generator(self.seed, "moment", vid, row["qid"])
             strength = strength_of(row, times, self.noise, rng)

@@ -28,20 +28,21 @@ def write_simulated_features(
     simulation: SimulatedFeatures, output_dir: str | os.PathLike, motion_size: int | None = None, workers: int = 1
 ) -> tuple[int, int]:
     """
-    Write the features of all videos and sentences, with a progress bar. Skip files that can be read, so that an
-    interrupted run can be resumed.
+    Write the features of all videos and sentences, with a progress bar. Skip existing files that are readable, so that
+    an interrupted run can be resumed.
 
     Args:
         simulation: the features.
-        output_dir: gets the folders `clip`, `clip_text` and, with `motion_size`, `slowfast`.
-        motion_size: numbers per clip of a second backbone that shares no space with text; none by default.
+        output_dir: the folder in which to write `clip`, `clip_text` and, with `motion_size`, `slowfast`.
+        motion_size: size of a clip's vector in a second backbone, which shares no space with text. Default: no second
+            backbone.
         workers: number of processes. The files do not depend on it.
 
     Returns:
         The number of files written, and of those skipped.
 
     Raises:
-        ValueError: if the folder holds features of other settings, or for an id that cannot be a file name.
+        ValueError: if the folder contains features made with other settings, or an id cannot be a file name.
     """
     output_dir = Path(output_dir)
     _write_settings(simulation, output_dir)
@@ -57,7 +58,7 @@ def write_simulated_features(
 
 
 def _write_settings(simulation: SimulatedFeatures, output_dir: Path) -> None:
-    """Save what the folder is made with, or raise `ValueError` if it was made with something else."""
+    """Save the settings of the folder, or raise `ValueError` if it was made with other ones."""
     path = output_dir / SETTINGS_FILE
     settings: dict[str, Any] = {
         "simulated": True,
@@ -80,7 +81,7 @@ def _write_settings(simulation: SimulatedFeatures, output_dir: Path) -> None:
 
 @dataclass
 class _Writer:
-    """Writes one file per task. Returns whether there was anything to do."""
+    """Writes the file of a task unless it exists. Returns whether it wrote one."""
 
     simulation: SimulatedFeatures
     output_dir: Path
@@ -117,7 +118,7 @@ def _run(tasks: Sequence[Task], write: _Writer, workers: int) -> Iterator[bool]:
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Make processes that start meanwhile use one thread each, or NumPy's threads would compete for the cores."""
+    """Let processes that are started inside the block use one thread each, so that they do not compete for cores."""
     before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
     try:
@@ -130,7 +131,7 @@ def _one_thread_each() -> Iterator[None]:
                 os.environ[name] = value
 
 
-_writer: _Writer  # of a worker process; sent once, since it holds all annotations
+_writer: _Writer  # in a worker process; sent once, since it contains all annotations
 
 
 def _start_worker(writer: _Writer) -> None:

@@ -1,1 +1,1 @@
-"""From rows and features to a trained, evaluated checkpoint."""
+"""Training and evaluation: arguments, presets, dataset, collator, trainer, checkpoints, metrics, prediction."""

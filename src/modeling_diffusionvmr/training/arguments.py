@@ -1,4 +1,4 @@
-"""The arguments of a training: those of `transformers`, and how the number of proposals grows."""
+"""Training arguments: those of `transformers`, and how the number of proposals grows."""
 
 from dataclasses import dataclass, field
 
@@ -15,9 +15,10 @@ class DiffusionVMRTrainingArguments(TrainingArguments):
     `TrainingArguments` with the growth of the number of proposals (section 3.2 and Table 6 of the paper).
 
     Args:
-        proposal_schedule: "progress" trains with 1 proposal at first and ends with `config.max_training_proposals`;
-            "stable" trains with all of them from the start.
-        proposal_growth: share of the training, in (0, 1], over which "progress" grows the number in equal parts.
+        proposal_schedule: "progress" starts with 1 proposal and ends with `config.max_training_proposals`; "stable"
+            uses all of them from the start.
+        proposal_growth: share of the training, in (0, 1], over which "progress" increases the number at a constant
+            rate.
 
     Raises:
         ValueError: for an unknown schedule or a growth out of range.

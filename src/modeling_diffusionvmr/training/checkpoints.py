@@ -20,17 +20,17 @@ STATE_NUMBERS = ("global_step", "epoch", "train_batch_size", "logging_steps", "t
 
 
 def write_manifest(checkpoint: str | Path) -> None:
-    """List a checkpoint's files with their sizes in it, so that a missing or incomplete file is noticed."""
+    """Save the names and sizes of a checkpoint's files in it, so that a missing or incomplete file is noticed."""
     checkpoint = Path(checkpoint)
     sizes = {path.name: path.stat().st_size for path in sorted(checkpoint.iterdir()) if path.is_file()}
     (checkpoint / MANIFEST).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
 
 
-def last_whole_checkpoint(folder: str | Path) -> str | None:
+def last_complete_checkpoint(folder: str | Path) -> str | None:
     """
-    Return the checkpoint with the latest step in an output folder that can be resumed from, or `None`.
+    Return the latest checkpoint in an output folder that training can resume from, or `None`.
 
-    Warn about each later one that cannot.
+    Warn about each later one that is damaged.
     """
     checkpoints = {}
     for path in Path(folder).glob("checkpoint-*"):
@@ -40,12 +40,12 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
         fault = find_fault(path)
         if fault is None:
             return str(path)
-        warnings.warn(f"{path} cannot be resumed from and is skipped: {fault}", stacklevel=2)
+        warnings.warn(f"{path}: skipped, cannot resume from it: {fault}", stacklevel=2)
     return None
 
 
 def find_fault(checkpoint: str | Path) -> str | None:
-    """Return why a training cannot be resumed from a checkpoint, naming the file, or `None` if it can."""
+    """Return why training cannot resume from a checkpoint, naming the file, or `None` if it can."""
     checkpoint = Path(checkpoint)
     for path in (checkpoint / "trainer_state.json", *sorted(checkpoint.glob("*config.json")), checkpoint / MANIFEST):
         try:
@@ -70,7 +70,7 @@ def find_fault(checkpoint: str | Path) -> str | None:
         return f"{RESUME_FILES[present.index(False)]} is missing"
     weights = sorted(checkpoint.glob("*.safetensors"))
     if not weights:
-        return "it has no weights"
+        return "no weights"
     for path in weights:
         try:
             with safe_open(path, framework="pt"):  # compares the size of the file with the one in its header

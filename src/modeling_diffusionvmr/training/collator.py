@@ -1,4 +1,4 @@
-"""Samples of a data set -> a batch."""
+"""Collate the samples of a dataset into a batch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,10 +13,10 @@ class DiffusionVMRDataCollator:
     """
     Turn samples of a `MomentRetrievalDataset` into the arguments of `DiffusionVMRForMomentRetrieval.forward`.
 
-    Features and labels are padded on the right. There are `labels` only if every sample has them.
+    Features and labels are padded on the right. The batch has `labels` only if every sample has them.
 
     Args:
-        with_rows: also return `rows` (B,), the samples' indices in the data set, and `covered_durations` (B,), seconds,
+        with_rows: also return `rows` (B,), the samples' indices in the dataset, and `covered_durations` (B,), seconds,
             which predictions need.
     """
 

@@ -1,4 +1,4 @@
-"""Rows and features -> samples, with the random draws of training."""
+"""The dataset: turns rows and features into samples, and makes the random draws of training."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..checks import check_positive
 from ..configuration_diffusionvmr import DiffusionVMRConfig
-from ..data.annotations import check_row, warn_dropped
+from ..data.annotations import check_row, warn_skipped
 from ..data.features import common_clip_seconds, name_of
 from ..diffusion import DiffusionSchedule
 from ..processing_diffusionvmr import DiffusionVMRProcessor
@@ -26,26 +26,25 @@ class MomentRetrievalDataset(Dataset):
     """
     One sample per row (a query on its video), as tensors.
 
-    The random part of a training sample depends on (seed, epoch, row) alone, and so not on how rows are shuffled,
-    batched or spread over workers.
+    The random part of a training sample depends only on (seed, epoch, row), and not on how rows are shuffled, batched
+    or distributed over workers.
 
     Args:
         rows: from `load_annotations`, or any sequence of dicts with `qid`, `query`, `vid`, `duration` (seconds) and
-            `relevant_windows` ([[start, end], ...], seconds; `[]` if the query is not in the video, and no such field
-            if the row is unlabeled).
+            `relevant_windows` ([[start, end], ...], seconds; `[]` if the query is not in the video; missing if the row
+            is unlabeled).
         video_features: a mapping from `vid` to an array (clips, size), or a sequence of them, one per backbone.
         text_features: a mapping from `qid` to an array (tokens, size).
         processor: prepares the features.
-        config: the configuration of the model to train; samples then have a random part. `None` for inference.
-        clip_seconds: the length of a clip. By default the length that the feature folders state; if they state none,
-            the features cover the whole `duration`.
+        config: the configuration of the model to train, which gives samples their random part. `None` for inference.
+        clip_seconds: the length of a clip. Default: the length that the feature stores state; if they state none, the
+            features cover the whole `duration`.
         seed: seed of the random part.
-        skip_invalid: read all features once and skip the rows whose features cannot be used, with one warning that
-            lists them.
+        skip_invalid: read all features once and skip rows with unusable features, with one warning that lists them.
 
     Raises:
-        ValueError: for a row that `check_row` rejects, a window that ends after its video, or missing features. When a
-            sample is read: for features that the processor rejects. The message names the qid or vid.
+        ValueError: if `check_row` rejects a row, a window ends after its video, or features are missing. Reading a
+            sample also raises it if the processor rejects the features. The message names the qid or vid.
     """
 
     def __init__(
@@ -70,9 +69,9 @@ class MomentRetrievalDataset(Dataset):
         self._averaged: dict[str, tuple[Tensor, int]] = {}
         self.rows = [self._checked(row) for row in rows]
         if skip_invalid:
-            self.rows, dropped = self._readable()
-            if dropped:
-                warn_dropped("features", dropped, len(self.rows))
+            self.rows, skipped = self._readable()
+            if skipped:
+                warn_skipped("features", skipped, len(self.rows))
         else:
             for row in self.rows:
                 self._check_present(row)
@@ -105,7 +104,7 @@ class MomentRetrievalDataset(Dataset):
 
     def _readable(self) -> tuple[list[dict[str, Any]], list[str]]:
         faults: dict[str, ValueError | None] = {}  # each video is read once
-        kept, dropped = [], []
+        kept, skipped = [], []
         for row in tqdm(self.rows, desc="reading all features"):
             try:
                 self._check_present(row)
@@ -121,15 +120,16 @@ class MomentRetrievalDataset(Dataset):
                 self._text(row)
             except ValueError as error:
                 message = str(error)
-                dropped.append(message if message.startswith(f"qid {row['qid']}:") else f"qid {row['qid']}: {message}")
+                skipped.append(message if message.startswith(f"qid {row['qid']}:") else f"qid {row['qid']}: {message}")
             else:
                 kept.append(row)
         if not kept:
-            raise ValueError(f"none of {len(self.rows)} rows has usable features; {dropped[0]}")
-        return kept, dropped
+            raise ValueError(f"none of {len(self.rows)} rows has usable features; {skipped[0]}")
+        return kept, skipped
 
     def _group_by_video(self) -> None:
-        # Sorted by video, the rows of one video are adjacent, so that a row of another video takes a single draw
+        # With rows sorted by video, those of one video are adjacent, so that choosing a row of another video takes a
+        # single draw
         videos, video_of_row = np.unique([row["vid"] for row in self.rows], return_inverse=True)
         if len(videos) < 2:
             raise ValueError(
@@ -160,7 +160,7 @@ class MomentRetrievalDataset(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Return several samples; a `DataLoader` asks for a batch this way."""
+        """Return several samples. `DataLoader` calls this to fetch a batch."""
         samples = [self._sample(range(len(self))[index]) for index in indices]  # -1 is the last row
         if self.config is not None:
             self._add_draws(samples, self.config.max_training_proposals)
@@ -182,19 +182,19 @@ class MomentRetrievalDataset(Dataset):
             self._has_warned = True
             warnings.warn(
                 f"qid {row['qid']}: a window lies entirely beyond the {covered:g} s that the features of its video "
-                "cover, and is left out. Other rows may have such windows too: is the length of a clip right?",
+                "cover, and is ignored. Other rows may have such windows too; check the length of a clip.",
                 stacklevel=5,
             )
 
     def _video(self, row: Mapping[str, Any]) -> tuple[Tensor, float]:
-        """Return the features (Lv, Dv) of a row's video, and the seconds that they cover."""
+        """Return the features (Lv, Dv) of a row's video and the seconds that they cover."""
         vid = row["vid"]
         if vid in self._averaged:
             features, length = self._averaged[vid]
         else:
             arrays = [store[vid] for store in self.video_features]
             features, length = self.processor.prepare_video(arrays, f"video {vid}"), min(map(len, arrays))
-            # A video that was averaged down is small, was slow to read, and may have many queries (TACoS: 130)
+            # Averaged videos are small, slow to read, and may have many queries (TACoS: 130 each)
             if length > len(features) and len(self._averaged) < MAX_AVERAGED_VIDEOS:
                 self._averaged[vid] = features, length
         return features, self.covered_duration(row, length)
@@ -211,7 +211,7 @@ class MomentRetrievalDataset(Dataset):
             scores = clip_scores(row, labels["spans"], sample["covered_duration"], len(sample["video_features"]))
             labels["saliency_pos"], labels["saliency_neg"] = draw_saliency_pairs(scores, rng)
 
-        # For the whole batch at once: sample by sample it would take 5 % of a training step
+        # Add noise to the whole batch at once: sample by sample, this would take 5 % of a training step
         spans = [sample["labels"]["spans"] for sample in samples]
         counts, padded = torch.tensor([len(own) for own in spans]), pad_sequence(spans, batch_first=True)
         draws = self.schedule.draw_samples(rngs, padded.shape[1], num_proposals)
@@ -219,7 +219,7 @@ class MomentRetrievalDataset(Dataset):
             sample["noisy_spans"], sample["timesteps"] = noisy_spans, timestep
 
     def _row_of_another_video(self, row: int, rng: np.random.Generator) -> int:
-        # A place among the rows sorted by video, without this video's. `random` always takes the same from the
-        # generator; `integers` does not, and then the draws that follow would depend on the number of rows.
+        # A position among the rows sorted by video, excluding those of this video. `random` always advances the
+        # generator equally; `integers` does not, so the draws that follow would depend on the number of rows.
         place = int(rng.random() * (len(self) - self._count[row]))
         return self._by_video[place + self._count[row] * (place >= self._first[row])]

@@ -14,10 +14,10 @@ from ..data.annotations import NUM_SALIENCY_ANNOTATORS, SALIENCY_CLIP_SECONDS, c
 
 IOU_THRESHOLDS = np.array([0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95])
 EXTRA_IOU_THRESHOLDS = (0.1, 0.3)
-# Above and up to so many seconds
+# In seconds: above the first number, up to and including the second
 LENGTH_RANGES = {"short": (0, 10), "middle": (10, 30), "long": (30, 150), "full": (0, np.inf)}
-SALIENCY_LEVELS = {"Fair": 2, "Good": 3, "VeryGood": 4}  # the lowest score of a highlight
-MAX_WINDOWS = 10  # windows per prediction that count for the average precision
+SALIENCY_LEVELS = {"Fair": 2, "Good": 3, "VeryGood": 4}  # the minimum score of a highlight
+MAX_WINDOWS = 10  # the number of windows per prediction that count toward the average precision
 
 
 def evaluate_predictions(
@@ -28,32 +28,33 @@ def evaluate_predictions(
 
     Args:
         predictions: dicts with `qid` and `pred_relevant_windows` ([[start, end, score], ...], seconds; the first one
-            counts for R1, the ten with the highest scores for the average precision). All or none also have
-            `pred_saliency_scores`, one per 2 s clip; as officially, missing ones at the end count as 0, and surplus
-            ones are ignored. If no prediction has windows, only saliency is scored.
-        references: rows from `load_annotations` with `relevant_windows`, at least one each (see `scorable`), and all or
-            none with `saliency_scores`. They have the qids of the predictions, in any order; 7 and "7" are the same.
+            counts for R1, the first ten, sorted by score, for the average precision). Either all or none also have
+            `pred_saliency_scores`, one per 2 s clip. As in the official script, missing scores at the end count as 0
+            and surplus ones are ignored. If no prediction has windows, only saliency is scored.
+        references: rows from `load_annotations`, each with at least one window (see `scorable`), and either all or none
+            with `saliency_scores`. They have the qids of the predictions, in any order; 7 and "7" are the same.
 
     Returns:
         Percentages with two digits. The official keys come first: `"brief"`; `"HL-min-Fair"`, `"HL-min-Good"` and
-        `"HL-min-VeryGood"` (left out, also in `"brief"`, if one side has no saliency); `"full"`, `"long"`, `"middle"`
+        `"HL-min-VeryGood"` (omitted, also from `"brief"`, if one side has no saliency); `"full"`, `"long"`, `"middle"`
         and `"short"` (true windows of all lengths, over 30 s, over 10 s up to 30 s, up to 10 s). Then `"extra"`, which
         is not official: `"MR-R1@0.1"`, `"MR-R1@0.3"` and `"MR-mIoU"`, the mean IoU of the first window over all
         queries.
 
         The official script crashes on some inputs and drops others. Here a query without a predicted window or a
-        saliency score is a miss, and if no true window is in a range of lengths, its numbers are `None`.
+        saliency score is a miss, and the numbers of a range of lengths without true windows are `None`.
 
     Raises:
-        ValueError: for a row that is not a dict; a qid that is missing, repeated, or on one side only; windows or
-            scores with a wrong shape or values that are not finite; a window that ends before it starts; a reference
-            without windows. The message names the qid or the row's number.
+        ValueError: if a row is not a dict; a qid is missing, repeated, or on one side only; windows or scores have a
+            wrong shape or values that are not finite; a window ends before it starts; or a reference has no windows.
+            The message names the qid or the row's number.
     """
     truth, found = rows_by_qid(references, "reference"), rows_by_qid(predictions, "prediction")
     for rows, others, kind in ((truth, found, "prediction"), (found, truth, "reference")):
         alone = [qid for qid in rows if qid not in others]
         if alone:
-            raise ValueError(f"qid {alone[0]}: there is no {kind} (nor for {len(alone) - 1} more qids)")
+            more = f" (and {len(alone) - 1} more qids)" if len(alone) > 1 else ""
+            raise ValueError(f"no {kind} for qid {alone[0]}{more}")
     saliency = _saliency(found, truth)
     highlights_only = saliency is not None and all("pred_relevant_windows" not in row for row in found.values())
     scores, extra = ({}, {}) if highlights_only else _moment_scores(found, truth)
@@ -101,7 +102,7 @@ def scorable(
 def _moment_scores(
     predictions: Mapping[str, Mapping[str, Any]], references: Mapping[str, Mapping[str, Any]]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, float | None]]:
-    """Return the official numbers for each range of lengths, and the ones that are not official."""
+    """Return the official numbers for each range of lengths, and the additional ones."""
     found = _padded([predicted_windows(qid, row) for qid, row in predictions.items()])[:, :MAX_WINDOWS]
     truth = _padded([_true_windows(qid, references[qid]) for qid in predictions])
     order = np.argsort(-found[..., 2], axis=1, kind="stable")
@@ -127,7 +128,7 @@ def _moment_scores(
 
 def rows_by_qid(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Mapping[str, Any]]:
     """
-    Return rows by their qid as a string: 7 and "7" are the same.
+    Index rows by their qid as a string: 7 and "7" are the same.
 
     Raises:
         ValueError: if there are no rows, for a row that is not a dict or has no qid, and for two rows with one qid.
@@ -139,10 +140,10 @@ def rows_by_qid(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Mappi
         if row.get("qid") is None:
             raise ValueError(f"{kind} number {index} has no `qid`")
         if str(row["qid"]) in by_qid:
-            raise ValueError(f"qid {row['qid']}: there are two {kind}s")
+            raise ValueError(f"qid {row['qid']}: more than one {kind}")
         by_qid[str(row["qid"])] = row
     if not by_qid:
-        raise ValueError(f"there are no {kind}s, at least one is needed")
+        raise ValueError(f"no {kind}s; at least one is required")
     return by_qid
 
 
@@ -227,25 +228,29 @@ def _ious(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def _first_ious(first: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Return the IoU of one window per query (Q, 2) with the best true window (Q, G, 2), as (Q,); 0 for padding."""
+    """Return the IoU of one window per query (Q, 2) with its best true window (Q, G, 2), as (Q,); 0 for padding."""
     best = _ious(first[:, None], truth)[:, 0].argmax(axis=1)
     starts, ends = first[:, 0], first[:, 1]
     true_starts, true_ends = truth[np.arange(len(truth)), best].T
     overlap = np.clip(np.minimum(ends, true_ends) - np.maximum(starts, true_starts), 0, None)
-    # The official script divides by the hull here. It equals the union of two windows that meet, but may differ in the
-    # last bit, and thresholds such as 0.7 can be met exactly.
+    # The official script divides by the hull here. For windows that meet, it equals the union except for the last bit,
+    # which matters because an IoU can equal a threshold such as 0.7 exactly.
     return np.nan_to_num(overlap / (np.maximum(ends, true_ends) - np.minimum(starts, true_starts)))
 
 
 def _average_precisions(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Return interpolated average precisions (Q, T) of windows (Q, P, 2), by falling score; true ones are (Q, G, 2)."""
+    """
+    Return the interpolated average precisions (Q, T) of predicted windows (Q, P, 2), sorted by descending score, for
+    true windows (Q, G, 2).
+    """
     ious = _ious(found, truth)
     num_queries, num_found, num_true = ious.shape
     free = np.ones((num_queries, len(IOU_THRESHOLDS), num_true), dtype=bool)  # not yet found, per threshold
     hits = np.zeros((num_found, num_queries, len(IOU_THRESHOLDS)))
     for rank in range(num_found):
-        # The best one that is still free, and the last of equals, as in the official script. (There an unstable sort
-        # decides, which may depend on the machine. But only true windows that touch can tie; QVHighlights has none.)
+        # Take the best true window that is still free, and the last one of several equally good ones, as in the
+        # official script. (There an unstable sort decides, which may depend on the machine. But only true windows that
+        # touch can tie; QVHighlights has none.)
         candidates = np.where(free, ious[:, rank, None], -1)[..., ::-1]
         best = candidates.argmax(axis=-1)[..., None]
         hit = np.take_along_axis(candidates, best, axis=-1) >= IOU_THRESHOLDS[:, None]
@@ -272,7 +277,7 @@ def _saliency(
         if len(without) == len(rows):
             return None
         if without:
-            raise ValueError(f"qid {without[0]}: has no `{key}`, though others have")
+            raise ValueError(f"qid {without[0]}: has no `{key}`, but other queries have it")
     scores, num_clips = [], []
     for qid, prediction in predictions.items():
         values = predicted_saliency(qid, prediction)
@@ -292,7 +297,7 @@ def _saliency(
 def _highlight_scores(
     scores: Sequence[np.ndarray], true_scores: np.ndarray, num_clips: np.ndarray
 ) -> dict[str, tuple[float | None, float | None]]:
-    """Return for each level of saliency the mean average precision and how often the best clip is a highlight, in %."""
+    """Return, per saliency level, the mean average precision and how often the best clip is a highlight, both in %."""
     num_queries, _, most_clips = true_scores.shape
     real = np.arange(most_clips) < num_clips[:, None]
     predicted = np.zeros((num_queries, most_clips))
@@ -303,13 +308,13 @@ def _highlight_scores(
 
     order = np.argsort(np.where(real, -predicted, np.inf), axis=1, kind="stable")
     predicted = np.take_along_axis(predicted, order, axis=1)
-    # Clips with the same score are found together: only the last of them has a precision
+    # Clips with equal scores are retrieved together: only the last of them gets a precision
     is_last = np.take_along_axis(real, order, axis=1)
     is_last[:, :-1] &= (predicted[:, 1:] != predicted[:, :-1]) | ~is_last[:, 1:]
     is_last = is_last[:, None]
     result = {}
-    for name, least in SALIENCY_LEVELS.items():
-        highlights = true_scores >= least
+    for name, min_score in SALIENCY_LEVELS.items():
+        highlights = true_scores >= min_score
         num_hits = np.take_along_axis(highlights, order[:, None], axis=2).cumsum(axis=2)
         precision = np.where(is_last, num_hits / np.arange(1, most_clips + 1), 0)
         best_from_here = np.maximum.accumulate(precision[..., ::-1], axis=2)[..., ::-1]

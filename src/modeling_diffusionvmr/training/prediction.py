@@ -1,4 +1,4 @@
-"""Run a model over a data set and write predictions in the official format."""
+"""Run a model over a dataset and write predictions in the official format."""
 
 import math
 from types import SimpleNamespace
@@ -13,13 +13,13 @@ from ..data.annotations import SALIENCY_CLIP_SECONDS
 from .collator import DiffusionVMRDataCollator
 from .dataset import MomentRetrievalDataset
 
-# Without the noisy spans of a training sample, which hold the truth under some noise
+# The noisy spans of a training sample are excluded, since they reveal the truth
 MODEL_INPUTS = ("video_features", "video_mask", "text_features", "text_mask")
 
 
 class RowOutputs(NamedTuple):
     """
-    The model's outputs for B rows of a data set.
+    The model's outputs for B rows of a dataset.
 
     `rows` (B,), indices; `covered_durations` (B,), seconds; `num_clips` (B,); `logits` (B, N, 2); `pred_spans`
     (B, N, 2); `saliency_scores` (B, max_clips). No shape but B depends on the batch, so that the outputs of several
@@ -53,11 +53,12 @@ def official_predictions(
     """
     Turn outputs of rows, in any order, into predictions in the official format, one dict per row.
 
-    Each has `qid`, `query`, `vid`, `pred_relevant_windows` ([[start, end, score], ...], seconds, by falling score) and
-    `pred_saliency_scores`, one per clip of the features; for a row with annotators' scores, one per annotated 2 s clip.
+    Each has `qid`, `query`, `vid`, `pred_relevant_windows` ([[start, end, score], ...] in seconds, in descending order
+    of score) and `pred_saliency_scores`: one per clip of the features or, for a row with annotators' scores, one per
+    2 s clip.
 
     Args:
-        dataset: the data set that the rows are from.
+        dataset: the dataset that the rows are from.
         outputs: of some or all of its rows.
         post_processing: `threshold`, `top_k`, `nms_threshold` and `round_to`, which override the processor's.
     """
@@ -84,7 +85,7 @@ def official_predictions(
 
 
 def _on_official_clips(scores: list[float], covered_duration: float, row: dict[str, Any]) -> list[float]:
-    # Annotators scored 2 s clips, and official evaluation compares clip by clip
+    # Annotators scored 2 s clips, and the official evaluation compares clip by clip
     seconds = covered_duration / len(scores)
     if not row.get("saliency_scores") or math.isclose(seconds, SALIENCY_CLIP_SECONDS, rel_tol=0.01):
         return scores
@@ -106,13 +107,13 @@ def predict_moments(
     **post_processing,
 ) -> list[dict[str, Any]]:
     """
-    Retrieve moments for every row of a data set.
+    Retrieve moments for every row of a dataset.
 
     Args:
         model: a `DiffusionVMRForMomentRetrieval`; it is switched to eval mode and left there.
-        dataset: the rows; labels and noisy spans, if it has any, are not used.
+        dataset: the rows. Labels and noisy spans are ignored.
         batch_size: rows per batch.
-        num_proposals, num_sampling_steps: N and S, by default those in the model's configuration.
+        num_proposals, num_sampling_steps: N and S. Default: those of the model's configuration.
         progress: show a progress bar.
         post_processing: `threshold`, `top_k`, `nms_threshold` and `round_to`, which override the processor's.
 

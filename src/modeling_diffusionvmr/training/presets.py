@@ -1,4 +1,4 @@
-"""Published settings of a training, read from YAML files: those in `presets/`, and files of users."""
+"""Presets: training settings in YAML files, either those in `presets/` or the user's own."""
 
 import dataclasses
 import difflib
@@ -35,7 +35,7 @@ SECTIONS = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads booleans and numbers as YAML 1.2 does: `no`, the name of a strategy, is text, and 1e-4 is a number."""
+    """Reads booleans and numbers as YAML 1.2 does: `no`, the name of a strategy, is text and 1e-4 is a number."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -48,13 +48,13 @@ _Loader.add_implicit_resolver(FLOAT_TAG, NUMBER, list("-+.0123456789"))
 
 def load_preset(name_or_file: str | os.PathLike) -> dict[str, dict[str, Any]]:
     """
-    Load a preset by its name or from a file. One that `extends` another starts with the settings of that one.
+    Load a preset by name or from a file. A preset that `extends` another one starts with the settings of that one.
 
     Returns:
-        For each section of `SECTIONS` the fields that are set.
+        The fields that are set, for each section of `SECTIONS`.
 
     Raises:
-        ValueError: if there is no such preset or it cannot be used; names the file and the field.
+        ValueError: if there is no such preset or it is invalid. The message names the file and the field.
     """
     return _load(name_or_file, ())
 
@@ -68,7 +68,7 @@ def _load(name_or_file: str | os.PathLike, extended_by: tuple[Path, ...]) -> dic
     given = _read_yaml(path)
     parent = given.pop("extends", None) if isinstance(given, dict) else None
     if not isinstance(given, dict) or not all(isinstance(fields, dict) for fields in given.values()):
-        raise ValueError(f"{path}: must hold sections ({', '.join(SECTIONS)}) of fields")
+        raise ValueError(f"{path}: must contain sections ({', '.join(SECTIONS)}) of fields")
     if not isinstance(parent, str | None):
         raise ValueError(f"{path}: `extends` must be the name of a preset or file, got {parent!r}")
 
@@ -96,6 +96,6 @@ def _check_name(name: Any, known: Iterable[str], message: str) -> None:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean X?" with the known name that is nearest; nothing if none is near."""
+    """Return "; did you mean X?" for the known name that is closest, or "" if none is close."""
     nearest = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {nearest[0]}?" if nearest else ""

@@ -1,8 +1,8 @@
 """
-What a row's annotations say of its clips, for one sample: true spans, salient clips, and pairs of clips to compare.
+The training targets of one sample, from the annotations of its row: true spans, saliency of clips, and pairs of clips.
 
-Annotated clips are 2 s long, as in QVHighlights; the clips of the features have any length. `covered` is the time in
-seconds that the features cover, which can differ a little from the video's duration.
+Annotated clips are 2 s long, as in QVHighlights; the clips of the features can have any length. `covered` is the time
+in seconds that the features cover, which can differ slightly from the video's duration.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ def true_spans(windows: Sequence[Sequence[float]], covered: float) -> Tensor:
     """
     Return the spans (n, 2) of windows in seconds, in a video whose features cover `covered` seconds.
 
-    A window that reaches beyond the features is cut off there; one entirely beyond them is left out.
+    A window that reaches beyond the features is cut there. A window that lies entirely beyond them is ignored.
     """
     shares = torch.tensor(windows, dtype=torch.float32).reshape(-1, 2) / covered
     return window_to_span(shares[shares[:, 0] < 1].clamp(max=1))
@@ -30,12 +30,13 @@ def true_spans(windows: Sequence[Sequence[float]], covered: float) -> Tensor:
 
 def clip_scores(row: Mapping[str, Any], spans: Tensor, covered: float, num_clips: int) -> np.ndarray:
     """
-    Return how salient each clip is, (num_clips,): above 0 where it is relevant, and higher where annotators gave more.
+    Return the saliency of each clip, (num_clips,): above 0 if it is relevant, and higher for higher annotators' scores.
 
-    Without annotators' scores all clips of a true span have the same.
+    Without annotators' scores, all relevant clips have the same saliency.
 
     Args:
-        row: the annotations; spans: its true spans (n, 2).
+        row: the annotations.
+        spans: the row's true spans, (n, 2).
         covered: seconds that the features cover.
         num_clips: the number of clips in the features.
     """
@@ -53,34 +54,35 @@ def annotated_scores(annotated: np.ndarray, totals: np.ndarray, covered: float, 
     """
     Map scores of annotated clips, of 2 s each, to clips of the features: (A,) to (num_clips,).
 
-    A clip gets the highest score among the annotated clips whose center it holds and the one that holds its own center.
+    A clip gets the highest score among the annotated clips whose center it contains and the annotated clip that
+    contains its own center.
     """
     scores = np.zeros(num_clips)
-    np.maximum.at(scores, clips_holding_annotated(annotated, covered, num_clips), totals)
-    holders = annotated_clips_holding(covered, num_clips)
-    total_of = np.zeros(max(annotated.max(), holders.max()) + 1)
+    np.maximum.at(scores, feature_clips_at(annotated, covered, num_clips), totals)
+    around = annotated_clips_at(covered, num_clips)
+    total_of = np.zeros(max(annotated.max(), around.max()) + 1)
     total_of[annotated] = totals
-    return np.maximum(scores, total_of[holders])
+    return np.maximum(scores, total_of[around])
 
 
-def clips_holding_annotated(annotated: np.ndarray, covered: float, num_clips: int) -> np.ndarray:
-    """Return which clip of the features holds the center of each annotated clip, (A,)."""
+def feature_clips_at(annotated: np.ndarray, covered: float, num_clips: int) -> np.ndarray:
+    """Return the clip of the features that contains the center of each annotated clip, (A,)."""
     centers = (annotated + 0.5) * SALIENCY_CLIP_SECONDS
     return np.minimum((centers / covered * num_clips).astype(int), num_clips - 1)
 
 
-def annotated_clips_holding(covered: float, num_clips: int) -> np.ndarray:
-    """Return which annotated clip holds the center of each clip of the features, (num_clips,)."""
+def annotated_clips_at(covered: float, num_clips: int) -> np.ndarray:
+    """Return the annotated clip that contains the center of each clip of the features, (num_clips,)."""
     centers = (np.arange(num_clips) + 0.5) * (covered / num_clips)
     return (centers / SALIENCY_CLIP_SECONDS).astype(int)
 
 
 def draw_saliency_pairs(scores: np.ndarray, rng: np.random.Generator) -> Tensor:
     """
-    Draw pairs of a more and a less salient clip: long (2, P), the better ones first; P is 0 where no clips differ.
+    Draw pairs of a more and a less salient clip: long (2, P), the more salient first. P is 0 if all clips are equal.
 
-    As in Moment-DETR one pair is hard, the best against the worst of the relevant clips, and one easy, a relevant clip
-    against one that is not. Where a video has only one kind, both pairs are of that kind.
+    As in Moment-DETR, one pair is hard (the best against the worst of the relevant clips) and one is easy (a relevant
+    clip against an irrelevant one). If only one kind is possible, both pairs are of that kind.
 
     Args:
         scores: (L,) from `clip_scores`.

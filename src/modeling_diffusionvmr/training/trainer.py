@@ -12,22 +12,22 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from .arguments import DiffusionVMRTrainingArguments
-from .checkpoints import STAGING_FOLDER, find_fault, last_whole_checkpoint
+from .checkpoints import STAGING_FOLDER, find_fault, last_complete_checkpoint
 from .collator import DiffusionVMRDataCollator
 from .metrics import evaluate_predictions, scorable
 from .prediction import RowOutputs, official_predictions, row_outputs
 from .trainer_internals import TrainerInternals
 
-# Evaluation starts from pure noise, as inference does, not near the truth; the last two are not for the model
+# Evaluation starts from pure noise, like inference, not near the truth. The last two are no arguments of the model
 NOT_IN_EVALUATION = ("noisy_spans", "timesteps", "rows", "covered_durations")
 
 
 class SetEpochCallback(TrainerCallback):
     """
-    Tell the data set its epoch.
+    Set the epoch of the training dataset.
 
-    `Trainer` leaves that to accelerate, which tells only the sampler when it wraps the data loader: after resuming in
-    the middle of an epoch, and with several processes.
+    `Trainer` leaves this to accelerate, which only sets the sampler's epoch when it wraps the data loader: after
+    resuming in the middle of an epoch, and with several processes.
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
@@ -39,18 +39,19 @@ class DiffusionVMRTrainer(TrainerInternals):
     """
     A `Trainer` with a growing number of proposals (section 3.2 and Table 6), official metrics and atomic checkpoints.
 
-    How the number of proposals grows is set in `args`, a `DiffusionVMRTrainingArguments`; plain `TrainingArguments` get
-    its defaults. Every term of the loss is logged, and so is every number in `"brief"` and `"extra"` of
-    `evaluate_predictions`, as `eval_MR-full-mAP` and so on: `metric_for_best_model="MR-full-mAP"` with
-    `load_best_model_at_end=True` keeps the best model. `predict` returns predictions in the official format.
+    How the number of proposals grows is set in `args`, a `DiffusionVMRTrainingArguments`; with plain
+    `TrainingArguments`, its defaults apply. Every term of the loss is logged, and so is every number in `"brief"` and
+    `"extra"` of `evaluate_predictions`, as `eval_MR-full-mAP` and so on. To keep the best model, set
+    `metric_for_best_model="MR-full-mAP"` and `load_best_model_at_end=True`. `predict` returns predictions in the
+    official format.
 
     Args:
-        processing_class: the processor to save with the model, by default that of the training data.
+        processing_class: the processor to save with the model. Default: that of the training dataset.
         model, args, data_collator, other_args, kwargs: as for `Trainer`.
 
     Raises:
-        ValueError: for `compute_metrics`, for arguments that rule out the official metrics, and for several GPUs in
-            one process.
+        ValueError: if `compute_metrics` is given, if the arguments rule out the official metrics, or if one process
+            sees several GPUs.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class DiffusionVMRTrainer(TrainerInternals):
         for field, needed in (("eval_do_concat_batches", True), ("batch_eval_metrics", False)):
             if args is not None and getattr(args, field) is not needed:
                 raise ValueError(f"the official metrics need all predictions at once: `{field}` must be {needed}")
-        # The processor is not passed on: `Trainer` assumes that every processor holds a tokenizer
+        # The processor is not passed on: `Trainer` assumes that every processor has a tokenizer
         super().__init__(model, args, data_collator or DiffusionVMRDataCollator(), *other_args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -83,28 +84,28 @@ class DiffusionVMRTrainer(TrainerInternals):
         defaults = DiffusionVMRTrainingArguments
         self.proposal_schedule: str = getattr(self.args, "proposal_schedule", defaults.proposal_schedule)
         self.proposal_growth: float = getattr(self.args, "proposal_growth", defaults.proposal_growth)
-        self.model_accepts_loss_kwargs = True  # `compute_loss` weighs micro-batches itself
-        self.args.remove_unused_columns = False  # samples hold what the collator needs, not the arguments of `forward`
+        self.model_accepts_loss_kwargs = True  # `compute_loss` weights micro-batches itself
+        self.args.remove_unused_columns = False  # the fields of samples are for the collator, not for `forward`
         self._loss_terms: dict[str, torch.Tensor] = {}
-        self._num_steps = 0.0  # steps summed in `_loss_terms`: this process' share
+        self._num_steps = 0.0  # number of steps summed in `_loss_terms`: this process's share
         self._num_proposals = 0  # in the last step
         self._all_labeled = False  # whether every row of the evaluation has a label
-        self._told: set[str] = set()  # messages about rows that are not scored
+        self._warned: set[str] = set()  # messages about rows that are not scored
 
     def training_proposals(self) -> int:
         """Return the number of proposals at this step."""
-        most = self.accelerator.unwrap_model(self.model).config.max_training_proposals
+        maximum = self.accelerator.unwrap_model(self.model).config.max_training_proposals
         if self.proposal_schedule == "stable":
-            return most
+            return maximum
         progress = self.state.global_step / max(self.state.max_steps * self.proposal_growth, 1)
-        return min(1 + int(progress * most), most)
+        return min(1 + int(progress * maximum), maximum)
 
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None):
         """
         Call `forward` with this step's number of proposals, and keep the terms of the loss for the next log.
 
-        In training the loss of a batch is weighted by its share of the step's samples, so that a step is the same
-        however its samples are spread over processes and micro-batches.
+        In training, the loss of a batch is weighted by its share of the step's samples, so that a step does not depend
+        on how its samples are distributed over processes and micro-batches.
         """
         if not model.training:
             dtype = self.accelerator.unwrap_model(model).dtype  # not float32 with `bf16_full_eval`
@@ -122,9 +123,10 @@ class DiffusionVMRTrainer(TrainerInternals):
         if count < len(inputs["video_features"]):  # keep at least one: other processes wait for this one's gradients
             inputs = slice_tensors(inputs, slice(max(count, 1)))
         outputs = model(**inputs)
-        # A share of the sum over processes; DistributedDataParallel takes the mean
+        # The terms are summed over processes, so each counts with its share. DistributedDataParallel averages the
+        # gradients instead, hence the factor `world_size` below.
         share = 1.0 if num_items_in_batch is None else count / num_items_in_batch
-        # Summed on the device: reading the terms would wait for it
+        # Sum on the device, since reading the values would wait for it
         for name, term in outputs.loss_dict.items():
             self._loss_terms[name] = self._loss_terms.get(name, 0) + share * term.detach()
         self._num_steps += share
@@ -146,11 +148,11 @@ class DiffusionVMRTrainer(TrainerInternals):
     # Evaluation
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """As in `Trainer`, but batches hold their row numbers."""
+        """As in `Trainer`, but batches contain the indices of their rows."""
         return self._with_rows(super().get_eval_dataloader, eval_dataset)
 
     def get_test_dataloader(self, test_dataset):
-        """As in `Trainer`, but batches hold their row numbers."""
+        """As in `Trainer`, but batches contain the indices of their rows."""
         return self._with_rows(super().get_test_dataloader, test_dataset)
 
     def _with_rows(self, get_dataloader, dataset):
@@ -174,22 +176,22 @@ class DiffusionVMRTrainer(TrainerInternals):
         """
         As in `Trainer`, for `evaluate` and `predict`, with the official metrics of the rows that have windows.
 
-        With several processes and a number of rows that they do not divide, `eval_loss` counts some rows twice; the
+        If the number of rows is not divisible by the number of processes, `eval_loss` counts some rows twice. The
         metrics do not.
         """
         dataset = dataloader.dataset
         epoch = dataset.epoch
-        # Processes gather their losses batch by batch, so each batch must have one, or none may
+        # Processes gather their losses batch by batch, so either every batch has one or none has
         self._all_labeled = all("relevant_windows" in row for row in dataset.rows)
         output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
-        dataset.set_epoch(epoch)  # accelerate sets another one, and the training may use the same data set
-        # If the processes do not divide the rows, some were seen twice
+        dataset.set_epoch(epoch)  # accelerate changes it, and training may use the same dataset
+        # If the rows cannot be divided evenly among the processes, some occur twice
         _, first = np.unique(output.predictions[0], return_index=True)
         outputs = RowOutputs(*(torch.from_numpy(array[first]) for array in output.predictions))
         predictions = official_predictions(dataset, outputs)
         scored, references, message = scorable(predictions, dataset.rows)
-        if message is not None and message not in self._told and self.is_world_process_zero():
-            self._told.add(message)
+        if message is not None and message not in self._warned and self.is_world_process_zero():
+            self._warned.add(message)
             warnings.warn(message, stacklevel=3)
         metrics = dict(output.metrics or {})
         if references:
@@ -197,32 +199,32 @@ class DiffusionVMRTrainer(TrainerInternals):
             for name, value in (scores["brief"] | scores["extra"]).items():
                 if value is not None:
                     metrics[f"{metric_key_prefix}_{name}"] = value
-        # `Trainer` hands these on as they are; its annotation knows only arrays
+        # `Trainer` passes these through unchanged, although its annotation only allows arrays
         return output._replace(predictions=predictions, metrics=metrics)  # type: ignore[arg-type]
 
     # Checkpoints
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
-        As in `Trainer`; `resume_from_checkpoint=True` resumes from the last complete checkpoint.
+        As in `Trainer`, but `resume_from_checkpoint=True` resumes from the last complete checkpoint.
 
         Raises:
-            ValueError: for a checkpoint that is incomplete or damaged, or if there is none.
+            ValueError: if the checkpoint is incomplete or damaged, or if there is none.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
+            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
-                raise ValueError(f"{self.args.output_dir}: there is no complete checkpoint to resume from")
+                raise ValueError(f"{self.args.output_dir}: no complete checkpoint to resume from")
         elif resume_from_checkpoint:
             fault = find_fault(resume_from_checkpoint)
             if fault is not None:
-                raise ValueError(f"{resume_from_checkpoint}: cannot be resumed from, {fault}")
-        if self.args.should_save:  # left by a training that was killed while it saved
+                raise ValueError(f"{resume_from_checkpoint}: cannot resume from it: {fault}")
+        if self.args.should_save:  # left behind if training was killed while saving
             shutil.rmtree(Path(str(self.args.output_dir), STAGING_FOLDER), ignore_errors=True)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `Trainer`, with the processor, and without `training_args.bin`, which only unpickling could read."""
+        """As in `Trainer`, but with the processor, and without `training_args.bin`, which is a pickle."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))

@@ -16,23 +16,23 @@ from .checkpoints import MANIFEST, STAGING_FOLDER, write_manifest
 
 class TrainerInternals(Trainer):
     """
-    A `Trainer` that weighs samples equally and saves checkpoints atomically.
+    A `Trainer` that weights samples equally and saves checkpoints atomically.
 
-    Every private method that is overridden stands here. Each comment says what of `Trainer` it relies on and why no
-    public hook will do; check these when the tested range of transformers grows.
+    All overrides of private methods are in this class. The comment above each says what it relies on in `Trainer` and
+    why no public hook is sufficient. Check these when the tested range of transformers grows.
     """
 
     _staging: Path | None = None  # the folder in which a checkpoint is being written
 
-    # `Trainer` calls this once per optimizer step with the step's micro-batches, and hands the result to
+    # `Trainer` calls this once per optimizer step with the step's micro-batches, and passes the result to
     # `compute_loss` as `num_items_in_batch`. Its own version counts tokens in `labels`; here the items are samples. No
-    # public hook sees all micro-batches of a step.
+    # public hook gets all micro-batches of a step.
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device) -> int | None:
         """
         Return the number of samples in a step, over its micro-batches and all processes.
 
-        Each batch is given `num_samples`, how many of its own samples count: in the last round of an epoch accelerate
-        fills up with samples that were seen already.
+        Also set `num_samples` in each batch, the number of its samples that count: in the last round of an epoch,
+        accelerate pads batches with samples that were already seen.
         """
         state, size = self.accelerator.gradient_state, self._train_batch_size
         total = 0
@@ -47,8 +47,8 @@ class TrainerInternals(Trainer):
         return total or None
 
     # `Trainer` writes into the final folder, pushes it and removes old checkpoints, all in this one method, and its
-    # callbacks only run afterwards. Here it writes into a staging folder without pushing, the folder is moved as a
-    # whole, and only then come the push and the removal.
+    # callbacks only run afterwards. Here it writes into a staging folder without pushing. The complete folder is then
+    # moved to its place, and only after that are checkpoints pushed and removed.
     def _save_checkpoint(self, model, trial):
         run_folder = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
@@ -70,7 +70,7 @@ class TrainerInternals(Trainer):
         if self.args.should_save:
             self.state.save_to_json(staging / name / "trainer_state.json")
             write_manifest(staging / name)
-            shutil.rmtree(run_folder / name, ignore_errors=True)  # left by an earlier run that this one repeats
+            shutil.rmtree(run_folder / name, ignore_errors=True)  # from an earlier run that this one repeats
             os.replace(staging / name, run_folder / name)
             staging.rmdir()
         self.accelerator.wait_for_everyone()
@@ -85,8 +85,8 @@ class TrainerInternals(Trainer):
                 use_mtime=True,
             )
 
-    # `Trainer._save_checkpoint` asks this method where to write; `args.output_dir` is read in other places too, so
-    # that changing it for a moment would redirect more than the checkpoint.
+    # `Trainer._save_checkpoint` asks this method where to write. Changing `args.output_dir` temporarily would redirect
+    # more than the checkpoint, since it is read in other places too.
     def _get_output_dir(self, trial):
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
@@ -118,5 +118,5 @@ class TrainerInternals(Trainer):
             jobs.append(upload(path_in_repo=Path(checkpoint_folder).name))
         if busy:
             pushing.jobs.extend(jobs)
-        else:  # `Trainer` declares the attribute as None alone
+        else:  # `Trainer` declares the attribute as None
             self.push_in_progress = PushInProgress(jobs)  # type: ignore[assignment]
