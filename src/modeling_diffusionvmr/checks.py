@@ -4,14 +4,19 @@ import math
 from numbers import Real
 from typing import Any
 
+INT64 = range(-(2**63), 2**63)
+
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a real number that fits a float: not NaN, not infinite, not a bool. NumPy scalars count."""
+    """
+    Whether a value is a real number: not NaN, not infinite, not a bool, and, if whole, of 64 bits, since NumPy and
+    PyTorch hold no other. NumPy scalars count.
+    """
     # The exact types first: checking against the abstract class takes much longer, and annotations hold many numbers
     if type(value) not in (int, float) and (isinstance(value, bool) or not isinstance(value, Real)):
         return False
     try:
-        return math.isfinite(value)
+        return math.isfinite(value) and (not isinstance(value, int) or value in INT64)
     except OverflowError:  # an integer or a fraction beyond the largest float
         return False
 

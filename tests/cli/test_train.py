@@ -127,6 +127,11 @@ def test_validation_rows_are_held_out(train, capsys):
     assert "eval_MR-full-mAP" in printed
 
 
+@pytest.mark.parametrize("share", ["inf", "nan", "1", "-1"])
+def test_impossible_shares_to_hold_out(fail, share):
+    assert f"a share of {float(share)} of 6 videos leaves one side empty" in fail("--hold_out", share, evaluate=False)
+
+
 def test_without_validation_rows(train, capsys):
     output = train(evaluate=False)
     assert "nothing is evaluated" in capsys.readouterr().out
@@ -145,6 +150,9 @@ def test_without_validation_rows(train, capsys):
         (["--eval_strategy", "epoch"], "training arguments: --load_best_model_at_end requires"),
         (["--lr_scheduler_kwargs", "{"], "training arguments: Expecting property name"),
         (["--gradient_accumulation_steps", 0], "`gradient_accumulation_steps` must be a number above 0, got 0"),
+        (["--eval_accumulation_steps", 0], "`eval_accumulation_steps` must be a number above 0, got 0"),
+        (["--num_train_epochs", "inf"], "training arguments: `num_train_epochs` must be a finite number, got inf"),
+        (["--weight_decay", "nan"], "training arguments: `weight_decay` must be a finite number, got nan"),
         (["--preset", "tacoz"], "tacoz: not a preset"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all: not a local folder or a valid Hub id"),
         (["--output_dir", ""], "the following arguments are required: --output_dir"),

@@ -47,6 +47,7 @@ def test_rows_come_back(tmp_path):
         ({**ROW, "duration": "20"}, "`duration` must be a number above 0, got '20'"),
         ({**ROW, "duration": 0}, "`duration` must be a number above 0"),
         ({**ROW, "duration": float("nan")}, "`duration` must be a number above 0"),
+        ({**ROW, "duration": 10**30}, "`duration` must be a number above 0"),  # no tensor can hold it
         ({**ROW, "duration": 10**400}, "`duration` must be a number above 0"),  # does not fit a float
         ({**ROW, "relevant_windows": {}}, "must be a list of windows"),
         ({**ROW, "relevant_windows": [2, 6]}, r"must be \[start, end\] in seconds, got 2"),

@@ -14,7 +14,7 @@ from datasets import Features as Columns
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi
 
-from ..checks import check_positive
+from ..checks import INT64, check_positive
 from ..processing_diffusionvmr import common_length
 from .annotations import SKIP_HINT, hold_out, load_annotations
 from .benchmarks import Benchmark
@@ -23,7 +23,6 @@ from .features import feature_size, name_of
 from .parquet import ANNOTATIONS_CONFIG, TEXT_COLUMN, VIDEOS_CONFIG, annotation_columns, video_columns, write_split
 
 WRITER_BATCH = 64  # videos in memory at once
-INT64 = range(-(2**63), 2**63)
 
 
 def load_splits(
