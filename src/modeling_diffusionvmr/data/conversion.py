@@ -13,6 +13,7 @@ from datasets import Dataset
 from datasets import Features as Columns
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi
+from pyarrow import ArrowInvalid
 
 from ..checks import INT64, check_positive
 from ..processing_diffusionvmr import common_length
@@ -218,7 +219,7 @@ def _generate(source: Source, config_name: str, split: str, cache: str) -> Datas
         )
     except DatasetGenerationError as error:
         cause = error.__cause__ or error
-        if isinstance(cause, OverflowError):  # a number that its column cannot hold
+        if isinstance(cause, (OverflowError, ArrowInvalid)):  # a number that its column cannot hold
             raise ValueError(f"the {split} split of {config_name} cannot be written ({cause})") from None
         raise cause from None  # the line that says what is wrong
 
