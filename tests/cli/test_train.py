@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
+from modeling_diffusionvmr import DiffusionVMRTrainer
 from modeling_diffusionvmr.cli import main
 from modeling_diffusionvmr.data.features import write_features
 from modeling_diffusionvmr.data.files import save_jsonl
@@ -130,6 +131,13 @@ def test_validation_rows_are_held_out(train, capsys):
 @pytest.mark.parametrize("share", ["inf", "nan", "1", "-1"])
 def test_impossible_shares_to_hold_out(fail, share):
     assert f"a share of {float(share)} of 6 videos leaves one side empty" in fail("--hold_out", share, evaluate=False)
+
+
+def test_one_of_several_processes_prints_the_metrics(train, capsys, monkeypatch):
+    monkeypatch.setattr(DiffusionVMRTrainer, "is_world_process_zero", lambda trainer: False)
+    train()
+    printed = capsys.readouterr()
+    assert "\n{\n" not in printed.out and "saved " not in printed.err
 
 
 def test_without_validation_rows(train, capsys):

@@ -104,9 +104,11 @@ def run(arguments: argparse.Namespace) -> None:
             raise
         raise ValueError(error.args[0]) from None
     trainer.save_model()
-    if eval_rows:
-        print(json.dumps(trainer.evaluate(), indent=2))
-    print(f"saved {arguments.output_dir}", file=sys.stderr)
+    metrics = trainer.evaluate() if eval_rows else None
+    if trainer.is_world_process_zero():
+        if metrics is not None:
+            print(json.dumps(metrics, indent=2))
+        print(f"saved {arguments.output_dir}", file=sys.stderr)
 
 
 def evaluates(arguments: argparse.Namespace) -> bool:
