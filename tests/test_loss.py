@@ -155,6 +155,12 @@ def test_detection_terms_by_hand():
     assert terms["class"].item() == pytest.approx((math.log(2) + 0.1 * math.log(4)) / 1.1)
 
 
+def test_a_model_that_diverged_has_a_loss_of_nan():
+    logits, spans = make_predictions(2, 2, 4)
+    terms = detection_losses(logits * math.nan, spans, Targets.from_labels(make_labels([2, 1])), CONFIG)
+    assert terms["class"].isnan() and terms["l1"].isfinite()
+
+
 def test_hinge_by_hand():
     scores = torch.tensor([[1.0, 0.5, 0.9, 0.0], [0.0, 2.0, 0.0, 0.0], [5.0, 0.0, 0.0, 0.0]])
     labels = [

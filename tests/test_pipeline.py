@@ -38,6 +38,7 @@ def checkpoint(tiny_config, tmp_path_factory) -> Path:
     model = DiffusionVMRForMomentRetrieval(tiny_config(backbones=backbones.descriptions))
     processor = DiffusionVMRProcessor([12], 8, max_clips=20, max_tokens=8)
     VideoMomentRetrievalPipeline(model=model, processor=processor, backbones=backbones).save_pretrained(folder)
+    assert model.config.backbones == backbones.descriptions  # saving leaves the model as it was
     return folder
 
 

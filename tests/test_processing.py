@@ -228,7 +228,14 @@ def test_saved_with_the_processor(processor, tmp_path):
 
 @pytest.mark.parametrize(
     "option",
-    [{"top_k": -1}, {"round_to": 0}, {"threshold": float("nan")}, {"nms_threshold": 1.5}, {"nms_threshold": -1}],
+    [
+        {"top_k": -1},
+        {"top_k": 1.5},
+        {"round_to": 0},
+        {"threshold": float("nan")},
+        {"nms_threshold": 1.5},
+        {"nms_threshold": -1},
+    ],
 )
 def test_invalid_options(option):
     with pytest.raises(ValueError, match=f"`{next(iter(option))}` must be"):

@@ -4,16 +4,19 @@ import math
 from numbers import Real
 from typing import Any
 
+INT64 = range(-(2**63), 2**63)
+
 
 def is_number(value: Any) -> bool:
     """
-    Return whether a value is a finite real number that fits a float. NumPy scalars are numbers, bools are not.
+    Return whether a value is a real number: finite, not a bool and, if it is whole, of 64 bits, since NumPy and PyTorch
+    hold no larger ones. NumPy scalars are numbers.
     """
     # Check the exact types first: `isinstance` with an abstract class is much slower, and annotations have many numbers
     if type(value) not in (int, float) and (isinstance(value, bool) or not isinstance(value, Real)):
         return False
     try:
-        return math.isfinite(value)
+        return math.isfinite(value) and (not isinstance(value, int) or value in INT64)
     except OverflowError:  # an integer or a fraction beyond the largest float
         return False
 

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Sequence
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -248,11 +249,13 @@ class DiffusionVMRProcessor(ProcessorMixin):
     def _check_options(threshold, top_k, nms_threshold, round_to):
         for name, value, low, high, rule in (
             ("threshold", threshold, -math.inf, math.inf, "a number"),
-            ("top_k", top_k, 0, math.inf, "0 or more"),
+            ("top_k", top_k, 0, math.inf, "a whole number, 0 or more"),
             ("nms_threshold", nms_threshold, 0, 1, "between 0 and 1"),
         ):
             if value is not None and not (is_number(value) and low <= value <= high):
                 raise ValueError(f"`{name}` must be {rule}, got {value!r}")
+        if top_k is not None and not isinstance(top_k, Integral):  # it ends a slice
+            raise ValueError(f"`top_k` must be a whole number, 0 or more, got {top_k!r}")
         if round_to is not None:
             check_positive(round_to, "`round_to`")
 

@@ -125,6 +125,11 @@ def test_the_best_number_of_proposals_is_kept(evaluate, capsys):
         assert f'"num_proposals": {number}' in printed
 
 
+def test_the_first_of_equally_good_numbers_of_proposals(evaluate):
+    metrics, _ = evaluate("--num_proposals", 9, 1, "--threshold", 2)  # no score is that high
+    assert metrics["brief"]["MR-full-mAP"] == 0 and metrics["settings"]["num_proposals"] == 9
+
+
 def test_without_ground_truth_there_are_predictions_only(evaluate, argv, error_of):
     metrics, predictions = evaluate(annotations="test.jsonl")
     assert metrics is None and len(predictions) == 7

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
+from modeling_diffusionvmr import DiffusionVMRTrainer
 from modeling_diffusionvmr.cli import main
 from modeling_diffusionvmr.data.features import write_features
 from modeling_diffusionvmr.data.files import save_jsonl
@@ -127,6 +128,18 @@ def test_validation_rows_are_held_out(train, capsys):
     assert "eval_MR-full-mAP" in printed
 
 
+@pytest.mark.parametrize("share", ["inf", "nan", "1", "-1"])
+def test_impossible_shares_to_hold_out(fail, share):
+    assert f"a share of {float(share)} of 6 videos leaves one side empty" in fail("--hold_out", share, evaluate=False)
+
+
+def test_one_of_several_processes_prints_the_metrics(train, capsys, monkeypatch):
+    monkeypatch.setattr(DiffusionVMRTrainer, "is_world_process_zero", lambda trainer: False)
+    train()
+    printed = capsys.readouterr()
+    assert "\n{\n" not in printed.out and "saved " not in printed.err
+
+
 def test_without_validation_rows(train, capsys):
     output = train(evaluate=False)
     assert "nothing is evaluated" in capsys.readouterr().out
@@ -145,6 +158,9 @@ def test_without_validation_rows(train, capsys):
         (["--eval_strategy", "epoch"], "training arguments: --load_best_model_at_end requires"),
         (["--lr_scheduler_kwargs", "{"], "training arguments: Expecting property name"),
         (["--gradient_accumulation_steps", 0], "`gradient_accumulation_steps` must be a number above 0, got 0"),
+        (["--eval_accumulation_steps", 0], "`eval_accumulation_steps` must be a number above 0, got 0"),
+        (["--num_train_epochs", "inf"], "training arguments: `num_train_epochs` must be a finite number, got inf"),
+        (["--weight_decay", "nan"], "training arguments: `weight_decay` must be a finite number, got nan"),
         (["--preset", "tacoz"], "tacoz: not a preset"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all: not a local folder or a valid Hub id"),
         (["--output_dir", ""], "the following arguments are required: --output_dir"),

@@ -45,8 +45,10 @@ def test_rows_come_back(tmp_path):
         ({**ROW, "qid": ""}, "`qid` must be a string that is not blank"),
         ({**ROW, "vid": 5}, "`vid` must be a string"),
         ({**ROW, "duration": "20"}, "`duration` must be a number above 0, got '20'"),
+        ({**ROW, "duration": True, "relevant_windows": []}, "`duration` must be a number above 0, got True"),
         ({**ROW, "duration": 0}, "`duration` must be a number above 0"),
         ({**ROW, "duration": float("nan")}, "`duration` must be a number above 0"),
+        ({**ROW, "duration": 10**30}, "`duration` must be a number above 0"),  # no tensor can hold it
         ({**ROW, "duration": 10**400}, "`duration` must be a number above 0"),  # does not fit a float
         ({**ROW, "relevant_windows": {}}, "must be a list of windows"),
         ({**ROW, "relevant_windows": [2, 6]}, r"must be \[start, end\] in seconds, got 2"),

@@ -233,11 +233,24 @@ def test_a_damaged_checkpoint_is_rejected_by_name(copied, tiny_config):
 
 
 STATES = {
-    "{}": (lambda state: {}, "`global_step` must be a number, got None"),
+    "{}": (lambda state: {}, "`global_step` must be a whole number, 0 or more, got None"),
     "other fields": (lambda state: {**state, "steps": 4}, "unknown field `steps`"),
     "no batch size": (
         lambda state: {**state, "train_batch_size": None},
         "`train_batch_size` must be a number, got None",
+    ),
+    "half a step": (
+        lambda state: {**state, "global_step": 1.5},
+        "`global_step` must be a whole number, 0 or more, got 1.5",
+    ),
+    "text for an interval": (lambda state: {**state, "save_steps": "a"}, "`save_steps` must be a number, got 'a'"),
+    "text for the best": (
+        lambda state: {**state, "best_metric": "a"},
+        "`best_metric` must be a number or null, got 'a'",
+    ),
+    "no control": (
+        lambda state: {**state, "stateful_callbacks": {}},
+        "`stateful_callbacks` must have an object `TrainerControl`",
     ),
     "text for a number": (lambda state: {**state, "epoch": "2"}, "`epoch` must be a number, got '2'"),
     "no list": (lambda state: {**state, "log_history": "x"}, "`log_history` must be a list, got 'x'"),

@@ -102,3 +102,8 @@ def test_data_parallel_gives_each_replica_its_labels(tiny_config, monkeypatch):
             for name, value in own["labels"][index].items():
                 assert torch.equal(inputs["labels"][index][name], value)
         torch.testing.assert_close(model(**inputs).loss, model(**own).loss)
+
+
+def test_durations_keep_their_digits():
+    sample = {"row": 0, "covered_duration": 30.1, "video_features": torch.ones(3, 2), "text_features": torch.ones(2, 2)}
+    assert DiffusionVMRDataCollator(with_rows=True)([sample])["covered_durations"].tolist() == [30.1]

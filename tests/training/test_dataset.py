@@ -140,6 +140,15 @@ def test_invalid_windows(make_dataset, windows):
         make_dataset([ROWS[0], {**ROWS[1], "relevant_windows": windows}])
 
 
+def test_windows_in_an_array(make_dataset):
+    rows = [{**row, "relevant_windows": np.array(row["relevant_windows"]).reshape(-1, 2)} for row in ROWS]
+    for sample, other in zip(make_dataset(rows, train=False), make_dataset(train=False), strict=True):
+        torch.testing.assert_close(sample["labels"], other["labels"], atol=0, rtol=0)
+    rows[0]["relevant_windows"] = np.array([[2.0, 25.0]])
+    with pytest.raises(ValueError, match="ends after the video"):
+        make_dataset(rows)
+
+
 def test_features_that_are_missing_or_broken(features, tiny_config):
     video, text = features
     processor = DiffusionVMRProcessor([12], 8)

@@ -114,6 +114,7 @@ def test_file_that_extends(tmp_path):
         ("", r"mine\.yaml: must contain sections"),
         ("config: {\n", r"mine\.yaml: not YAML"),
         ("data:\n  hold_out: 2001-02-30\n", r"mine\.yaml: not YAML"),
+        ("config: " + "[" * 5000, r"mine\.yaml: not YAML"),
         ("extends: nobody\n", r"nobody: not a preset \(charades_sta, .*\) or a file"),
         ("extends: [tacos]\n", r"mine\.yaml: `extends` must be the name of a preset or file, got \['tacos'\]"),
         ("extends: {}/mine.yaml\n", r"mine\.yaml: extends itself"),

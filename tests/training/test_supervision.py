@@ -40,6 +40,8 @@ def test_scores_of_annotated_clips():
     assert scores.tolist() == [7, 0, 2]
     scores = annotated_scores(np.array([0, 2]), np.array([3.0, 7.0]), 6, 6)
     assert scores.tolist() == [3, 3, 0, 0, 7, 7]
+    # A clip of 8 s holds four: the highest counts, neither the last nor the one at its center
+    assert annotated_scores(np.arange(4), np.array([9.0, 2.0, 3.0, 1.0]), 16, 2).tolist() == [9, 0]
 
 
 def test_scores_without_annotators_are_those_of_the_windows():

@@ -545,3 +545,11 @@ def test_predictions_do_not_depend_on_the_truth(make_dataset, tiny_config):
     model = DiffusionVMRForMomentRetrieval(tiny_config())
     with_draws, without = (predict_moments(model, make_dataset(train=train), progress=False) for train in (True, False))
     assert with_draws == without
+
+
+def test_evaluation_leaves_the_epoch_of_its_data_set(tiny_config, tmp_path):
+    trainer = small_training.make_trainer(tmp_path, tiny_config())
+    trainer.eval_dataset.set_epoch(3)
+    for _ in range(2):
+        trainer.evaluate()
+    assert trainer.eval_dataset.epoch == 3

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checks import check_positive
+from ..checks import check_positive, is_number
 from ..configuration_diffusionvmr import DiffusionVMRConfig
 from ..training.arguments import DiffusionVMRTrainingArguments
 from .options import add_data_arguments, clip_seconds_of, loading, resolve_model
@@ -20,6 +20,14 @@ from .settings import SettingsParser
 
 USAGE = """diffusionvmr train [--preset NAME] --output_dir DIR --annotations PATH --video_features PATH [PATH ...]
                           --text_features PATH [--eval_annotations PATH] [--FIELD VALUE ...]"""
+
+# `Trainer` divides by these
+POSITIVE = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "eval_accumulation_steps",
+)
 
 
 class FeatureSizes(NamedTuple):
@@ -104,9 +112,11 @@ def run(arguments: argparse.Namespace) -> None:
             raise
         raise ValueError(error.args[0]) from None
     trainer.save_model()
-    if eval_rows:
-        print(json.dumps(trainer.evaluate(), indent=2))
-    print(f"saved {arguments.output_dir}", file=sys.stderr)
+    metrics = trainer.evaluate() if eval_rows else None
+    if trainer.is_world_process_zero():
+        if metrics is not None:
+            print(json.dumps(metrics, indent=2))
+        print(f"saved {arguments.output_dir}", file=sys.stderr)
 
 
 def evaluates(arguments: argparse.Namespace) -> bool:
@@ -123,9 +133,13 @@ def make_training_arguments(arguments: argparse.Namespace) -> DiffusionVMRTraini
     if not evaluates(arguments):
         fields |= {"eval_strategy": "no", "load_best_model_at_end": False, "metric_for_best_model": None}
     try:
+        for name, value in fields.items():
+            if isinstance(value, float) and not is_number(value):
+                raise ValueError(f"`{name}` must be a finite number, got {value}")
         training_arguments = DiffusionVMRTrainingArguments(**fields)
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            check_positive(getattr(training_arguments, name), f"`{name}`")
+        for name in POSITIVE:
+            if getattr(training_arguments, name) is not None:
+                check_positive(getattr(training_arguments, name), f"`{name}`")
         return training_arguments
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ValueError(f"training arguments: {error}") from error

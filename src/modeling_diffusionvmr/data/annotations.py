@@ -104,8 +104,8 @@ def hold_out(rows: Sequence[dict[str, Any]], share: float, seed: int = 0) -> tup
         ValueError: if either side would have no video.
     """
     videos = sorted({row["vid"] for row in rows})
-    count = max(1, round(share * len(videos)))
-    if not 0 < share < 1 or count >= len(videos):
+    count = max(1, round(share * len(videos))) if 0 < share < 1 else 0
+    if not 0 < count < len(videos):
         raise ValueError(f"cannot hold out a share of {share} of {len(videos)} videos: one side would be empty")
     chosen = {videos[index] for index in np.random.default_rng(seed).permutation(len(videos))[:count]}
     return [row for row in rows if row["vid"] not in chosen], [row for row in rows if row["vid"] in chosen]

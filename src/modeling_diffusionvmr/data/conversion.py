@@ -13,8 +13,9 @@ from datasets import Dataset
 from datasets import Features as Columns
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi
+from pyarrow import ArrowInvalid
 
-from ..checks import check_positive
+from ..checks import INT64, check_positive
 from ..processing_diffusionvmr import common_length
 from .annotations import SKIP_HINT, hold_out, load_annotations
 from .benchmarks import Benchmark
@@ -23,7 +24,6 @@ from .features import feature_size
 from .parquet import ANNOTATIONS_CONFIG, TEXT_COLUMN, VIDEOS_CONFIG, annotation_columns, video_columns, write_split
 
 WRITER_BATCH = 64  # videos in memory at once
-INT64 = range(-(2**63), 2**63)
 
 
 def load_splits(
@@ -214,7 +214,7 @@ def _generate(source: Source, config_name: str, split: str, cache: str) -> Datas
         )
     except DatasetGenerationError as error:
         cause = error.__cause__ or error
-        if isinstance(cause, OverflowError):  # a number out of the range of its column
+        if isinstance(cause, (OverflowError, ArrowInvalid)):  # a number out of the range of its column
             raise ValueError(f"the {split} split of {config_name} cannot be written ({cause})") from None
         raise cause from None  # its message is the one that names the row
 

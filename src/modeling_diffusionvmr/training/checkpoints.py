@@ -16,7 +16,7 @@ from ..checks import is_number
 STAGING_FOLDER = "_saving"  # `Trainer` never uploads a name that begins with "_"
 MANIFEST = "manifest.json"  # the sizes of a checkpoint's files
 RESUME_FILES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")  # all of them, or none with `save_only_model`
-STATE_NUMBERS = ("global_step", "epoch", "train_batch_size", "logging_steps", "total_flos")  # used to resume
+STATE_NUMBERS = ("epoch", "train_batch_size", "logging_steps", "save_steps", "eval_steps", "total_flos")  # to resume
 
 
 def write_manifest(checkpoint: str | Path) -> None:
@@ -90,12 +90,19 @@ def find_fault(checkpoint: str | Path) -> str | None:
 
 def _fault_of_state(state: dict[str, Any]) -> str | None:
     """Check the fields of trainer_state.json that `Trainer` uses to resume; it does not check them itself."""
+    step, best = state.get("global_step"), state.get("best_metric")
+    if type(step) is not int or step < 0:
+        return f"trainer_state.json: `global_step` must be a whole number, 0 or more, got {step!r}"
     for name in STATE_NUMBERS:
         if not is_number(state.get(name)):
             return f"trainer_state.json: `{name}` must be a number, got {state.get(name)!r}"
+    if best is not None and type(best) not in (int, float):  # NaN if the model diverged
+        return f"trainer_state.json: `best_metric` must be a number or null, got {best!r}"
     for name, kind, what in (("log_history", list, "a list"), ("stateful_callbacks", dict, "an object")):
         if not isinstance(state.get(name), kind):
             return f"trainer_state.json: `{name}` must be {what}, got {state.get(name)!r}"
+    if not isinstance(state["stateful_callbacks"].get("TrainerControl"), dict):  # `Trainer` writes into it
+        return "trainer_state.json: `stateful_callbacks` must have an object `TrainerControl`"
     unknown = sorted(state.keys() - {field.name for field in fields(TrainerState)})
     return f"trainer_state.json: unknown field `{unknown[0]}`" if unknown else None
 

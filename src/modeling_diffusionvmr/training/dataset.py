@@ -90,7 +90,8 @@ class MomentRetrievalDataset(Dataset):
             checked = check_row(row)
         except ValueError as error:
             raise ValueError(f"qid {row.get('qid')}: {error}") from None
-        for window, inside in zip(row.get("relevant_windows") or [], checked.get("relevant_windows", [])):
+        inside_video = checked.get("relevant_windows", [])
+        for window, inside in zip(row["relevant_windows"] if inside_video else [], inside_video):
             if list(window) != inside:
                 raise ValueError(f"qid {row['qid']}: {window} ends after the video, at {row['duration']} s")
         return checked

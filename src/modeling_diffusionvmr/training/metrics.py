@@ -150,8 +150,11 @@ def rows_by_qid(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Mappi
 def _numbers(values: Any, columns: tuple[int, ...], what: str) -> np.ndarray:
     """Return finite numbers as float64 (n, *columns), where n may be 0. Raise `ValueError` for anything else."""
     try:
-        array = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
+        array = np.asarray(values)
+        if array.dtype.kind in "US":  # NumPy would parse text
+            raise ValueError
+        array = array.astype(np.float64)
+    except (TypeError, ValueError, OverflowError):  # OverflowError: a whole number beyond the largest float
         raise ValueError(f"{what}, got {str(values)[:80]}") from None
     if array.shape == (0,):
         array = array.reshape(0, *columns)
@@ -185,7 +188,7 @@ def predicted_saliency(qid: int | str, prediction: Mapping[str, Any]) -> np.ndar
     """
     if prediction.get("pred_saliency_scores") is None:
         return None
-    what = f"qid {qid}: `pred_saliency_scores` must be a list of numbers, one per clip,"
+    what = f"qid {qid}: `pred_saliency_scores` must be a list of numbers (one per clip)"
     return _numbers(prediction["pred_saliency_scores"], (), what)
 
 

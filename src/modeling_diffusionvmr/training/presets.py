@@ -86,7 +86,8 @@ def _read_yaml(path: Path) -> Any:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not text ({error})") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
+    # ValueError: a date that does not exist. RecursionError: brackets nested too deeply
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
 
 
