@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModel, AutoProcessor
+
 from ablation import (
     ABLATION_COLUMNS,
     PAPER,
@@ -40,8 +42,6 @@ from ablation import (
     settings_beside,
     table_rows,
 )
-from transformers import AutoModel, AutoProcessor
-
 from modeling_diffusionvmr import MomentRetrievalDataset, predict_moments
 from modeling_diffusionvmr.cli import train
 from modeling_diffusionvmr.cli.options import check_device, clip_seconds_of, run_safely

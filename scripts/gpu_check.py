@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import DURATION, NUM_TOKENS, measure_training, print_table, simulate_truth
 from torch import Tensor
 from transformers import TrainerCallback, set_seed
 
+from benchmark import DURATION, NUM_TOKENS, measure_training, print_table, simulate_truth
 from modeling_diffusionvmr import (
     DiffusionVMRConfig,
     DiffusionVMRForMomentRetrieval,

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rendered_clip import measure_clip, train_rendered_clip
 from tqdm.auto import tqdm
 from transformers import TrainingArguments, pipeline, set_seed
 
@@ -37,6 +36,7 @@ from modeling_diffusionvmr.data.extraction import extract_sentence, extract_vide
 from modeling_diffusionvmr.data.files import save_json, save_jsonl
 from modeling_diffusionvmr.modeling_diffusionvmr import TASK
 from modeling_diffusionvmr.synthetic.rendered_world import VideoPlan, annotation_rows, plan_video, write_video
+from rendered_clip import measure_clip, train_rendered_clip
 
 CLIP_SECONDS = 2.0
 TRAINING_VIDEOS = 1200

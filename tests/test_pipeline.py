@@ -11,8 +11,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from test_backbones import description, tiny_clip
-from test_video import picture, write_video
 from transformers import AutoModel, AutoProcessor, pipeline
 
 from modeling_diffusionvmr import (
@@ -23,6 +21,8 @@ from modeling_diffusionvmr import (
 )
 from modeling_diffusionvmr.backbones import Backbones
 from modeling_diffusionvmr.video import Video
+from test_backbones import description, tiny_clip
+from test_video import picture, write_video
 
 TASK = "video-moment-retrieval"
 QUERIES = ["a red dog", "dog runs fast"]

@@ -18,8 +18,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from fetch_transformers_tests import TESTS_DIR
 
+from fetch_transformers_tests import TESTS_DIR
 from modeling_diffusionvmr import DiffusionVMRConfig, DiffusionVMRForMomentRetrieval, DiffusionVMRModel
 
 if not TESTS_DIR.is_dir():

@@ -94,7 +94,7 @@ def plot_timeline(
         truth: the true windows of each query, in seconds; `None` if unknown.
     """
     figure = Figure(figsize=(WIDTH, 1.5 * len(queries) + 1.2))
-    grid = figure.add_gridspec(len(queries) + 1, 1, height_ratios=[1.5] * len(queries) + [1], hspace=0.55)
+    grid = figure.add_gridspec(len(queries) + 1, 1, height_ratios=[1.5] * len(queries) + [1], hspace=0.75)
     for index, (query, result) in enumerate(zip(queries, results)):
         axes = figure.add_subplot(grid[index])
         _draw_curve(axes, result["saliency"], result["clip_seconds"], color=SALIENCY, label="saliency")
@@ -207,7 +207,8 @@ def plot_predictions(
     unit = f"seconds of {row['vid']} (qid {row['qid']})"
     if has_saliency:
         lanes.append((0.5, "saliency", "black"))
-        unit += "; saliency: area, the annotators' mean; lines, predicted, each on its own scale"
+        area = "area, the annotators' mean; " if row.get("saliency_scores") else ""
+        unit += f"; saliency: {area}lines, predicted, each on its own scale"
     _finish_panel(axes, row["query"], row["duration"], bottom=y - 0.05, top=TOP if has_saliency else 0)
     axes.set_yticks(
         [middle for middle, _, _ in lanes], [_drawable(name) for _, name, _ in lanes], fontsize=9, parse_math=False

@@ -119,8 +119,10 @@ def test_the_best_number_of_proposals_is_kept(evaluate, capsys):
     values = {number: metrics["brief"]["MR-full-mAP@0.5"] for number, (metrics, _) in single.items()}
     assert len(set(values.values())) > 1, values
     best = max(values, key=values.get)
+    capsys.readouterr()
     assert evaluate("--num_proposals", 1, 3, 9, "--metric", "MR-full-mAP@0.5") == single[best]
     printed = capsys.readouterr().out
+    assert printed.splitlines()[-1].endswith(f" for N = {best}")
     for number in (1, 3, 9):
         assert f'"num_proposals": {number}' in printed
 

@@ -49,6 +49,19 @@ def curves(axes) -> list[tuple]:
     return [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines if line.get_linestyle() == "-"]
 
 
+def test_the_caption_explains_what_is_drawn():
+    """An area only if annotators gave scores, curves only if there are some."""
+    unlabeled = {name: ROW[name] for name in ("qid", "query", "vid", "duration")}
+    for row, prediction, area, curve in (
+        (ROW, OURS, True, True),
+        (unlabeled, OURS, False, True),
+        (unlabeled, THEIRS, False, False),
+    ):
+        (axes,) = plot_predictions(row, {"ours": prediction}).axes
+        caption = axes.get_xlabel()
+        assert ("area" in caption, "lines" in caption) == (area, curve)
+
+
 def test_predictions_beside_the_truth(tmp_path):
     figure = plot_predictions(ROW, {"ours": OURS, "theirs": THEIRS}, top_k=2)
     (axes,) = figure.axes

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 from PIL import Image
@@ -127,3 +128,14 @@ def test_damaged_checkpoint(video, error_of, tmp_path, damage, message):
     damage(tmp_path / "model")
     error = error_of("retrieve", video, "a red circle", "--model", tmp_path / "model")
     assert str(tmp_path / "model") in error and message in error
+
+
+def test_plot_without_matplotlib(video, tmp_path, monkeypatch, error_of, capsys):
+    """It is in an extra, which the error names before the work begins."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "modeling_diffusionvmr.plotting", raising=False)
+    monkeypatch.delattr("modeling_diffusionvmr.plotting", raising=False)
+    error = error_of("retrieve", video, QUERIES[0], "--plot", tmp_path / "out.png")
+    assert "matplotlib" in error and error.endswith("pip install 'modeling_diffusionvmr[train]'")
+    assert capsys.readouterr().out == error + "\n"

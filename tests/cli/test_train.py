@@ -130,7 +130,7 @@ def test_validation_rows_are_held_out(train, capsys):
 
 @pytest.mark.parametrize("share", ["inf", "nan", "1", "-1"])
 def test_impossible_shares_to_hold_out(fail, share):
-    assert f"a share of {float(share)} of 6 videos leaves one side empty" in fail("--hold_out", share, evaluate=False)
+    assert f"cannot hold out a share of {float(share)} of 6 videos" in fail("--hold_out", share, evaluate=False)
 
 
 def test_one_of_several_processes_prints_the_metrics(train, capsys, monkeypatch):

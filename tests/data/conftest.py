@@ -5,6 +5,7 @@ from multiprocessing import get_context
 from types import SimpleNamespace
 
 import pytest
+
 from small_data import GLOVE, write_converted
 
 

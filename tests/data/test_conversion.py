@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import DatasetCard
-from small_data import make_charades, make_qvhighlights, make_tacos
 
 from modeling_diffusionvmr import (
     DiffusionVMRProcessor,
@@ -32,6 +31,7 @@ from modeling_diffusionvmr.data import benchmarks, conversion, parquet
 from modeling_diffusionvmr.data.annotations import hold_out
 from modeling_diffusionvmr.data.features import open_text_features, open_video_features, write_features
 from modeling_diffusionvmr.data.files import load_jsonl, save_jsonl
+from small_data import make_charades, make_qvhighlights, make_tacos
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "dataset_scripts"
 BENCHMARKS = {"qvhighlights": "QVHighlights", "charades_sta": "Charades-STA", "tacos": "TACoS"}
@@ -709,3 +709,14 @@ def test_help(benchmark, tmp_path):
     assert result.code == 0 and result.stdout.startswith("usage:") and BENCHMARKS[benchmark] in result.stdout
     for files in benchmarks.BENCHMARKS[benchmark].files.values():
         assert all(file in result.stdout for file in files)
+
+
+def test_predictions_of_a_converted_split_are_plotted(converted, tmp_path):
+    """`plot` reads a split of the folder, as `evaluate` does."""
+    folder = converted["qvhighlights"]
+    (row,) = load_annotations(folder, "val")
+    prediction = {name: row[name] for name in ("qid", "query", "vid")}
+    save_jsonl([{**prediction, "pred_relevant_windows": [[28, 30, 0.5]]}], tmp_path / "predictions.jsonl")
+    argv = ["plot", "--annotations", str(folder), "--predictions", str(tmp_path / "predictions.jsonl")]
+    main([*argv, "--split", "val", "--qid", str(row["qid"]), "--output", str(tmp_path / "picture.png")])
+    assert (tmp_path / "picture.png").stat().st_size > 0

@@ -8,7 +8,6 @@ import zipfile
 import h5py
 import numpy as np
 import pytest
-from small_data import ARRAY, GLOVE, write_hdf5
 
 from modeling_diffusionvmr.data.features import (
     common_clip_seconds,
@@ -17,6 +16,7 @@ from modeling_diffusionvmr.data.features import (
     open_video_features,
     write_features,
 )
+from small_data import ARRAY, GLOVE, write_hdf5
 
 
 def test_official_layout(tmp_path):

@@ -3,10 +3,10 @@ import warnings
 
 import numpy as np
 import pytest
-from small_data import GLOVE
 
 from modeling_diffusionvmr.data.features import open_text_features
 from modeling_diffusionvmr.data.glove import GloveFeatures
+from small_data import GLOVE
 
 QUERIES = [
     {"qid": 7, "query": "The plum, the  PLUM"},

@@ -6,11 +6,11 @@ import warnings
 import numpy as np
 import pyarrow
 import pytest
-from small_data import ARRAY, write_converted
 from torch.utils.data import DataLoader
 
 from modeling_diffusionvmr import DiffusionVMRProcessor, MomentRetrievalDataset
 from modeling_diffusionvmr.data.features import open_features, open_text_features, open_video_features
+from small_data import ARRAY, write_converted
 
 
 @pytest.mark.parametrize("column", ["slow_fast", "clip", "text_features"])

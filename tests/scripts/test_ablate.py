@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import ablate as script
 import numpy as np
 import pytest
 import torch
-from ablation import PAPER, layer_ious, read_curve, selection
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
+import ablate as script
+from ablation import PAPER, layer_ious, read_curve, selection
 from modeling_diffusionvmr.cli import main
 from modeling_diffusionvmr.data.features import write_features
 from modeling_diffusionvmr.data.files import load_jsonl, save_jsonl

@@ -6,9 +6,9 @@ import re
 import sys
 from types import SimpleNamespace
 
-import benchmark
 import pytest
 
+import benchmark
 from modeling_diffusionvmr import evaluate_predictions
 from modeling_diffusionvmr.cli.options import run_safely
 from modeling_diffusionvmr.data.annotations import check_row

@@ -1,7 +1,8 @@
 """`scripts/demo.py`, in full."""
 
-import demo
 import pytest
+
+import demo
 
 
 def test_demo(tmp_path, capsys):

@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import benchmark
-import gpu_check
 import pytest
 
+import benchmark
+import gpu_check
 from modeling_diffusionvmr import DiffusionVMRForMomentRetrieval
 from modeling_diffusionvmr.data.files import save_jsonl
 

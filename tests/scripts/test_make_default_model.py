@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import make_default_model as script
 import pytest
 
+import make_default_model as script
 from modeling_diffusionvmr import DEFAULT_MODEL
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
-import rendered_clip as backbone
 
+import rendered_clip as backbone
 from modeling_diffusionvmr.synthetic.rendered_world import SEEN_PAIRS, plan_stills, plan_video
 
 

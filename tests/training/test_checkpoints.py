@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-import small_training
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
-from small_training import make_trainer, weights_of
 from transformers import AutoModel, AutoProcessor, TrainerCallback
 
+import small_training
 from modeling_diffusionvmr.training import trainer as trainer_module
 from modeling_diffusionvmr.training.checkpoints import STAGING_FOLDER, find_fault, last_complete_checkpoint
+from small_training import make_trainer, weights_of
 
 # An epoch has 5 micro-batches and 3 steps, so that most checkpoints are in the middle of one. Dropout is on.
 TRAINING = {

@@ -3,13 +3,13 @@
 import pickle
 
 import pytest
-import small_training
 import torch
 from accelerate.utils import send_to_device
 from torch.nn.parallel import scatter_gather
 from torch.utils.data._utils.pin_memory import pin_memory
 from transformers import Trainer
 
+import small_training
 from modeling_diffusionvmr import DiffusionVMRDataCollator, DiffusionVMRForMomentRetrieval
 from modeling_diffusionvmr.loss_diffusionvmr import Targets
 

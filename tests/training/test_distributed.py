@@ -5,9 +5,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import small_training
 import torch
 from safetensors.torch import load_file
+
+import small_training
 
 # With its default epsilon Adam turns rounding errors of a gradient near 0 into a whole step. With this one, only a
 # dropped sample, a wrong weight or another order makes a difference.

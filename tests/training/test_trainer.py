@@ -4,12 +4,11 @@ import warnings
 
 import numpy as np
 import pytest
-import small_training
 import torch
-from small_training import LENGTHS, TERMS, weights_of
 from torch._dynamo.utils import counters
 from transformers import AutoModel, AutoProcessor, EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
+import small_training
 from modeling_diffusionvmr import (
     DiffusionVMRDataCollator,
     DiffusionVMRForMomentRetrieval,
@@ -20,6 +19,7 @@ from modeling_diffusionvmr import (
 )
 from modeling_diffusionvmr.training import trainer as trainer_module
 from modeling_diffusionvmr.training.arguments import DiffusionVMRTrainingArguments
+from small_training import LENGTHS, TERMS, weights_of
 
 STEPS = 12
 

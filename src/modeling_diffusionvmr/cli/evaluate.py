@@ -94,7 +94,8 @@ def run(arguments: argparse.Namespace) -> None:
         if score > best_score:
             best_score, best_predictions, best_metrics = score, predictions, metrics
     _save(arguments.output_dir, best_predictions, best_metrics)
-    print(f"wrote {arguments.output_dir}")
+    chosen = f" for N = {best_metrics['settings']['num_proposals']}" if best_metrics and len(candidates) > 1 else ""
+    print(f"wrote {arguments.output_dir}{chosen}")
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -39,6 +39,8 @@ def run_safely(run: Callable[[argparse.Namespace], None], arguments: argparse.Na
             run(arguments)
         except SafetensorError as error:
             sys.exit(f"error: {getattr(arguments, 'model', None)}: {DAMAGED_WEIGHTS} ({error})")
+        except ModuleNotFoundError as error:  # the core dependencies are there, so it is one of the extra's
+            sys.exit(f"error: {_one_line(error)}; it is in the extra: pip install 'modeling_diffusionvmr[train]'")
         except (ValueError, OSError, ImportError, StrictDataclassError) as error:
             sys.exit(f"error: {_cause(error)}")
         except (MemoryError, RuntimeError) as error:

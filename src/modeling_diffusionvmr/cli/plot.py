@@ -12,8 +12,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments of `diffusionvmr plot`."""
     parser = CommandParser("plot", description="Plot the predictions of one or more files beside the truth.")
     parser.add_argument(
-        "--annotations", required=True, metavar="FILE", help="annotation file; its windows and saliency are the truth"
+        "--annotations",
+        required=True,
+        metavar="PATH",
+        help="annotation file or converted folder; its windows and saliency are the truth",
     )
+    parser.add_argument("--split", help="split of a converted folder: train, val or test")
     parser.add_argument(
         "--predictions", required=True, nargs="+", metavar="FILE", help="prediction files in the official format"
     )
@@ -45,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     paths = arguments.predictions
     names = _names(arguments)
-    truth = rows_by_qid(load_annotations(arguments.annotations, skip_invalid=arguments.skip_invalid), "annotation")
+    truth = rows_by_qid(load_annotations(arguments.annotations, arguments.split, arguments.skip_invalid), "annotation")
     files = [_load_predictions(path) for path in paths]
     panels = prediction_panels(len(arguments.qid), len(files), arguments.top_k)
     for qid, axes in zip(arguments.qid, panels):

@@ -30,6 +30,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the moments, and plot them with `--plot`."""
     from ..pipeline_diffusionvmr import VideoMomentRetrievalPipeline
 
+    if arguments.plot:
+        from .. import plotting  # noqa: F401  if Matplotlib is missing, say so before the work
     # `pipeline("video-moment-retrieval")` would report an unusable checkpoint as a traceback
     model, processor = load_model(arguments)
     with loading(model.name_or_path):
