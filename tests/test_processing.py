@@ -249,3 +249,17 @@ def test_end_is_never_after_the_duration(duration):
     assert moment["end"] <= duration
     with pytest.raises(ValueError, match=r"`covered_durations` must have one entry per sample \(1\), got 2"):
         DiffusionVMRProcessor([12], 8).post_process_moment_retrieval(outputs, [duration, duration])
+
+
+@pytest.mark.parametrize("field", ["max_clips", "max_tokens"])
+def test_invalid_sizes(field):
+    with pytest.raises(ValueError, match=f"`{field}` must be at least 1, got 0"):
+        DiffusionVMRProcessor([3], 2, **{field: 0})
+
+
+def test_nothing_to_prepare():
+    processor = DiffusionVMRProcessor([3], 2)
+    with pytest.raises(ValueError, match="got no videos; at least one is required"):
+        processor([], [])
+    with pytest.raises(ValueError, match="features must be real numbers, got complex64"):
+        processor.prepare_video([np.ones((4, 3), dtype=np.complex64)])

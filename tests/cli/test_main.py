@@ -2,14 +2,16 @@
 
 import argparse
 import os
+import runpy
 import subprocess
 import sys
 import warnings
+from importlib.metadata import version
 
 import pytest
 import torch
 
-from modeling_diffusionvmr.cli import main
+from modeling_diffusionvmr.cli import COMMANDS, main
 from modeling_diffusionvmr.cli.options import HUB_ID, load_model, run_safely
 
 CONSOLE = "import sys; from diffusionvmr_command import main"  # as the console script that pip installs
@@ -39,12 +41,13 @@ def test_no_arguments_print_the_help(capsys):
     assert without == capsys.readouterr().out and without.startswith("usage: diffusionvmr")
 
 
-@pytest.mark.parametrize("argv", [["fly"], ["fly", "--top_k", "1"], ["--fly"], [""]])
+@pytest.mark.parametrize("argv", [["retreive"], ["fly", "--top_k", "1"], ["--fly"], [""]])
 def test_unknown_command(capsys, argv):
     assert exit_of(*argv).code == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ") and len(captured.err.splitlines()) == 1
+    assert argv[0].startswith("-") or repr(argv[0]) in captured.err
 
 
 @pytest.mark.parametrize(
@@ -88,13 +91,75 @@ main()
     assert line.startswith("error: ") and "absent.jsonl" in line and "Traceback" not in result.stderr
 
 
-def test_module(tmp_path):
+def test_module(tmp_path, monkeypatch, capsys):
     """`python -m modeling_diffusionvmr` is the same command."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text(ROW)
     command = "simulate --annotations rows.jsonl --output_dir out --size 8".split()
-    result = python("-m", "modeling_diffusionvmr", *command, folder=tmp_path)
+    monkeypatch.setattr(sys, "argv", ["diffusionvmr", *command])
+    runpy.run_module("modeling_diffusionvmr", run_name="__main__")
+    assert "wrote 2 files" in capsys.readouterr().err and (tmp_path / "out" / "clip" / "v.npz").exists()
+
+
+# Help
+
+# Enters as the installed command does, and reports which heavy modules were loaded
+HELP = """
+import sys
+from diffusionvmr_command import main
+
+sys.argv = ["diffusionvmr", *sys.argv[1:]]
+try:
+    main()
+finally:
+    heavy = ("torch", "transformers", "datasets", "pandas", "av", "evaluate", "matplotlib", "h5py")
+    print("loaded:", *(name for name in heavy if name in sys.modules))
+"""
+
+
+@pytest.mark.parametrize("command", [None, *(command for command in COMMANDS if command != "train")])
+def test_help_loads_no_heavy_module(command, tmp_path):
+    arguments = ["--help"] if command is None else [command, "--help"]
+    result = subprocess.run(
+        [sys.executable, "-c", HELP, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stderr
-    assert "wrote 2 files" in result.stderr and (tmp_path / "out" / "clip" / "v.npz").exists()
+    *shown, loaded = result.stdout.splitlines()
+    assert shown[0].startswith(f"usage: {' '.join(['diffusionvmr', *arguments[:-1]])} ")
+    assert loaded == "loaded:"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"usage: diffusionvmr {command} ") and not printed.err
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    for command, purpose in COMMANDS.items():
+        assert any(line.split() == [command, *purpose.split()] for line in printed.splitlines())
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.strip() == version("modeling_diffusionvmr")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_unknown_flag_is_one_line(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--nosuch"])
+    assert end.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and printed.count("\n") == 1
 
 
 # What they share
