@@ -101,6 +101,8 @@ def test_resume_ends_with_the_same_weights(train, fail, capsys):
     assert capsys.readouterr().out.count("'loss': ") == 2  # steps 3 and 4
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
     assert "stopped: not empty; use --resume to continue the training in it" in fail(output="stopped")
+    (output.parent / "file").touch()
+    assert "file: not a folder" in fail(output="file")
 
 
 def test_fine_tuning_on_other_features(train, capsys):
