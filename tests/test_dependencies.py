@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from modeling_diffusionvmr.cli.options import TRAIN_MODULES
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "modeling_diffusionvmr"
 OWN = {"modeling_diffusionvmr", "diffusionvmr_command"}
@@ -80,3 +82,7 @@ def test_what_is_declared_is_imported(extra, folders):
     used = imported(*(ROOT / folder for folder in folders))
     unused = {name for name in declared(extra) if MODULE_OF.get(name, name) not in used}
     assert unused <= NOT_IMPORTED.keys()
+
+
+def test_errors_name_the_extra_of_its_modules():
+    assert set(TRAIN_MODULES) == modules(declared("train"))

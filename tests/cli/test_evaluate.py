@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from damaged import cut_off, other_sizes
 from modeling_diffusionvmr import (
     DEFAULT_MODEL,
     DiffusionVMRForMomentRetrieval,
@@ -283,16 +284,6 @@ def test_bad_arguments(argv, error_of, folder, tmp_path, arguments, message):
     error = error_of(*argv(*(argument.format(**places) for argument in arguments)))
     assert message.format(**places) in error
     assert not list(tmp_path.iterdir())
-
-
-def cut_off(model):
-    with open(model / "model.safetensors", "r+b") as file:
-        file.truncate(1000)
-
-
-def other_sizes(model):
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "d_model": 64}))
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,11 @@ def test_unknown_flag_is_one_line(command, capsys):
         (ValueError("a.jsonl, line 3: not JSON"), "error: a.jsonl, line 3: not JSON"),
         (FileNotFoundError(2, "No such file or directory", "a"), "error: [Errno 2] No such file or directory: 'a'"),
         (ImportError("needs av"), "error: needs av"),
+        (ModuleNotFoundError("No module named 'other'", name="other"), "error: No module named 'other'"),
+        (
+            ModuleNotFoundError("No module named 'h5py'", name="h5py"),
+            "error: No module named 'h5py'; install it with: pip install 'modeling_diffusionvmr[train]'",
+        ),
         (OSError("first line\n   second line\n"), "error: first line second line"),
         (ValueError(), "error: ValueError"),
         (MemoryError("8 TiB"), "error: not enough memory; use smaller sizes or batches (8 TiB)"),

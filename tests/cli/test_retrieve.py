@@ -7,6 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
+from damaged import cut_off, other_sizes
 from modeling_diffusionvmr import DEFAULT_MODEL
 from modeling_diffusionvmr.cli import main
 from modeling_diffusionvmr.synthetic.rendered_world import plan_video, write_video
@@ -100,16 +101,6 @@ def test_bad_arguments(video, error_of, tmp_path, arguments, message):
     arguments = [argument.format(tmp=tmp_path) for argument in arguments]
     assert message.format(tmp=tmp_path) in error_of("retrieve", video, *arguments)
     assert not list(tmp_path.iterdir())
-
-
-def cut_off(model):
-    with open(model / "model.safetensors", "r+b") as file:
-        file.truncate(1000)
-
-
-def other_sizes(model):
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "d_model": 96}))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 DTYPES = ("float16", "float32")  # of written features
+TRAIN_MODULES = ("accelerate", "datasets", "evaluate", "h5py", "matplotlib", "pyarrow", "yaml")  # of the extra `train`
 DAMAGED_WEIGHTS = "weights are damaged or cut off"
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -39,10 +40,10 @@ def run_safely(run: Callable[[argparse.Namespace], None], arguments: argparse.Na
             run(arguments)
         except SafetensorError as error:
             sys.exit(f"error: {getattr(arguments, 'model', None)}: {DAMAGED_WEIGHTS} ({error})")
-        except ModuleNotFoundError as error:  # the core dependencies are there, so it is one of the extra's
-            sys.exit(f"error: {_one_line(error)}; it is in the extra: pip install 'modeling_diffusionvmr[train]'")
         except (ValueError, OSError, ImportError, StrictDataclassError) as error:
-            sys.exit(f"error: {_cause(error)}")
+            in_extra = isinstance(error, ModuleNotFoundError) and error.name in TRAIN_MODULES
+            hint = "; install it with: pip install 'modeling_diffusionvmr[train]'" if in_extra else ""
+            sys.exit(f"error: {_cause(error)}{hint}")
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
