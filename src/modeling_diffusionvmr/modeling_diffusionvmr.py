@@ -6,8 +6,10 @@ Shapes: B samples, Lv clips, Lt tokens, N proposals, K decoder layers, R RoI bin
 """
 
 import math
+import os
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +23,13 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .backbones import Backbones
+from .checkpoint import HUB_ARGUMENTS, save_backbones, save_processor
 from .configuration_diffusionvmr import DiffusionVMRConfig
 from .diffusion import DiffusionSchedule, sampling_timesteps, signal_to_spans, spans_to_signal
 from .loss_diffusionvmr import Targets, diffusionvmr_loss
 from .spans import keep_inside, refine, roi_align
+from .weights import check_weight_index, missing_weights
 
 TASK = "video-moment-retrieval"
 
@@ -558,17 +563,50 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         super().__init__(config)
         self.model = DiffusionVMRModel(config)
         self.saliency_head = nn.Linear(config.d_model, 1)
+        self.backbone_sources: dict[str, str] = {}  # see checkpoint.py
+        self.hub_kwargs: dict[str, Any] = {}  # with which the model was loaded
+        self.missing_weights: list[str] = []  # that the checkpoint lacked
         self.post_init()
 
-    def save_pretrained(self, save_directory, **kwargs):
-        """Save the model. If its code is saved too, also register the pipeline in the checkpoint."""
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """
+        As in `transformers`. Also remember which weights were missing, and how to load the backbones from the same
+        place.
+        """
+        if pretrained_model_name_or_path is not None and os.path.isdir(pretrained_model_name_or_path):
+            check_weight_index(pretrained_model_name_or_path)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model.missing_weights = missing_weights(info)
+        model.hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        if (commit := getattr(model.config, "_commit_hash", None)) is not None:
+            model.hub_kwargs["revision"] = commit
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, backbones: Backbones | None = None, **kwargs):
+        """
+        Save the model with all that the pipeline needs: the processor, the backbones, and the code if it is saved too.
+
+        Args:
+            save_directory: the folder to write.
+            backbones: loaded backbones to save. Default: those of the configuration, except larger ones on the Hub.
+            kwargs: as in `transformers`.
+        """
         if self._auto_class is not None:
             # `transformers` follows relative imports, so this import adds the pipeline's files to the checkpoint
             from .pipeline_diffusionvmr import VideoMomentRetrievalPipeline as pipeline_class
 
             implementation = f"{pipeline_class.__module__.split('.')[-1]}.{pipeline_class.__name__}"
             self.config.custom_pipelines = {TASK: {"impl": implementation, "pt": ["AutoModel"], "type": "multimodal"}}
-        super().save_pretrained(save_directory, **kwargs)
+        in_memory = self.config.backbones
+        try:
+            if kwargs.get("is_main_process", True):
+                os.makedirs(save_directory, exist_ok=True)
+                save_processor(self, save_directory)
+                self.config.backbones = save_backbones(self, save_directory, backbones)
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.config.backbones = in_memory
 
     # Compile the modules that this function calls, but not the function: it would recompile for every shape of labels
     @partial(torch.compiler.disable, recursive=False)
