@@ -96,7 +96,8 @@ class DiffusionVMRTrainer(TrainerInternals):
 
     def _know_backbones(self) -> None:
         """Let a model that names no backbones know those that computed the features, so that it runs on videos."""
-        model, dataset = self.accelerator.unwrap_model(self.model), self.train_dataset
+        model: Any = self.accelerator.unwrap_model(self.model)
+        dataset: Any = self.train_dataset
         video, text = getattr(dataset, "video_features", ()), getattr(dataset, "text_features", {})
         if model.config.backbones is None and any(getattr(store, "backbone", None) for store in (*video, text)):
             processor = self.processor
