@@ -16,7 +16,7 @@ def test_stages_after_the_clip(tmp_path, monkeypatch, capsys):
     # tests/scripts/test_rendered_clip.py covers the training of the CLIP
     monkeypatch.setattr(script, "TRAINING_VIDEOS", 2)
     monkeypatch.setattr(script, "TRAINING_STEPS", 2)
-    monkeypatch.setattr(script, "HELD_OUT_VIDEOS", 2)
+    monkeypatch.setattr(script, "OTHER_VIDEOS", 2)
     monkeypatch.setattr(script, "make_backbones", None)  # never called, since the folder of this stage exists
     in_two_processes = script.in_two_processes
 

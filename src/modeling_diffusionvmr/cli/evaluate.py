@@ -52,7 +52,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> None:
     """Write the predictions and their metrics."""
     from ..training.metrics import evaluate_predictions, scorable
-    from ..training.prediction import predict_moments
+    from ..training.prediction import every_proposal, predict_moments
 
     _check(arguments)
     device = choose_device(arguments.device)
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     options = {name: getattr(arguments, name) for name in POST_PROCESSING if getattr(arguments, name) is not None}
     # Saved with the metrics, which depend on them
-    settings = {name: getattr(processor, name) for name in POST_PROCESSING} | options
+    settings = {name: getattr(every_proposal(processor), name) for name in POST_PROCESSING} | options
     settings |= {
         "num_sampling_steps": arguments.num_sampling_steps or model.config.num_sampling_steps,
         "clip_seconds": dataset.clip_seconds,
