@@ -75,7 +75,8 @@ def _percent(part: int, whole: int) -> float | str:
 def choose(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the `threshold`, `nms_threshold` and `top_k` with the best F1 over all rows. Ties go to smaller values."""
     true = sum(len(row["relevant_windows"]) for row in rows)
-    best, best_f1 = {}, -1.0
+    best: dict[str, Any] = {}
+    best_f1 = -1.0
     for nms_threshold in NMS_THRESHOLDS:
         moments = [(rank, *moment) for row in rows for rank, moment in enumerate(judge(row, nms_threshold))]
         ranks, scores, right = np.array(moments).T
