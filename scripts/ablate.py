@@ -36,6 +36,7 @@ from ablation import (
     layer_ious,
     metric_columns,
     paper_table,
+    post_processing,
     read_curve,
     sampling_seconds,
     save_csv,
@@ -469,7 +470,8 @@ class Ablation:
         rows = self.example_rows(run)
         examples = run.data.dataset(dataset.processor, model.config, rows)
         panels = prediction_panels(len(rows), 1)
-        for sample, prediction, axes in zip(examples, predict_moments(model, examples, progress=False), panels):
+        predictions = predict_moments(model, examples, progress=False, **post_processing(dataset.processor))
+        for sample, prediction, axes in zip(examples, predictions, panels):
             clip_seconds = sample["covered_duration"] / len(prediction["pred_saliency_scores"])
             plot_predictions(rows[sample["row"]], {"DiffusionVMR": prediction}, clip_seconds=clip_seconds, axes=axes)
         title = self.title("Predictions beside the truth", run.evaluation()["settings"])

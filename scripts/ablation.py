@@ -97,12 +97,16 @@ def evaluate_model(
     """
     num_proposals = num_proposals or model.config.num_proposals
     num_sampling_steps = num_sampling_steps or model.config.num_sampling_steps
-    predictions = predict_moments(model, dataset, BATCH_SIZE, num_proposals, num_sampling_steps)
-    processor = dataset.processor
-    settings = {name: getattr(processor, name) for name in ("threshold", "top_k", "nms_threshold", "round_to")}
-    settings |= {"num_proposals": num_proposals, "num_sampling_steps": num_sampling_steps}
+    chosen = post_processing(dataset.processor)
+    predictions = predict_moments(model, dataset, BATCH_SIZE, num_proposals, num_sampling_steps, **chosen)
+    settings = {**chosen, "num_proposals": num_proposals, "num_sampling_steps": num_sampling_steps}
     scores = evaluate_predictions(predictions, dataset.rows)
     return {**scores, "selection": selection(predictions, dataset.rows), "settings": settings}
+
+
+def post_processing(processor) -> dict[str, Any]:
+    """Return how a processor selects moments. It is a setting of an experiment, which applies to its evaluation too."""
+    return {name: getattr(processor, name) for name in ("threshold", "top_k", "nms_threshold", "round_to")}
 
 
 def selection(predictions: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -43,7 +43,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     retrieve = pipeline("video-moment-retrieval", model=DEFAULT_MODEL)
     sentences = [query.text for query in queries]
-    results = retrieve(str(path), sentences, return_saliency=True, threshold=0.7, nms_threshold=0.3)
+    results = retrieve(str(path), sentences, return_saliency=True)
     for query, result in zip(queries, results):
         print(f"\n{query.text}")
         print("  true:      " + ", ".join(f"{start:.1f} - {end:.1f} s" for start, end in query.windows))

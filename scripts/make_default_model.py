@@ -1,6 +1,7 @@
 """
 Make the embedded checkpoint from one seed: train a tiny CLIP on rendered frames, extract its features from rendered mp4
-files, and train a tiny DiffusionVMR on them. Then print the model's results on held-out videos.
+files, train a tiny DiffusionVMR on them, and choose `threshold`, `nms_threshold` and `top_k` on validation videos. Then
+print the model's results on held-out videos.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +35,25 @@ from modeling_diffusionvmr import (
 from modeling_diffusionvmr.backbones import Backbones, ClipBackbone
 from modeling_diffusionvmr.cli.options import CommandParser, run_safely
 from modeling_diffusionvmr.data.extraction import extract_sentence, extract_video
-from modeling_diffusionvmr.data.files import save_json, save_jsonl
+from modeling_diffusionvmr.data.files import load_jsonl, save_json, save_jsonl
 from modeling_diffusionvmr.modeling_diffusionvmr import TASK
-from modeling_diffusionvmr.synthetic.rendered_world import VideoPlan, annotation_rows, plan_video, write_video
+from modeling_diffusionvmr.synthetic.rendered_world import (
+    VideoPlan,
+    absent_queries,
+    annotation_rows,
+    plan_video,
+    write_video,
+)
+from modeling_diffusionvmr.training.prediction import EVERY_PROPOSAL, every_proposal
+from moment_quality import choose, measure
 from rendered_clip import measure_clip, train_rendered_clip
 
 CLIP_SECONDS = 2.0
 TRAINING_VIDEOS = 1200
 TRAINING_STEPS = 4000
-HELD_OUT_VIDEOS = 100  # number of videos with seen pairs, and of videos with pairs that training never shows
-HELD_OUT_SEED, UNSEEN_SEED = 10_000_000, 20_000_000  # seed of the first video; training videos start at `--seed`
+OTHER_VIDEOS = 100  # held out or for validation: number with seen pairs, and with pairs that training never shows
+# Seeds of the first video with seen pairs and of the first with unseen pairs; training videos start at `--seed`
+HELD_OUT_SEEDS, VALIDATION_SEEDS = (10_000_000, 20_000_000), (30_000_000, 40_000_000)
 
 
 # Stages. Each writes one folder in the work directory, and is skipped if that folder exists
@@ -245,42 +256,111 @@ def halve(path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+# Retrieval from other videos
+
+
+def draw_videos(first_seen: int, first_unseen: int) -> list[tuple[VideoPlan, list[dict]]]:
+    """Draw videos, each with its annotated sentences and as many sentences that are true nowhere in it."""
+    videos = []
+    for first, unseen_pairs in ((first_seen, False), (first_unseen, True)):
+        for seed in range(first, first + OTHER_VIDEOS):
+            plan, similar = plan_video(seed, unseen_pairs), seed % 2 == 0
+            absent = annotation_rows(replace(plan, queries=absent_queries(plan, seed, similar)))
+            videos.append((plan, annotation_rows(plan) + [{**row, "similar": similar} for row in absent]))
+    return videos
+
+
+def retrieve_all(
+    retrieve: VideoMomentRetrievalPipeline, videos: Sequence[tuple[VideoPlan, list[dict]]], folder: Path
+) -> list[dict]:
+    """Return the rows of all videos with their `pred_relevant_windows`. The videos are `folder/<vid>.mp4`."""
+    predictions = []
+    for plan, rows in tqdm(videos, desc="retrieving", mininterval=5):
+        for row, moments in zip(rows, retrieve(str(folder / f"{plan.vid}.mp4"), [row["query"] for row in rows])):
+            windows = [[moment["start"], moment["end"], moment["score"]] for moment in moments]
+            predictions.append({**row, "pred_relevant_windows": windows})
+    return predictions
+
+
+def open_pipeline(model: Path) -> VideoMomentRetrievalPipeline:
+    """Load a checkpoint as a pipeline that returns every proposal."""
+    retrieve = pipeline(TASK, model=str(model))
+    retrieve.processor = every_proposal(retrieve.processor)
+    return retrieve
+
+
+# Choice of the defaults
+
+
+def make_proposals(model: Path, folder: Path) -> None:
+    """Save every proposal of a checkpoint for the sentences of the validation videos."""
+    videos, rendered = draw_videos(*VALIDATION_SEEDS), folder / "rendered"
+    rendered.mkdir()
+    list(in_two_processes(render, [plan for plan, _ in videos], "rendering validation videos", rendered))
+    save_jsonl(retrieve_all(open_pipeline(model), videos, rendered), folder / "proposals.jsonl")
+    shutil.rmtree(rendered)
+
+
+def choose_defaults(proposals: Path, model: Path) -> None:
+    """Choose which moments a checkpoint returns by default, from what `make_proposals` saved, and write it there."""
+    rows = load_jsonl(proposals / "proposals.jsonl")
+    defaults = choose(rows)
+    path = model / "processor_config.json"
+    save_json({**json.loads(path.read_text(encoding="utf-8")), **defaults}, path)
+    print(f"\nchosen on the validation sentences of {2 * OTHER_VIDEOS} videos: {json.dumps(defaults)}")
+    print(table(moment_figures(rows, defaults), "validation sentences"))
+
+
+def moment_figures(rows: Sequence[dict], defaults: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Measure the moments that a person gets, for sentences that are in their video and for those that are not."""
+    present = [row for row in rows if row["relevant_windows"]]
+    absent = [row for row in rows if not row["relevant_windows"]]
+    return {
+        "present": measure(present, **defaults),
+        "absent, similar to the video": measure([row for row in absent if row["similar"]], **defaults),
+        "absent, no word in common": measure([row for row in absent if not row["similar"]], **defaults),
+        "absent": measure(absent, **defaults),
+        "present and absent": measure(rows, **defaults),
+        "present, every proposal": measure(present, **EVERY_PROPOSAL),
+        "present and absent, every proposal": measure(rows, **EVERY_PROPOSAL),
+    }
+
+
 # Evaluation
 
 
 def evaluate(model: Path, folder: Path) -> None:
     """Print the results of a checkpoint on held-out videos, which are rendered to mp4 files in `folder`."""
-    retrieve = pipeline(TASK, model=str(model))
-    plans = [plan_video(HELD_OUT_SEED + i) for i in range(HELD_OUT_VIDEOS)]
-    plans += [plan_video(UNSEEN_SEED + i, unseen_pairs=True) for i in range(HELD_OUT_VIDEOS)]
-    paths = list(in_two_processes(render, plans, "rendering held-out videos", folder))
+    retrieve, videos = open_pipeline(model), draw_videos(*HELD_OUT_SEEDS)
+    plans = [plan for plan, _ in videos]
+    list(in_two_processes(render, plans, "rendering held-out videos", folder))
 
     clip = retrieve.backbones.models[0]
     print("\nbackbone alone: how well the cosine similarity of sentence and frame shows where the sentence is true")
     measure_clip(clip.model, clip.tokenizer, clip.image_processor, plans, folder)
 
-    rows, predictions = [], []
-    for plan, path in zip(tqdm(plans, desc="retrieving"), paths):
-        of_video = annotation_rows(plan)
-        for row, moments in zip(of_video, retrieve(str(path), [row["query"] for row in of_video])):
-            windows = [[moment["start"], moment["end"], moment["score"]] for moment in moments]
-            predictions.append({**row, "pred_relevant_windows": windows})
-        rows += of_video
+    predictions = retrieve_all(retrieve, videos, folder)
+    rows = [row for row in predictions if row["relevant_windows"]]
     figures = {
-        "all": figures_of(predictions, rows),
-        "one window": figures_of(predictions, rows, lambda row: len(row["relevant_windows"]) == 1),
-        "several windows": figures_of(predictions, rows, lambda row: len(row["relevant_windows"]) > 1),
-        "single": figures_of(predictions, rows, lambda row: row["kind"] == "single"),
-        "count": figures_of(predictions, rows, lambda row: row["kind"] == "count"),
-        "relation": figures_of(predictions, rows, lambda row: row["kind"] == "relation"),
-        "swapped distractor": figures_of(predictions, rows, lambda row: row["swapped"]),
-        "seen pairs": figures_of(predictions, rows, lambda row: not row["unseen"]),
-        "unseen pairs": figures_of(predictions, rows, lambda row: row["unseen"]),
-        "all, guessing the whole video": figures_of(guesses(rows, lambda rng: (0.0, 1.0)), rows),
-        "all, guessing a random span": figures_of(guesses(rows, lambda rng: np.sort(rng.random(2))), rows),
+        "all": figures_of(rows),
+        "one window": figures_of(rows, lambda row: len(row["relevant_windows"]) == 1),
+        "several windows": figures_of(rows, lambda row: len(row["relevant_windows"]) > 1),
+        "single": figures_of(rows, lambda row: row["kind"] == "single"),
+        "count": figures_of(rows, lambda row: row["kind"] == "count"),
+        "relation": figures_of(rows, lambda row: row["kind"] == "relation"),
+        "swapped distractor": figures_of(rows, lambda row: row["swapped"]),
+        "seen pairs": figures_of(rows, lambda row: not row["unseen"]),
+        "unseen pairs": figures_of(rows, lambda row: row["unseen"]),
+        "all, guessing the whole video": figures_of(guesses(rows, lambda rng: (0.0, 1.0))),
+        "all, guessing a random span": figures_of(guesses(rows, lambda rng: np.sort(rng.random(2)))),
     }
-    print(f"\nheld-out sentences of {len(plans)} videos")
+    print(f"\nheld-out sentences of {len(plans)} videos, every proposal")
     print(table(figures, "sentences"))
+
+    processor = DiffusionVMRProcessor.from_pretrained(model)
+    defaults = {name: getattr(processor, name) for name in EVERY_PROPOSAL}
+    print(f"\nmoments by default: {json.dumps(defaults)}")
+    print(table(moment_figures(predictions, defaults), "sentences"))
 
 
 def guesses(rows: Sequence[dict], draw: Callable) -> list[dict]:
@@ -290,10 +370,10 @@ def guesses(rows: Sequence[dict], draw: Callable) -> list[dict]:
     return [{**row, "pred_relevant_windows": [window]} for row, window in zip(rows, windows)]
 
 
-def figures_of(predictions: Sequence[dict], rows: Sequence[dict], where: Callable = lambda row: True) -> dict[str, Any]:
-    """Return the number of rows for which `where(row)` is true, and metrics on them."""
-    chosen = [(prediction, row) for prediction, row in zip(predictions, rows) if where(row)]
-    brief = evaluate_predictions(*zip(*chosen))["brief"]
+def figures_of(rows: Sequence[dict], where: Callable = lambda row: True) -> dict[str, Any]:
+    """Return the number of rows for which `where(row)` is true, and official metrics of their predictions."""
+    chosen = [row for row in rows if where(row)]
+    brief = evaluate_predictions(chosen, chosen)["brief"]
     return {
         "n": len(chosen),
         "R1@0.5": brief["MR-full-R1@0.5"],
@@ -323,30 +403,41 @@ def sizes(folder: Path) -> Iterable[str]:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Make the checkpoint unless `--evaluate_only`, then evaluate it."""
+    """Make the checkpoint or, with `--choose_defaults`, only its defaults, then evaluate it."""
     if arguments.seed < 0:
         raise ValueError(f"--seed must be at least 0, got {arguments.seed}")
-    if not arguments.evaluate_only:
+    if not (arguments.evaluate_only or arguments.choose_defaults):
         check_destination(arguments.model)
     elif not is_checkpoint(arguments.model):
         raise ValueError(f"--model: {arguments.model} is not a checkpoint folder (it has no config.json)")
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
-        if not arguments.evaluate_only:
+        if arguments.choose_defaults:
+            choose_defaults(stage(Path(temporary) / "proposals", make_proposals, arguments.model), arguments.model)
+        elif not arguments.evaluate_only:
             work = arguments.work_dir or Path(temporary)
             work = work / f"seed-{arguments.seed}"
             backbones = open_backbones(stage(work / "clip", make_backbones, arguments.seed))
             features = stage(work / "features", make_features, arguments.seed, backbones)
             made = stage(work / "model", make_model, arguments.seed, backbones, features)
+            choose_defaults(stage(work / "proposals", make_proposals, made), made)
             publish(made, arguments.model)
             print(f"wrote {arguments.model}: {(time.perf_counter() - began) / 60:.1f} min in total", flush=True)
-        evaluate(arguments.model, Path(temporary))
+        rendered = Path(temporary) / "held-out"
+        rendered.mkdir()
+        evaluate(arguments.model, rendered)
         print("\n".join(sizes(arguments.model)))
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="python scripts/make_default_model.py", description=__doc__)
-    parser.add_argument("--evaluate_only", action="store_true", help="only evaluate --model")
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--evaluate_only", action="store_true", help="only evaluate --model")
+    parts.add_argument(
+        "--choose_defaults",
+        action="store_true",
+        help="only choose threshold, nms_threshold and top_k of --model on validation videos, and evaluate",
+    )
     parser.add_argument(
         "--model", type=Path, default=Path(DEFAULT_MODEL), help="folder to write or to evaluate (default: embedded)"
     )

@@ -14,7 +14,8 @@ from modeling_diffusionvmr import (
     evaluate_predictions,
 )
 from modeling_diffusionvmr.modeling_diffusionvmr import TASK
-from modeling_diffusionvmr.synthetic.rendered_world import annotation_rows, plan_video, write_video
+from modeling_diffusionvmr.synthetic.rendered_world import absent_queries, annotation_rows, plan_video, write_video
+from modeling_diffusionvmr.training.prediction import every_proposal
 
 FIRST_SEED = 55_000_000  # used neither in training nor for the published figures
 NUM_VIDEOS = 12
@@ -23,6 +24,14 @@ NUM_VIDEOS = 12
 @pytest.fixture(scope="module")
 def retrieve():
     return pipeline(TASK, model=DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="module")
+def retrieve_all():
+    """The pipeline, returning every proposal, as the official metrics need."""
+    retrieve = pipeline(TASK, model=DEFAULT_MODEL)
+    retrieve.processor = every_proposal(retrieve.processor)
+    return retrieve
 
 
 def test_size():
@@ -47,19 +56,35 @@ def test_auto_classes():
 
 
 @pytest.mark.parametrize("unseen_pairs", [False, True])
-def test_it_retrieves(retrieve, tmp_path, unseen_pairs):
+def test_it_retrieves(retrieve_all, tmp_path, unseen_pairs):
     rows, predictions = [], []
     for seed in range(FIRST_SEED, FIRST_SEED + NUM_VIDEOS):
         plan = plan_video(seed, unseen_pairs=unseen_pairs)
         path = tmp_path / f"{plan.vid}.mp4"
         write_video(plan, path)
         of_video = annotation_rows(plan)
-        for row, moments in zip(of_video, retrieve(path, [row["query"] for row in of_video])):
+        for row, moments in zip(of_video, retrieve_all(path, [row["query"] for row in of_video])):
             windows = [[moment["start"], moment["end"], moment["score"]] for moment in moments]
             predictions.append({**row, "pred_relevant_windows": windows})
         rows += of_video
     # About 50 sentences per side, so the bars are well below the README's figures
     assert evaluate_predictions(predictions, rows)["brief"]["MR-full-R1@0.5"] >= 65
+
+
+def test_moments_by_default(retrieve, tmp_path):
+    """A few distinct moments for a sentence, and seldom one for a sentence that is not in the video."""
+    present, absent = [], []
+    for seed in range(FIRST_SEED, FIRST_SEED + NUM_VIDEOS):
+        plan = plan_video(seed)
+        path = tmp_path / f"{plan.vid}.mp4"
+        write_video(plan, path)
+        queries = [*plan.queries, *absent_queries(plan, seed, similar=True)]
+        found = retrieve(path, [query.text for query in queries])
+        present += found[: len(plan.queries)]
+        absent += found[len(plan.queries) :]
+    assert max(map(len, present)) <= 5 and sum(map(len, present)) < 2.5 * len(present)
+    assert sum(map(bool, present)) > 0.8 * len(present)
+    assert sum(map(bool, absent)) < 0.45 * len(absent)
 
 
 def test_saliency_ranks_the_clips(retrieve, tmp_path):
@@ -75,10 +100,10 @@ def test_saliency_ranks_the_clips(retrieve, tmp_path):
     assert (scores[inside][:, None] > scores[~inside]).float().mean() > 0.8
 
 
-def test_more_proposals_and_steps(retrieve, tmp_path):
+def test_more_proposals_and_steps(retrieve_all, tmp_path):
     plan = plan_video(FIRST_SEED)
     write_video(plan, tmp_path / "video.mp4")
     query = plan.queries[0].text
-    few = retrieve(tmp_path / "video.mp4", query, num_proposals=3)
-    many = retrieve(tmp_path / "video.mp4", query, num_proposals=50, num_sampling_steps=4)
+    few = retrieve_all(tmp_path / "video.mp4", query, num_proposals=3)
+    many = retrieve_all(tmp_path / "video.mp4", query, num_proposals=50, num_sampling_steps=4)
     assert len(few) == 3 and len(many) == 50

@@ -16,7 +16,7 @@ from modeling_diffusionvmr import (
     DiffusionVMRProcessor,
     evaluate_predictions,
 )
-from modeling_diffusionvmr.cli import main
+from modeling_diffusionvmr.cli import main, options
 from modeling_diffusionvmr.data import files
 from modeling_diffusionvmr.data.features import write_features
 from modeling_diffusionvmr.data.files import load_jsonl, save_jsonl
@@ -113,6 +113,39 @@ def test_options_reach_the_predictions(evaluate):
     windows = np.array([row["pred_relevant_windows"] for row in predictions])
     assert windows.shape == (7, 3, 3)
     assert (windows[..., :2] % 0.5 == 0).all() and (windows[..., :2] % 2 != 0).any()
+
+
+def test_what_is_saved_for_people_is_ignored(evaluate, folder, tmp_path):
+    """The official metrics see every proposal, unless a flag says otherwise. `round_to` belongs to the benchmark."""
+    expected, expected_predictions = evaluate()
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    few = DiffusionVMRProcessor(SIZES, 8, 20, 10, threshold=0.9, top_k=1, nms_threshold=0.1, round_to=2.0)
+    few.save_pretrained(model)
+    metrics, predictions = evaluate("--model", model)
+    assert predictions == expected_predictions
+    assert metrics == {**expected, "settings": {**expected["settings"], "model": str(model)}}
+
+    metrics, predictions = evaluate("--model", model, "--top_k", 2)
+    assert [row["pred_relevant_windows"] for row in predictions] == [
+        row["pred_relevant_windows"][:2] for row in expected_predictions
+    ]
+    assert (metrics["settings"]["top_k"], metrics["settings"]["threshold"]) == (2, 0.0)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--num_proposals", "5", "0"], "num_proposals"),
+        (["--num_sampling_steps", "0"], "num_sampling_steps"),
+        (["--threshold", "nan"], "threshold"),
+        (["--top_k", "-1"], "top_k"),
+        (["--nms_threshold", "2"], "nms_threshold"),
+        (["--round_to", "0"], "round_to"),
+    ],
+)
+def test_flags_are_checked_before_the_work(argv, error_of, monkeypatch, arguments, message):
+    monkeypatch.setattr(options, "resolve_model", lambda _: pytest.fail("the model is loaded"))
+    assert message in error_of(*argv(*arguments))
 
 
 def test_the_best_number_of_proposals_is_kept(evaluate, capsys):
@@ -265,13 +298,7 @@ def test_features_of_one_backbone_of_two(argv, error_of, folder, tmp_path, monke
         (["--num_proposals", "1000000000000000"], "not enough memory"),
         (["--output_dir", "{data}/val.jsonl"], "val.jsonl is a file"),
         (["--output_dir", "{data}/val.jsonl/below"], "val.jsonl is a file"),
-        (["--num_proposals", "0"], "num_proposals"),
-        (["--num_sampling_steps", "0"], "num_sampling_steps"),
         (["--num_sampling_steps", "9999"], "num_sampling_steps"),
-        (["--threshold", "nan"], "threshold"),
-        (["--top_k", "-1"], "top_k"),
-        (["--nms_threshold", "2"], "nms_threshold"),
-        (["--round_to", "0"], "round_to"),
         (["--clip_seconds", "-1"], "--clip_seconds must be a number above 0, got -1"),
         (["--clip_seconds", "nan"], "--clip_seconds must be a number above 0, got nan"),
         (["--batch_size", "0"], "--batch_size must be a number above 0, got 0"),

@@ -23,6 +23,7 @@ from modeling_diffusionvmr.data.extraction import find_videos
 from modeling_diffusionvmr.data.features import METADATA_FILE, TEXT_KEY, VIDEO_KEY
 from modeling_diffusionvmr.data.files import save_jsonl
 from modeling_diffusionvmr.synthetic.rendered_world import annotation_rows, plan_video, write_video
+from modeling_diffusionvmr.training.prediction import every_proposal
 
 CLIP = os.path.join(DEFAULT_MODEL, "clip")
 SEEDS = (66_000_056, 66_000_006)  # short videos, about 30 s
@@ -72,7 +73,10 @@ def extract_error(argv, error_of):
 
 @pytest.fixture(scope="module")
 def retrieve():
-    return pipeline("video-moment-retrieval", model=DEFAULT_MODEL)
+    """The embedded model, returning every proposal as `predict_moments` does."""
+    retrieve = pipeline("video-moment-retrieval", model=DEFAULT_MODEL)
+    retrieve.processor = every_proposal(retrieve.processor)
+    return retrieve
 
 
 def copied(world, folder: Path) -> Path:

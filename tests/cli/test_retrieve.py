@@ -8,17 +8,19 @@ import pytest
 from PIL import Image
 
 from damaged import cut_off, other_sizes
-from modeling_diffusionvmr import DEFAULT_MODEL
-from modeling_diffusionvmr.cli import main
+from modeling_diffusionvmr import DEFAULT_MODEL, DiffusionVMRProcessor
+from modeling_diffusionvmr.cli import main, options
 from modeling_diffusionvmr.synthetic.rendered_world import plan_video, write_video
 
+PLAN = plan_video(3)
 QUERIES = ["a red circle", "two yellow triangles"]
+EVERYTHING = ("--threshold", 0, "--nms_threshold", 1, "--top_k", 100)  # instead of what is saved with the model
 
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory):
     path = tmp_path_factory.mktemp("video") / "video.mp4"
-    write_video(plan_video(3), path)
+    write_video(PLAN, path)
     return path
 
 
@@ -35,7 +37,7 @@ def retrieve(video, capsys):
 
 
 def test_json_and_plot(retrieve, tmp_path):
-    found = json.loads(retrieve(*QUERIES, "--json", "--top_k", 2, "--plot", tmp_path / "out.png"))
+    found = json.loads(retrieve(*QUERIES, "--json", *EVERYTHING, "--top_k", 2, "--plot", tmp_path / "out.png"))
     assert [entry["query"] for entry in found] == QUERIES
     assert all(len(entry["moments"]) == 2 for entry in found)
     with Image.open(tmp_path / "out.png") as picture:
@@ -43,7 +45,7 @@ def test_json_and_plot(retrieve, tmp_path):
 
 
 def test_text_shows_the_same_moments(retrieve):
-    options = ("--top_k", 3, "--num_proposals", 7, "--num_sampling_steps", 2)
+    options = (*EVERYTHING, "--top_k", 3, "--num_proposals", 7, "--num_sampling_steps", 2)
     lines = retrieve(*QUERIES, *options).splitlines()
     expected = []
     for entry in json.loads(retrieve(*QUERIES, *options, "--json")):
@@ -56,12 +58,31 @@ def test_text_shows_the_same_moments(retrieve):
 
 
 def test_filters(retrieve):
-    (entry,) = json.loads(retrieve(QUERIES[0], "--json", "--top_k", 100))
+    (entry,) = json.loads(retrieve(QUERIES[0], "--json", *EVERYTHING))
     scores = [moment["score"] for moment in entry["moments"]]
-    (filtered,) = json.loads(retrieve(QUERIES[0], "--json", "--top_k", 100, "--threshold", scores[1]))
+    assert len(scores) == 20
+    (filtered,) = json.loads(retrieve(QUERIES[0], "--json", *EVERYTHING, "--threshold", scores[1]))
     assert filtered["moments"] == entry["moments"][: scores.index(scores[1]) + 1]
-    (distinct,) = json.loads(retrieve(QUERIES[0], "--json", "--top_k", 100, "--nms_threshold", 0.1))
+    (distinct,) = json.loads(retrieve(QUERIES[0], "--json", *EVERYTHING, "--nms_threshold", 0.1))
     assert 1 <= len(distinct["moments"]) < len(scores)
+
+
+def test_defaults_are_those_of_the_checkpoint(retrieve, tmp_path):
+    folder = shutil.copytree(DEFAULT_MODEL, tmp_path / "model")
+    query = PLAN.queries[0].text
+    (every,) = json.loads(retrieve(query, "--json", *EVERYTHING))
+    for top_k in (7, 3):
+        processor = DiffusionVMRProcessor.from_pretrained(folder)
+        processor.threshold, processor.nms_threshold, processor.top_k = 0.0, None, top_k
+        processor.save_pretrained(folder)
+        (found,) = json.loads(retrieve(query, "--json", "--model", folder))
+        assert found["moments"] == every["moments"][:top_k]
+
+
+def test_nothing_found(retrieve):
+    assert retrieve(*QUERIES, "--threshold", 1).splitlines() == [
+        line for query in QUERIES for line in (query, "  no moment found")
+    ]
 
 
 def test_query_with_dollar_signs(retrieve, tmp_path):
@@ -88,18 +109,33 @@ def test_folder_is_not_a_video(error_of, tmp_path):
         (["a dog", "--model", "a/b/c"], "a/b/c: not a local folder or a valid Hub id"),
         (["a dog", "--model", __file__], "a checkpoint must be a folder, not a file"),
         (["a dog", "--model", f"{DEFAULT_MODEL}/clip"], "a model of type clip, not diffusionvmr"),
-        (["a dog", "--top_k", "-1"], "top_k"),
-        (["a dog", "--threshold", "nan"], "threshold"),
-        (["a dog", "--nms_threshold", "-0.5"], "nms_threshold"),
-        (["a dog", "--num_proposals", "0"], "num_proposals"),
-        (["a dog", "--num_sampling_steps", "-3"], "num_sampling_steps"),
-        (["a dog", "--plot", "{tmp}/out.xyz"], "xyz"),
-        (["a dog", "--plot", "{tmp}"], "{tmp}"),
+        (["a dog", "--num_sampling_steps", "9999"], "num_sampling_steps"),
     ],
 )
 def test_bad_arguments(video, error_of, tmp_path, arguments, message):
     arguments = [argument.format(tmp=tmp_path) for argument in arguments]
     assert message.format(tmp=tmp_path) in error_of("retrieve", video, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--top_k", "-1"], "top_k"),
+        (["--threshold", "nan"], "threshold"),
+        (["--nms_threshold", "-0.5"], "nms_threshold"),
+        (["--num_proposals", "0"], "num_proposals"),
+        (["--num_sampling_steps", "-3"], "num_sampling_steps"),
+        (["--plot", "{tmp}/out.xyz"], "--plot {tmp}/out.xyz: the extension must be one of "),
+        (["--plot", "{tmp}"], "--plot {tmp}: a folder, not a file"),
+        (["--plot", ""], "--plot"),
+        (["--plot", "{tmp}/absent/out.png"], "--plot {tmp}/absent/out.png: there is no folder {tmp}/absent"),
+    ],
+)
+def test_flags_are_checked_before_the_work(video, error_of, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(options, "resolve_model", lambda _: pytest.fail("the model is loaded"))
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    assert message.format(tmp=tmp_path) in error_of("retrieve", video, "a dog", *arguments)
     assert not list(tmp_path.iterdir())
 
 

@@ -151,7 +151,7 @@ def test_nothing_is_done_twice(ablate, finished, trainings, folder, monkeypatch)
 def test_numbers_are_those_of_an_evaluation(finished, folder, tmp_path):
     def independent(run: str, *arguments) -> dict:
         command = ["--model", finished / "runs" / run, "--annotations", folder / "val.jsonl", "--device", "cpu"]
-        command += ["--video_features", folder / "clip", "--text_features", folder / "text"]
+        command += ["--video_features", folder / "clip", "--text_features", folder / "text", "--nms_threshold", "0.9"]
         main(["evaluate", *map(str, command), "--output_dir", str(tmp_path), *arguments])
         metrics = json.loads((tmp_path / "metrics.json").read_text())
         brief = metrics["brief"]

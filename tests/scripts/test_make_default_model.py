@@ -1,11 +1,15 @@
 """`scripts/make_default_model.py`, on two videos and for two steps."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 import make_default_model as script
 from modeling_diffusionvmr import DEFAULT_MODEL
+
+CHOICE = {"threshold": 0.123, "nms_threshold": 0.4, "top_k": 6}
 
 
 def run(*arguments: str | Path) -> None:
@@ -16,13 +20,15 @@ def test_stages_after_the_clip(tmp_path, monkeypatch, capsys):
     # tests/scripts/test_rendered_clip.py covers the training of the CLIP
     monkeypatch.setattr(script, "TRAINING_VIDEOS", 2)
     monkeypatch.setattr(script, "TRAINING_STEPS", 2)
-    monkeypatch.setattr(script, "HELD_OUT_VIDEOS", 2)
+    monkeypatch.setattr(script, "OTHER_VIDEOS", 2)
     monkeypatch.setattr(script, "make_backbones", None)  # never called, since the folder of this stage exists
-    in_two_processes = script.in_two_processes
+    monkeypatch.setattr(script, "choose", lambda rows: chosen.append(rows) or CHOICE)
+    in_two_processes, rendered, chosen = script.in_two_processes, [], []
 
     def in_one_pool(function, items, description, *state):
-        # The features come from two real processes; starting two more for the held-out videos would only take time
+        # The features come from two real processes; starting more for the other videos would only take time
         if function is script.render:
+            rendered.append({plan.vid for plan in items})
             return [function(item, *state) for item in items]
         return in_two_processes(function, items, description, *state)
 
@@ -31,11 +37,41 @@ def test_stages_after_the_clip(tmp_path, monkeypatch, capsys):
     run("--work_dir", tmp_path / "work", "--model", tmp_path / "model")
     printed = capsys.readouterr().out
     assert "| unseen pairs |" in printed and "total: " in printed
+    assert "| absent, similar to the video |" in printed and json.dumps(CHOICE) in printed
+    assert CHOICE.items() <= json.loads((tmp_path / "model" / "processor_config.json").read_text()).items()
+
+    # Every proposal of the validation videos, half of whose sentences are absent; none of these videos is held out
+    validation, held_out = rendered
+    assert len(validation) == len(held_out) == 4 and validation.isdisjoint(held_out)
+    (rows,) = chosen
+    assert {row["vid"] for row in rows} == validation
+    assert {len(row["pred_relevant_windows"]) for row in rows} == {20}
+    present = [row for row in rows if row["relevant_windows"]]
+    assert len(rows) == 2 * len(present)
+    assert {row["similar"] for row in rows if not row["relevant_windows"]} == {True, False}
+
     assert (tmp_path / "model" / "model.safetensors").exists() and (tmp_path / "model" / "clip").is_dir()
-    assert {path.name for path in (tmp_path / "work" / "seed-0").iterdir()} == {"clip", "features", "model"}
+    stages = {path.name for path in (tmp_path / "work" / "seed-0").iterdir()}
+    assert stages == {"clip", "features", "model", "proposals"}
     (tmp_path / "other").mkdir()
     with pytest.raises(ValueError, match="other exists and is not a checkpoint"):
         script.publish(tmp_path / "model", tmp_path / "other")
+
+
+def test_only_the_defaults_are_chosen(tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "OTHER_VIDEOS", 2)
+    monkeypatch.setattr(
+        script, "in_two_processes", lambda call, items, _, *state: [call(item, *state) for item in items]
+    )
+    monkeypatch.setattr(script, "choose", lambda rows: CHOICE)
+    monkeypatch.setattr(script, "evaluate", lambda *_: None)
+    model = shutil.copytree(DEFAULT_MODEL, tmp_path / "model")
+    run("--choose_defaults", "--model", model)
+    for path in Path(DEFAULT_MODEL).rglob("*.*"):
+        same = (model / path.relative_to(DEFAULT_MODEL)).read_bytes() == path.read_bytes()
+        assert same == (path.name != "processor_config.json")
+    before, after = (json.loads((Path(f) / "processor_config.json").read_text()) for f in (DEFAULT_MODEL, model))
+    assert after == {**before, **CHOICE}
 
 
 def test_bad_input_is_rejected_before_any_work(tmp_path, monkeypatch, capsys):
@@ -45,6 +81,7 @@ def test_bad_input_is_rejected_before_any_work(tmp_path, monkeypatch, capsys):
     for arguments, message in (
         (["--evaluate_only", "--model", tmp_path / "absent"], "--model: .*absent is not a checkpoint folder"),
         (["--evaluate_only", "--model", tmp_path / "other"], "--model: .*other is not a checkpoint folder"),
+        (["--choose_defaults", "--model", tmp_path / "other"], "--model: .*other is not a checkpoint folder"),
         (["--model", tmp_path / "other"], "--model: .*other exists and is not a checkpoint"),
         (["--seed", "-1", "--model", tmp_path / "absent"], "--seed must be at least 0, got -1"),
     ):

@@ -59,6 +59,31 @@ def test_windows_are_exactly_when_the_sentence_is_true():
             assert true == any(start <= time < end for start, end in query.windows)
 
 
+@pytest.mark.parametrize("similar", [True, False])
+def test_absent_sentences_are_true_at_no_time(similar):
+    # As above, from the words of the sentence and twice per second
+    for seed, plan in enumerate(SEEN + UNSEEN):
+        queries = world.absent_queries(plan, seed, similar)
+        assert queries == world.absent_queries(plan, seed, similar) != world.absent_queries(plan, seed + 1, similar)
+        assert [query.kind for query in queries] == [query.kind for query in plan.queries]
+        assert len({query.statement for query in queries}) == len(queries)
+        shown = {word for track in plan.tracks for word in track.pair}
+        for query in queries:
+            named = named_pairs(query.text)
+            assert query.windows == () and tuple(named) == query.statement.pairs
+            assert all(shown.isdisjoint(pair) != similar for pair in named)
+            assert query.unseen == (not world.UNSEEN_PAIRS.isdisjoint(named))
+            for time in np.arange(0, plan.duration, 0.5) + 0.123:
+                visible = plan.visible(time)
+                if query.kind == "relation":
+                    assert not are_neighbors(visible, set(named))
+                else:
+                    needed = 2 if query.kind == "count" else 1
+                    assert sum(track.pair == named[0] for track in visible) < needed
+    for plan in SEEN:
+        assert not any(query.unseen for query in world.absent_queries(plan, 0, similar))
+
+
 def test_objects_are_clearly_next_to_each_other_or_apart():
     for plan in SEEN + UNSEEN:
         for time in np.arange(0, plan.duration, 2.0):

@@ -292,6 +292,20 @@ def test_predictions_of_the_trainer(trained, make_dataset, train):
     assert metrics_of(output.metrics, "test_") == official(trainer.model, dataset)
 
 
+@pytest.mark.parametrize("saved", [{"threshold": 0.99}, {"top_k": 1}, {"nms_threshold": 0.0}])
+def test_evaluation_sees_every_proposal(trained, make_dataset, saved):
+    """What is saved with the processor for people does not change predictions or metrics; `round_to` does."""
+    trainer, _ = trained
+    dataset = make_dataset(train=False)
+    dataset.processor.round_to = 4.0
+    expected, metrics = predict_moments(trainer.model, dataset, progress=False), trainer.evaluate(dataset)
+    assert all(start % 4 == 0 for row in expected for start, _, _ in row["pred_relevant_windows"])
+    vars(dataset.processor).update(saved)
+    assert predict_moments(trainer.model, dataset, progress=False) == expected
+    assert metrics_of(trainer.evaluate(dataset)) == metrics_of(metrics)
+    assert saved.items() <= vars(dataset.processor).items()
+
+
 def test_evaluation_loss_is_the_mean_over_rows(trained, make_dataset):
     trainer, _ = trained
     dataset = make_dataset(train=False, num_rows=7)

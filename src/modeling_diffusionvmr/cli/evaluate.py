@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from .options import (
+    POST_PROCESSING,
     CommandParser,
     add_data_arguments,
     add_device_argument,
     add_model_arguments,
     add_retrieval_arguments,
+    check_retrieval_arguments,
     choose_device,
     clip_seconds_of,
     load_model,
     resolve_model,
 )
-
-POST_PROCESSING = ("threshold", "top_k", "nms_threshold", "round_to")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -28,7 +28,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         description="Predict the moments of a benchmark, and score them with the official metrics.\n"
         "Writes predictions.jsonl and, if there is ground truth, metrics.json.\n"
         "With several numbers of proposals, tries each and writes the results of the best;\n"
-        "use a validation split for that.",
+        "use a validation split for that. Every proposal counts, unless --top_k, --threshold\n"
+        "or --nms_threshold is given: what is saved with the model for its users is ignored.",
     )
     add_model_arguments(parser)
     add_data_arguments(parser)
@@ -52,7 +53,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> None:
     """Write the predictions and their metrics."""
     from ..training.metrics import evaluate_predictions, scorable
-    from ..training.prediction import predict_moments
+    from ..training.prediction import every_proposal, predict_moments
 
     _check(arguments)
     device = choose_device(arguments.device)
@@ -70,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     options = {name: getattr(arguments, name) for name in POST_PROCESSING if getattr(arguments, name) is not None}
     # Saved with the metrics, which depend on them
-    settings = {name: getattr(processor, name) for name in POST_PROCESSING} | options
+    settings = {name: getattr(every_proposal(processor), name) for name in POST_PROCESSING} | options
     settings |= {
         "num_sampling_steps": arguments.num_sampling_steps or model.config.num_sampling_steps,
         "clip_seconds": dataset.clip_seconds,
@@ -102,6 +103,7 @@ def _check(arguments: argparse.Namespace) -> None:
     """Raise an error for invalid flags that would otherwise only fail after the work is done."""
     from ..checks import check_positive
 
+    check_retrieval_arguments(arguments, arguments.num_proposals or [])
     check_positive(arguments.batch_size, "--batch_size")
     if arguments.clip_seconds is not None:
         check_positive(arguments.clip_seconds, "--clip_seconds")

@@ -13,6 +13,7 @@ DTYPES = ("float16", "float32")  # of written features
 TRAIN_MODULES = ("accelerate", "datasets", "evaluate", "h5py", "matplotlib", "pyarrow", "yaml")  # of the extra `train`
 DAMAGED_WEIGHTS = "weights are damaged or cut off"
 EMBEDDED = "embedded"  # as a value of --model
+POST_PROCESSING = ("threshold", "top_k", "nms_threshold", "round_to")  # the processor's choice of moments
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -149,17 +150,27 @@ def add_skip_invalid(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip_invalid", action="store_true", help="skip unusable rows and list them")
 
 
-def add_retrieval_arguments(parser: argparse.ArgumentParser, top_k: int | None = None) -> None:
-    """Add the flags of `retrieve` and `evaluate`, with a default for `--top_k`."""
+def add_retrieval_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `retrieve` and `evaluate`, which `check_retrieval_arguments` checks."""
     parser.add_argument("--num_sampling_steps", type=int, metavar="S", help="number of DDIM steps")
-    default = "" if top_k is None else f" (default: {top_k})"
-    parser.add_argument(
-        "--top_k", type=int, default=top_k, metavar="K", help=f"maximum number of moments per query{default}"
-    )
+    parser.add_argument("--top_k", type=int, metavar="K", help="maximum number of moments per query")
     parser.add_argument("--threshold", type=float, metavar="SCORE", help="minimum score of a moment")
     parser.add_argument(
         "--nms_threshold", type=float, metavar="IOU", help="drop a moment if its IoU with a better one is above this"
     )
+
+
+def check_retrieval_arguments(arguments: argparse.Namespace, num_proposals: Sequence[int]) -> None:
+    """Raise `ValueError` for an invalid number or threshold of `retrieve` or `evaluate`, before the model is loaded."""
+    from ..checks import check_positive
+    from ..processing_diffusionvmr import DiffusionVMRProcessor
+
+    for number in num_proposals:
+        check_positive(number, "--num_proposals")
+    if arguments.num_sampling_steps is not None:
+        check_positive(arguments.num_sampling_steps, "--num_sampling_steps")
+    given = {name: value for name, value in vars(arguments).items() if name in POST_PROCESSING and value is not None}
+    DiffusionVMRProcessor(**given)  # checks the rest
 
 
 def clip_seconds_of(arguments: argparse.Namespace, video_features: Sequence[Mapping], config) -> float | None:

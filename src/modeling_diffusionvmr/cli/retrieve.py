@@ -5,7 +5,14 @@ import json
 import sys
 from collections.abc import Sequence
 
-from .options import CommandParser, add_model_arguments, add_retrieval_arguments, load_model, loading
+from .options import (
+    CommandParser,
+    add_model_arguments,
+    add_retrieval_arguments,
+    check_retrieval_arguments,
+    load_model,
+    loading,
+)
 
 NUM_FRAMES = 12  # number of frames below the timeline
 PIPELINE_OPTIONS = ("top_k", "threshold", "nms_threshold", "num_proposals", "num_sampling_steps")
@@ -13,14 +20,18 @@ PIPELINE_OPTIONS = ("top_k", "threshold", "nms_threshold", "num_proposals", "num
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments of `diffusionvmr retrieve`."""
-    parser = CommandParser("retrieve", description="Find the moments of a video that sentences describe.")
+    parser = CommandParser(
+        "retrieve",
+        description="Find the moments of a video that sentences describe.\n"
+        "All numbers and thresholds default to those saved with the model.",
+    )
     parser.add_argument("video", metavar="VIDEO", help="video file")
     parser.add_argument(
         "query", metavar="QUERY", nargs="+", help="sentence; the video is encoded once for all sentences"
     )
     add_model_arguments(parser)
     parser.add_argument("--num_proposals", type=int, metavar="N", help="number of spans drawn from noise")
-    add_retrieval_arguments(parser, top_k=5)
+    add_retrieval_arguments(parser)
     parser.add_argument("--plot", metavar="OUT.png", help="save a picture of the timeline")
     parser.add_argument("--json", action="store_true", help="print JSON, with the saliency of each clip")
     return parser.parse_args(argv)
@@ -30,8 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the moments, and plot them with `--plot`."""
     from ..pipeline_diffusionvmr import VideoMomentRetrievalPipeline
 
-    if arguments.plot:
-        from .. import plotting  # noqa: F401  if Matplotlib is missing, say so before the work
+    _check(arguments)
     # `pipeline("video-moment-retrieval")` would report an unusable checkpoint as a traceback
     model, processor = load_model(arguments)
     with loading(model.name_or_path):
@@ -45,8 +55,19 @@ def run(arguments: argparse.Namespace) -> None:
             print(query)
             for moment in result["moments"]:
                 print(f"  {moment['start']:8.2f} s - {moment['end']:8.2f} s   score {moment['score']:.3f}")
-    if arguments.plot:
+            if not result["moments"]:
+                print("  no moment found")
+    if arguments.plot is not None:
         _plot(arguments, results)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise an error for invalid flags that would otherwise only fail after the work is done."""
+    check_retrieval_arguments(arguments, [] if arguments.num_proposals is None else [arguments.num_proposals])
+    if arguments.plot is not None:
+        from ..plotting import check_picture
+
+        check_picture(arguments.plot, "--plot")
 
 
 def _plot(arguments: argparse.Namespace, results: list[dict]) -> None:

@@ -224,6 +224,34 @@ def annotation_rows(plan: VideoPlan) -> list[dict[str, Any]]:
     ]
 
 
+def absent_queries(plan: VideoPlan, seed: int, similar: bool) -> tuple[Query, ...]:
+    """
+    Draw sentences that are true at no time in a video: one for each of its sentences, of the same kind.
+
+    Args:
+        plan: the video.
+        seed: of the random draws.
+        similar: whether each pair that a sentence names shares its color, its shape or both with an object of the
+            video. Otherwise the sentence names no color and no shape of the video.
+    """
+    rng = np.random.default_rng([seed, 6])
+    words = {word for track in plan.tracks for word in track.pair}
+    allowed = PAIRS if any(query.unseen for query in plan.queries) else SEEN_PAIRS
+    pairs = [pair for pair in allowed if words.isdisjoint(pair) != similar]
+    queries: list[Query] = []
+    for present in plan.queries:
+        asked = [query.statement for query in queries]
+        while True:
+            chosen = rng.permutation(len(pairs))[: len(present.statement.pairs)]
+            statement = Statement(present.kind, tuple(pairs[i] for i in chosen))
+            if statement not in asked and not true_windows(statement, plan.tracks):
+                break
+        text = statement.text(int(rng.integers(6)))
+        unseen = not UNSEEN_PAIRS.isdisjoint(statement.pairs)
+        queries.append(Query(text, statement, (), unseen, _has_swap(statement, plan.tracks)))
+    return tuple(queries)
+
+
 def render_frame(plan: VideoPlan, time: float) -> np.ndarray:
     """Render the frame at `time` seconds: uint8 (FRAME_SIZE, FRAME_SIZE, 3)."""
     background = [seed for start, seed in plan.scenery if start <= time][-1]

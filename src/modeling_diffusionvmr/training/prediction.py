@@ -1,5 +1,6 @@
 """Run a model over a dataset and write predictions in the official format."""
 
+import copy
 import math
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -10,11 +11,24 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.annotations import SALIENCY_CLIP_SECONDS
+from ..processing_diffusionvmr import DiffusionVMRProcessor
 from .collator import DiffusionVMRDataCollator
 from .dataset import MomentRetrievalDataset
 
 # The noisy spans of a training sample are excluded, since they reveal the truth
 MODEL_INPUTS = ("video_features", "video_mask", "text_features", "text_mask")
+
+EVERY_PROPOSAL = {"threshold": 0.0, "top_k": None, "nms_threshold": None}
+
+
+def every_proposal(processor: DiffusionVMRProcessor) -> DiffusionVMRProcessor:
+    """
+    Return a copy of a processor that by default drops no proposal. The official metrics rank every proposal, while the
+    values saved with a checkpoint are chosen for people. `round_to` stays.
+    """
+    processor = copy.copy(processor)
+    vars(processor).update(EVERY_PROPOSAL)
+    return processor
 
 
 class RowOutputs(NamedTuple):
@@ -60,10 +74,11 @@ def official_predictions(
     Args:
         dataset: the dataset that the rows are from.
         outputs: of some or all of its rows.
-        post_processing: `threshold`, `top_k`, `nms_threshold` and `round_to`, which override the processor's.
+        post_processing: `threshold`, `top_k` and `nms_threshold`, by default those of `EVERY_PROPOSAL`, and `round_to`,
+            by default the processor's.
     """
     rows = [dataset.rows[index] for index in outputs.rows.tolist()]
-    found = dataset.processor.post_process_moment_retrieval(
+    found = every_proposal(dataset.processor).post_process_moment_retrieval(
         SimpleNamespace(logits=outputs.logits, pred_spans=outputs.pred_spans),
         outputs.covered_durations.tolist(),
         [row["duration"] for row in rows],
@@ -115,7 +130,8 @@ def predict_moments(
         batch_size: rows per batch.
         num_proposals, num_sampling_steps: N and S. Default: those of the model's configuration.
         progress: show a progress bar.
-        post_processing: `threshold`, `top_k`, `nms_threshold` and `round_to`, which override the processor's.
+        post_processing: `threshold`, `top_k`, `nms_threshold` and `round_to`, as for `official_predictions`. By default
+            every proposal is returned, whatever is saved with the processor.
 
     Returns:
         Predictions as from `official_predictions`, in the order of the rows. `metrics.scorable` selects those that

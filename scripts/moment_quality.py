@@ -1,0 +1,89 @@
+"""
+Measure the moments that a person gets, and choose `threshold`, `nms_threshold` and `top_k` by that measure.
+
+A row is a sentence about a video with `relevant_windows` ([start, end] in seconds; none if the sentence is not true in
+the video) and `pred_relevant_windows` ([start, end, score], every proposal, by descending score). A moment is right if
+its IoU with a true window is at least `MIN_IOU` and no better moment of the sentence was matched to that window. So of
+two moments at the same place one is wrong, and every moment of a sentence that is not true in its video is wrong.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from modeling_diffusionvmr.spans import iou_and_generalized_iou, nms, window_to_span
+
+MIN_IOU = 0.5
+THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(20))
+NMS_THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(1, 10))
+TOP_K = (1, 2, 3, 4, 5, 7, 10, 20)
+
+
+def judge(row: Mapping[str, Any], nms_threshold: float | None) -> list[tuple[float, bool]]:
+    """
+    Return (score, whether it is right) for each moment of a row that NMS keeps, by descending score.
+
+    Each moment in turn is matched to the true window with the highest IoU among those that are still free. The result
+    for a moment does not depend on later ones, so it stays the same if `threshold` or `top_k` drop those.
+    """
+    kept = torch.tensor(row["pred_relevant_windows"], dtype=torch.float64).reshape(-1, 3)
+    if nms_threshold is not None:
+        kept = kept[nms(kept[:, :2], nms_threshold)]
+    truth = torch.tensor(row["relevant_windows"], dtype=torch.float64).reshape(-1, 2)
+    ious, _ = iou_and_generalized_iou(window_to_span(kept[:, :2])[:, None], window_to_span(truth)[None])
+    free = dict.fromkeys(range(len(truth)))
+    judged = []
+    for score, overlaps in zip(kept[:, 2].tolist(), ious.tolist()):
+        best = max(free, key=overlaps.__getitem__, default=None)
+        right = best is not None and overlaps[best] >= MIN_IOU
+        if right:
+            del free[best]
+        judged.append((score, right))
+    return judged
+
+
+def measure(
+    rows: Sequence[Mapping[str, Any]], threshold: float, nms_threshold: float | None, top_k: int | None
+) -> dict[str, Any]:
+    """
+    Measure the moments that the processor returns with these values.
+
+    Returns:
+        `n`, the number of rows; the mean number of moments; precision, recall and F1 in percent, "-" where there is
+        nothing to count; and the percentage of rows without a moment.
+    """
+    shown = [[right for score, right in judge(row, nms_threshold)[:top_k] if score >= threshold] for row in rows]
+    moments, right = sum(map(len, shown)), sum(map(sum, shown))
+    true = sum(len(row["relevant_windows"]) for row in rows)
+    return {
+        "n": len(rows),
+        "moments per sentence": moments / len(rows),
+        "precision": _percent(right, moments),
+        "recall": _percent(right, true),
+        "F1": _percent(2 * right, moments + true) if true else "-",
+        "no moment": _percent(sum(not of_row for of_row in shown), len(rows)),
+    }
+
+
+def _percent(part: int, whole: int) -> float | str:
+    return 100 * part / whole if whole else "-"
+
+
+def choose(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the `threshold`, `nms_threshold` and `top_k` with the best F1 over all rows. Ties go to smaller values."""
+    true = sum(len(row["relevant_windows"]) for row in rows)
+    best: dict[str, Any] = {}
+    best_f1 = -1.0
+    for nms_threshold in NMS_THRESHOLDS:
+        moments = [(rank, *moment) for row in rows for rank, moment in enumerate(judge(row, nms_threshold))]
+        ranks, scores, right = np.array(moments).T
+        for top_k, threshold in itertools.product(TOP_K, THRESHOLDS):
+            shown = (ranks < top_k) & (scores >= threshold)
+            f1 = 2 * right[shown].sum() / (shown.sum() + true)
+            if f1 > best_f1:
+                best_f1 = f1
+                best = {"threshold": threshold, "nms_threshold": nms_threshold, "top_k": top_k}
+    return best
