@@ -14,7 +14,7 @@ PIPELINE_OPTIONS = ("top_k", "threshold", "nms_threshold", "num_proposals", "num
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments of `diffusionvmr retrieve`."""
     parser = CommandParser("retrieve", description="Find the moments of a video that sentences describe.")
-    parser.add_argument("video", metavar="VIDEO", help="video file")
+    parser.add_argument("video", metavar="VIDEO", help="video file, or its URL")
     parser.add_argument(
         "query", metavar="QUERY", nargs="+", help="sentence; the video is encoded once for all sentences"
     )
@@ -28,6 +28,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the moments, and plot them with `--plot`."""
+    from ..download import fetch
     from ..pipeline_diffusionvmr import VideoMomentRetrievalPipeline
 
     if arguments.plot:
@@ -37,6 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     with loading(model.name_or_path):
         retrieve = VideoMomentRetrievalPipeline(model=model, processor=processor)
     options = {name: getattr(arguments, name) for name in PIPELINE_OPTIONS if getattr(arguments, name) is not None}
+    arguments.video = fetch(arguments.video, progress=True)  # here, since the plot reads the video as well
     results = retrieve(arguments.video, arguments.query, return_saliency=True, progress=True, **options)
     if arguments.json:
         print(json.dumps([{"query": query, **result} for query, result in zip(arguments.query, results)]))
