@@ -206,7 +206,9 @@ def test_unreachable_server(server, monkeypatch):
         fetch(server.url("silent"))
 
 
-@pytest.mark.parametrize("url", ["http://[::1/a.mp4", "http://127.0.0.1:99999/a.mp4", "https://127.0.0.1:x/a.mp4"])
+@pytest.mark.parametrize(
+    "url", ["http://[::1/a.mp4", "http://127.0.0.1:99999/a.mp4", "https://127.0.0.1:x/a.mp4", "file://[/a.mp4"]
+)
 def test_invalid_urls(url):
     with pytest.raises(ValueError, match="not a valid URL") as caught:
         fetch(url)

@@ -61,12 +61,16 @@ def fetch(video: Any, max_bytes: int = MAX_DOWNLOAD_BYTES, progress: bool = Fals
     match = URL.match(video) if isinstance(video, str) else None
     if match is None:
         return video
+    try:
+        host, path = urlsplit(video)[1:3]
+        urlsplit(video).port  # noqa: B018  checks it
+    except ValueError as error:
+        raise ValueError(f"{video}: not a valid URL ({error})") from error
     scheme = match[1].lower()
     if scheme in ("http", "https"):
         return _download(video, max_bytes, progress)
     if scheme != "file":
         raise ValueError(f"{video}: URLs of type {scheme} are not supported; expected http, https or file")
-    host, path = urlsplit(video)[1:3]
     if host not in ("", "localhost") or not path:
         raise ValueError(f"{video}: a file URL must be file:/// and the whole path of a file on this computer")
     return url2pathname(path)
@@ -96,7 +100,6 @@ def _download(url: str, max_bytes: int, progress: bool) -> Download:
 
 def _open(url: str) -> http.client.HTTPResponse:
     try:
-        urlsplit(url).port  # noqa: B018  raises ValueError
         # Like a browser, encode spaces and other characters that a URL cannot contain. Some servers refuse the default
         # user agent.
         request = Request(quote(url, safe=string.punctuation), headers={"User-Agent": "modeling_diffusionvmr"})
