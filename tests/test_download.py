@@ -4,6 +4,7 @@ import errno
 import gc
 import io
 import os
+import pickle
 import socket
 import tempfile
 from urllib.error import HTTPError
@@ -78,6 +79,12 @@ def test_video_from_a_url(server, content, temporary_files):
     assert not temporary_files[0].closed
     del video
     assert temporary_files[0].closed
+
+
+def test_pickled(server, content, temporary_files):
+    copied = pickle.loads(pickle.dumps(fetch(server.url(f"plain/{NAME}"))))
+    assert (copied.read(), copied.name) == (content, server.url(f"plain/{NAME}"))
+    assert len(temporary_files) == 2
 
 
 def test_unusual_urls(server, content):

@@ -167,6 +167,7 @@ def test_urls(pipe, video, video_server):
     assert pipe(url, QUERIES) == expected
     assert pipe([url, video], QUERIES) == [expected] * 2
     assert len(video_server.requested) == 2
+    assert pipe([url], QUERIES, num_workers=1) == [expected]
     with pytest.raises(ValueError, match=f"^{url}: .* more than `max_download_bytes`, which is 100$"):
         pipe(url, QUERIES, max_download_bytes=100)
     with pytest.raises(OSError, match="the server answered 404"):

@@ -30,6 +30,19 @@ class Download:
         self.seek = file.seek
         weakref.finalize(self, file.close)
 
+    def __reduce__(self):
+        # Worker processes of a data loader (`num_workers`) pickle what they download
+        self.seek(0)
+        return _from_content, (self.read(), self.name)
+
+
+def _from_content(content: bytes, url: str) -> Download:
+    file = tempfile.TemporaryFile()
+    download = Download(file, url)
+    _write(file, content, url)
+    file.seek(0)
+    return download
+
 
 class _RedirectHandler(HTTPRedirectHandler):
     """Follow redirects to http and https only, and never from https to http."""

@@ -163,7 +163,7 @@ class DiffusionVMRProcessor(ProcessorMixin):
         self.nms_threshold = nms_threshold
         self.round_to = round_to
 
-    def __call__(  # type: ignore[override]  # other processors take videos and sentences, which ours refuses
+    def __call__(
         self,
         video_features: Sequence = (),
         text_features: Sequence[np.ndarray] = (),
