@@ -251,6 +251,8 @@ def test_one_query_for_a_dataset(pipe, others):
     results = pipe(decoded, QUERIES[0])
     assert results == [pipe(one, QUERIES[0]) for one in decoded]
     assert pipe(tuple(decoded), QUERIES[0]) == results
+    files = tuple(io.BytesIO(Path(path).read_bytes()) for path in paths)
+    assert pipe(files, QUERIES) == expected
     assert pipe([], QUERIES) == [] and list(pipe(KeyDataset([], "video"), query=QUERIES)) == []
     assert list(pipe(KeyDataset(others, "video"), query=[])) == [[], []]
 

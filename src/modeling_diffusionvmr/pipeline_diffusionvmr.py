@@ -231,8 +231,8 @@ def check_batch_size(batch_size: Any) -> None:
 
 def _is_one(video: Any) -> bool:
     """Return whether a value stands for one video or one row, valid or not."""
-    if isinstance(video, tuple):  # `(frames, fps)`, unless all of it are videos or rows
-        return not all(isinstance(item, (str, os.PathLike, Mapping, tuple)) for item in video)
+    if isinstance(video, tuple):  # `(frames, fps)`, unless all items are videos or rows
+        return not all(_is_one(item) and not hasattr(item, "dtype") for item in video)
     is_array_or_decoder = hasattr(video, "dtype") or hasattr(video, "_hf_encoded")
     return is_array_or_decoder or hasattr(video, "read") or isinstance(video, (str, bytes, os.PathLike, Mapping))
 
