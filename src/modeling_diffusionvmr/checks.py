@@ -30,7 +30,7 @@ def check_positive(value: Any, name: str) -> None:
 def check_whole(value: Any, name: str, low: float = -math.inf) -> None:
     """Raise `ValueError` unless a value is a whole number, at least `low`. The message begins with `name`."""
     # Not with `is_number`: the model calls this, and `math.isfinite` would break its compiled graph
-    if isinstance(value, bool) or not isinstance(value, Integral) or value >= INT64.stop:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not value < INT64.stop:
         raise ValueError(f"{name} must be a whole number, got {value!r}")
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value!r}")
