@@ -1,11 +1,13 @@
 """Shared fixtures."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from modeling_diffusionvmr import DiffusionVMRConfig
+from video_server import VideoServer
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +51,12 @@ def tiny_config():
         return DiffusionVMRConfig(**{**fields, **changes})
 
     return make
+
+
+@pytest.fixture
+def video_server(monkeypatch) -> Iterator[VideoServer]:
+    """A web server on the loopback. Put the content of files into `video_server.files`."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    with VideoServer() as server:
+        yield server

@@ -6,12 +6,14 @@ import sys
 import warnings
 import wave
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModel, AutoProcessor, pipeline
+from transformers.pipelines.pt_utils import KeyDataset
 
 from modeling_diffusionvmr import (
     DiffusionVMRForMomentRetrieval,
@@ -155,6 +157,117 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return self.rows[index]
+
+
+def test_urls(pipe, video, video_server):
+    expected = pipe(video, QUERIES)
+    assert pipe(video.as_uri(), QUERIES) == expected
+    video_server.files["a.mp4"] = video.read_bytes()
+    url = video_server.url("plain/a.mp4")
+    assert pipe(url, QUERIES) == expected
+    assert pipe([url, video], QUERIES) == [expected] * 2
+    assert len(video_server.requested) == 2
+    assert pipe([url], QUERIES, num_workers=1) == [expected]
+    with pytest.raises(ValueError, match=f"^{url}: .* more than `max_download_bytes`, which is 100$"):
+        pipe(url, QUERIES, max_download_bytes=100)
+    with pytest.raises(OSError, match="the server answered 404"):
+        pipe(video_server.url("plain/b.mp4"), QUERIES)
+
+
+def test_url_for_all_calls(checkpoint, video, video_server):
+    video_server.files["a.mp4"] = video.read_bytes()
+    limited = pipeline(TASK, model=str(checkpoint), max_download_bytes=100)
+    with pytest.raises(ValueError, match="which is 100$"):
+        limited(video_server.url("plain/a.mp4"), QUERIES)
+    assert limited(video_server.url("plain/a.mp4"), QUERIES, max_download_bytes=10**6) == limited(video, QUERIES)
+
+
+def test_progress(pipe, video, video_server, capsys):
+    video_server.files["a.mp4"] = video.read_bytes()
+    capsys.readouterr()
+    pipe(video_server.url("plain/a.mp4"), QUERIES[0])
+    assert capsys.readouterr().err == ""
+    pipe(video_server.url("plain/a.mp4"), QUERIES[0], progress=True)
+    printed = capsys.readouterr().err
+    assert "downloading: 100%" in printed and "encoding clips: 100%" in printed
+
+
+def test_rows_of_a_video_column(pipe, video):
+    expected = pipe(video, QUERIES[0])
+    content = video.read_bytes()
+    for row in (
+        {"bytes": None, "path": str(video)},
+        {"bytes": content, "path": None},
+        {"bytes": content, "path": "only/a/name.mp4"},
+        {"path": str(video)},
+        {"bytes": None, "path": video.as_uri()},
+    ):
+        assert pipe(row, QUERIES[0]) == expected
+    with pytest.raises(ValueError, match=r"^only/a/name\.mp4: not a readable video"):
+        pipe({"bytes": b"no video", "path": "only/a/name.mp4"}, QUERIES[0])
+    with pytest.raises(ValueError, match="^a video of 8 bytes: not a readable video"):
+        pipe({"bytes": b"no video", "path": None}, QUERIES[0])
+    with pytest.raises(ValueError, match="^`bytes` of a video must be bytes, got str: 'no video'"):
+        pipe({"bytes": "no video", "path": None}, QUERIES[0])
+
+
+def test_decoder_of_a_video_column(pipe, video):
+    """`datasets` leaves the file of a decoder in an attribute. torchcodec is too large for the tests."""
+    decoder = SimpleNamespace(_hf_encoded={"bytes": None, "path": str(video)})
+    expected = pipe(video, QUERIES[0])
+    assert pipe(decoder, QUERIES[0]) == expected
+    assert pipe([decoder], QUERIES[0]) == [expected]
+
+
+@pytest.fixture
+def others(video, tmp_path) -> datasets.Dataset:
+    """A dataset of two videos of different lengths, with a column of type `Video`."""
+    other = write_video(tmp_path / "other.mp4", np.arange(50) / RATE)
+    columns = {"vid": ["a", "b"], "video": [str(video), str(other)], "query": QUERIES}
+    return datasets.Dataset.from_dict(columns).cast_column("video", datasets.Video(decode=False))
+
+
+def test_one_query_for_a_dataset(pipe, others):
+    paths = [row["path"] for row in others["video"]]
+    expected = [pipe(path, QUERIES) for path in paths]
+    assert expected[0] != expected[1]
+    for videos in (
+        KeyDataset(others, "video"),
+        others["video"],
+        Rows(paths),
+        (path for path in paths),
+        map(str, paths),
+        dict(zip("ab", paths)).values(),
+        (row["video"] for row in others.to_iterable_dataset()),
+    ):
+        results = pipe(videos, query=QUERIES)
+        assert type(results) is not list
+        assert list(results) == expected, type(videos)
+    assert len(pipe(KeyDataset(others, "video"), query=QUERIES)) == 2
+    for many in (paths, tuple(paths), [{"path": path} for path in paths]):
+        results = pipe(many, QUERIES)
+        assert type(results) is list and results == expected
+    decoded = [(np.stack([picture(index) for index in range(length)]), RATE) for length in (50, 146)]
+    results = pipe(decoded, QUERIES[0])
+    assert results == [pipe(one, QUERIES[0]) for one in decoded]
+    assert pipe(tuple(decoded), QUERIES[0]) == results
+    files = tuple(io.BytesIO(Path(path).read_bytes()) for path in paths)
+    assert pipe(files, QUERIES) == expected
+    assert pipe([], QUERIES) == [] and list(pipe(KeyDataset([], "video"), query=QUERIES)) == []
+    assert list(pipe(KeyDataset(others, "video"), query=[])) == [[], []]
+
+
+def test_other_keys_of_a_row_are_ignored(pipe, others):
+    expected = [pipe(row["video"], row["query"]) for row in others]
+    assert list(pipe(others)) == pipe(list(others)) == list(pipe(others.to_iterable_dataset())) == expected
+    assert pipe(others[0]) == expected[0]
+
+
+def test_bad_video_among_good_ones(pipe, video, tmp_path):
+    results = iter(pipe((path for path in (video, tmp_path / "absent.mp4")), QUERIES[0]))
+    check_moments(next(results))
+    with pytest.raises(FileNotFoundError, match=r"absent\.mp4: no such file"):
+        next(results)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
@@ -333,15 +446,62 @@ def test_query_is_missing(pipe, video):
             pipe(inputs)
 
 
-def test_several_videos_with_one_query(pipe, video):
-    rows = [{"video": str(video)}, {"bytes": None, "path": str(video)}]
-    for videos in ([str(video), str(video)], *rows, rows, iter([str(video)]), 5, str(video).encode()):
-        with pytest.raises(TypeError, match=f"a video must be a path.* got {type(videos).__name__}"):
-            pipe(videos, QUERIES[0])
+def test_values_that_are_not_videos(pipe, video):
+    frames = np.zeros((4, 8, 8, 3), np.uint8)
+    values = (5, str(video).encode(), frames, {"video": str(video), "query": "a dog"}, {"bytes": None, "path": None})
+    for value in (*values, *([value] for value in values)):
+        name = type(value[0] if type(value) is list else value).__name__
+        with pytest.raises(ValueError, match=f"^a video must be a path, a URL.* got {name}: "):
+            pipe(value, QUERIES[0])
 
 
 def test_no_videos(pipe):
     assert pipe([]) == []
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *({"top_k": value} for value in ("5", 2.5, True, -1)),
+        *({"threshold": value} for value in ("0.5", float("nan"), True)),
+        *({"nms_threshold": value} for value in ("0.5", 1.5, -0.5)),
+        *({"round_to": value} for value in (0, "2", float("inf"))),
+        *({"num_proposals": value} for value in (0, -3, 2.5, "5", True)),
+        *({"num_sampling_steps": value} for value in (0, 1000, 2.5, "2", True)),
+        *({"max_download_bytes": value} for value in (0, 2.5, "5", None)),
+        *({"batch_size": value} for value in (0, 2, "2")),
+    ],
+    ids=lambda option: "-".join(map(str, *option.items())),
+)
+def test_invalid_options(checkpoint, pipe, video, counts, option):
+    """They are named before the work."""
+    (name,) = option
+    for inputs in ([video, QUERIES[0]], [[{"video": video, "query": QUERIES[0]}]]):
+        with pytest.raises(ValueError, match=f"^`{name}` must be .*, got {option[name]!r}"):
+            pipe(*inputs, **option)
+    assert counts["videos"] == 0
+    with pytest.raises(ValueError, match=f"^`{name}` must be .*, got {option[name]!r}"):
+        pipeline(TASK, model=str(checkpoint), **option)
+
+
+def test_batch_size_of_one(checkpoint, pipe, video):
+    expected = pipe(video, QUERIES[0])
+    assert pipe([video, video], QUERIES[0], batch_size=1) == [expected] * 2
+    assert pipeline(TASK, model=str(checkpoint), batch_size=1)([video], QUERIES[0]) == [expected]
+
+
+def test_damaged_weights(checkpoint, video):
+    """NaN is an error, not an empty list."""
+    damaged = pipeline(TASK, model=str(checkpoint))
+    with torch.no_grad():
+        damaged.model.saliency_head.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="^sample 0: `saliency_scores` .* are its weights damaged?"):
+        damaged(video, QUERIES)
+    with torch.no_grad():
+        for parameter in damaged.model.parameters():
+            parameter.fill_(float("nan"))
+    with pytest.raises(ValueError, match="^sample 0: `logits` .* NaN or infinity; are its weights damaged?"):
+        damaged(video, QUERIES)
 
 
 def test_unknown_arguments(checkpoint, pipe, video):
@@ -349,10 +509,6 @@ def test_unknown_arguments(checkpoint, pipe, video):
         pipe(video, QUERIES[0], topk=3)
     with pytest.raises(ValueError, match=r"unknown arguments \['iou'\]"):
         pipeline(TASK, model=str(checkpoint), iou=3)
-    with pytest.raises(ValueError, match="num_proposals"):
-        pipe(video, QUERIES[0], num_proposals=0)
-    with pytest.raises(ValueError, match="num_sampling_steps"):
-        pipe(video, QUERIES[0], num_sampling_steps=1000)
 
 
 def test_backbones_that_cannot_be_run_are_named(tiny_config, tmp_path):
@@ -377,7 +533,7 @@ def test_checkpoint_holds_everything(checkpoint):
     assert {"clip/config.json", "clip/model.safetensors", "clip/tokenizer_config.json"} <= names
     parts = ("configuration", "modeling", "processing", "pipeline", "loss")
     assert {f"{part}_diffusionvmr.py" for part in parts} <= names
-    assert {"spans.py", "diffusion.py", "video.py", "backbones.py", "checks.py"} <= names
+    assert {"spans.py", "diffusion.py", "video.py", "download.py", "backbones.py", "checks.py"} <= names
     config = json.loads((checkpoint / "config.json").read_text())
     assert config["custom_pipelines"][TASK]["pt"] == ["AutoModel"]
     assert config["custom_pipelines"][TASK]["impl"] == "pipeline_diffusionvmr.VideoMomentRetrievalPipeline"

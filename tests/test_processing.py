@@ -1,3 +1,5 @@
+import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -226,20 +228,95 @@ def test_saved_with_the_processor(processor, tmp_path):
     assert find(threshold=0.7) == [(48, 88, 0.8)]
 
 
+INVALID = [
+    ("top_k", [-1, 1.5, "5", True, 10**30, [5]]),
+    ("round_to", [0, -2, "2", float("inf"), True]),
+    ("threshold", [float("nan"), "0.5", True]),
+    ("nms_threshold", [1.5, -1, "0.5", float("nan"), True]),
+]
+INVALID_FIELDS = [
+    *INVALID,
+    ("threshold", [None]),
+    ("video_feature_sizes", [None, 12, "12", [], {"12": 1}, [12, 0], [2.5], ["12"], [True], [-12]]),
+    *((name, [0, -1, 2.5, "5", True, None]) for name in ("text_feature_size", "max_clips", "max_tokens")),
+]
+
+
+def cases(invalid) -> list[tuple]:
+    return [(name, value) for name, values in invalid for value in values]
+
+
+@pytest.mark.parametrize(("name", "value"), cases(INVALID_FIELDS))
+def test_invalid_fields(tmp_path, name, value):
+    fields = {"video_feature_sizes": [12], "text_feature_size": 8}
+    message = rf"^`{name}(\[\d\])?` must be .*, got "
+    with pytest.raises(ValueError, match=message):
+        DiffusionVMRProcessor(**{**fields, name: value})
+
+    DiffusionVMRProcessor(**fields).save_pretrained(tmp_path)
+    path = tmp_path / "processor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    for load in (AutoProcessor.from_pretrained, DiffusionVMRProcessor.from_pretrained):
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        DiffusionVMRProcessor.from_pretrained(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), cases(INVALID))
+def test_invalid_options(processor, name, value):
+    with pytest.raises(ValueError, match=f"^`{name}` must be .*, got {re.escape(repr(value))}"):
+        processor.post_process_moment_retrieval(outputs(PROPOSALS), [100.0], **{name: value})
+
+
+def test_whole_numbers_of_numpy(processor):
+    (found,) = processor.post_process_moment_retrieval(outputs(PROPOSALS), [100.0], top_k=np.int64(2))
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("value", [0, -1.5, float("nan"), float("inf"), "9", None, True])
+@pytest.mark.parametrize("name", ["covered_durations", "durations"])
+def test_invalid_durations(processor, name, value):
+    arguments = {"covered_durations": [10.0, 10.0], "durations": [10.0, 10.0], name: [10.0, value]}
+    with pytest.raises(ValueError, match=rf"^`{name}\[1\]` must be a number above 0, got {value!r}"):
+        processor.post_process_moment_retrieval(outputs(PROPOSALS, PROPOSALS), **arguments)
+
+
+@pytest.mark.parametrize("make", [list, np.array, torch.tensor, tuple, lambda values: np.array(values, np.float32)])
+def test_forms_of_durations(processor, make):
+    expected = processor.post_process_moment_retrieval(outputs(PROPOSALS, PROPOSALS), [10.0, 20.0], [9.5, 18])
+    found = processor.post_process_moment_retrieval(outputs(PROPOSALS, PROPOSALS), make([10.0, 20.0]), make([9.5, 18]))
+    assert found == expected
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["logits", "pred_spans", "saliency_scores"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_that_are_not_numbers(processor, name, value, dtype):
+    """An empty list would hide that a model is damaged."""
+    damaged = outputs(PROPOSALS, PROPOSALS, dtype=dtype)
+    damaged.saliency_scores = torch.zeros(2, 7, dtype=dtype)
+    assert len(processor.post_process_moment_retrieval(damaged, [100.0, 100.0])) == 2
+    getattr(damaged, name)[1].flatten()[-1] = value
+    with pytest.raises(ValueError, match=f"^sample 1: `{name}` .* NaN or infinity; are its weights damaged?"):
+        processor.post_process_moment_retrieval(damaged, [100.0, 100.0])
+
+
 @pytest.mark.parametrize(
-    "option",
+    ("arguments", "given", "message"),
     [
-        {"top_k": -1},
-        {"top_k": 1.5},
-        {"round_to": 0},
-        {"threshold": float("nan")},
-        {"nms_threshold": 1.5},
-        {"nms_threshold": -1},
+        ([], {"text": "a dog", "videos": "a.mp4"}, "the processor takes no text, videos"),
+        ([], {"text": ["a dog"], "videos": [np.zeros((4, 8, 8, 3))], "return_tensors": "pt"}, "takes no text, videos"),
+        ([[video(4, 4)], [sentence(3)]], {"padding": True}, "the processor takes no padding"),
+        (["a.mp4", "a dog"], {}, "`video_features` must be arrays, got 'a.mp4'"),
+        ([["a.mp4"], ["a dog"]], {}, r"`video_features` must be arrays, got \['a.mp4'\]"),
+        ([[video(4, 4)], ["a dog"]], {}, r"`text_features` must be arrays, got \['a dog'\]"),
+        ([None, [sentence(3)]], {}, "`video_features` must be arrays, got None"),
     ],
 )
-def test_invalid_options(option):
-    with pytest.raises(ValueError, match=f"`{next(iter(option))}` must be"):
-        DiffusionVMRProcessor([12], 8, **option)
+def test_videos_and_sentences_are_not_features(processor, arguments, given, message):
+    with pytest.raises(ValueError, match=f"{message}; pass features, as .* with pipeline\\('video-moment-retrieval'"):
+        processor(*arguments, **given)
 
 
 @pytest.mark.parametrize("duration", [30.1, 12.3, 99.9])
@@ -249,12 +326,6 @@ def test_end_is_never_after_the_duration(duration):
     assert moment["end"] <= duration
     with pytest.raises(ValueError, match=r"`covered_durations` must have one entry per sample \(1\), got 2"):
         DiffusionVMRProcessor([12], 8).post_process_moment_retrieval(outputs, [duration, duration])
-
-
-@pytest.mark.parametrize("field", ["max_clips", "max_tokens"])
-def test_invalid_sizes(field):
-    with pytest.raises(ValueError, match=f"`{field}` must be at least 1, got 0"):
-        DiffusionVMRProcessor([3], 2, **{field: 0})
 
 
 def test_nothing_to_prepare():

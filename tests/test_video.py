@@ -107,7 +107,8 @@ def test_other_file_objects(tmp_path, make):
     ("video", "message"),
     [
         (b"a.mp4", "got bytes: b'a.mp4'"),
-        ({"bytes": None, "path": "a.mp4"}, "got dict: {'bytes': None, 'path': 'a.mp4'}"),
+        ({"bytes": None, "path": None}, "got dict: {'bytes': None, 'path': None}"),
+        ({"video": "a.mp4"}, "got dict: {'video': 'a.mp4'}"),
         ([np.zeros((4, 2, 2, 3), np.uint8), 5], r"got list: \[array\("),
         (np.zeros((4, 2, 2, 3), np.uint8), r"got ndarray: array\("),
         ((np.zeros((4, 2, 2, 3), np.uint8),), r"got tuple: \(array\("),
@@ -115,7 +116,7 @@ def test_other_file_objects(tmp_path, make):
     ],
 )
 def test_values_that_are_not_videos(video, message):
-    with pytest.raises(TypeError, match=rf"^a video must be a path, a binary file .* or \(frames, fps\), {message}"):
+    with pytest.raises(ValueError, match=rf"^a video must be a path, a URL, .* or \(frames, fps\), {message}"):
         open_video(video, 2.0)
 
 

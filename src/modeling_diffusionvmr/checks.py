@@ -1,7 +1,7 @@
 """Checks of single values that several modules share."""
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 INT64 = range(-(2**63), 2**63)
@@ -25,6 +25,15 @@ def check_positive(value: Any, name: str) -> None:
     """Raise `ValueError` unless a value is a finite number above 0. The message begins with `name`."""
     if not is_number(value) or value <= 0:
         raise ValueError(f"{name} must be a number above 0, got {value!r}")
+
+
+def check_whole(value: Any, name: str, low: float = -math.inf) -> None:
+    """Raise `ValueError` unless a value is a whole number, at least `low`. The message begins with `name`."""
+    # Not with `is_number`: the model calls this, and `math.isfinite` would break its compiled graph
+    if isinstance(value, bool) or not isinstance(value, Integral) or not value < INT64.stop:
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value!r}")
 
 
 def check_sentence(value: Any, name: str = "a query") -> None:

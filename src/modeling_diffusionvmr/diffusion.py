@@ -8,10 +8,13 @@ This module works on plain tensors and does not depend on the network. Spans in 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from .checks import check_whole
 
 
 def cosine_alphas_cumprod(num_steps: int) -> Tensor:
@@ -46,6 +49,13 @@ def spans_to_signal(spans: Tensor, scale: float) -> Tensor:
 def signal_to_spans(signal: Tensor, scale: float) -> Tensor:
     """Convert signals to spans in [0, 1]. Values outside [-scale, scale] are clamped."""
     return (signal.clamp(-scale, scale) / scale + 1) / 2
+
+
+def check_num_sampling_steps(value: Any, num_diffusion_steps: int) -> None:
+    """Raise `ValueError` unless the number of DDIM steps is a whole number from 1 to `num_diffusion_steps`."""
+    check_whole(value, "`num_sampling_steps`")
+    if not 1 <= value <= num_diffusion_steps:
+        raise ValueError(f"`num_sampling_steps` must be 1 to num_diffusion_steps={num_diffusion_steps}, got {value}")
 
 
 def sampling_timesteps(timesteps: Tensor, num_sampling_steps: int) -> Tensor:

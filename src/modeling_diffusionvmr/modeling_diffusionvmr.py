@@ -25,8 +25,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .backbones import Backbones
 from .checkpoint import HUB_ARGUMENTS, save_backbones, save_processor
+from .checks import check_whole
 from .configuration_diffusionvmr import DiffusionVMRConfig
-from .diffusion import DiffusionSchedule, sampling_timesteps, signal_to_spans, spans_to_signal
+from .diffusion import DiffusionSchedule, check_num_sampling_steps, sampling_timesteps, signal_to_spans, spans_to_signal
 from .loss_diffusionvmr import Targets, diffusionvmr_loss
 from .spans import keep_inside, refine, roi_align
 from .weights import check_weight_index, missing_weights
@@ -503,8 +504,7 @@ class DiffusionVMRModel(DiffusionVMRPreTrainedModel):
         """
         if num_proposals is None:
             num_proposals = self.config.num_proposals if noisy_spans is None else noisy_spans.shape[-2]
-        if num_proposals < 1:
-            raise ValueError(f"`num_proposals` must be at least 1, got {num_proposals}")
+        check_whole(num_proposals, "`num_proposals`", 1)
         if noisy_spans is None:
             noisy_spans = self.schedule.initial_noise(num_proposals)[None]
         elif noisy_spans.ndim != 3 or noisy_spans.shape[0] not in (1, batch_size) or noisy_spans.shape[2] != 2:
@@ -654,6 +654,8 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         Raises:
             ValueError: if a shape is wrong, the number of labels is not B, N is below 1, or S is not in [1, T].
         """
+        if num_proposals is not None:
+            check_whole(num_proposals, "`num_proposals`", 1)
         batch_size = len(video_features)
         if labels is not None and len(labels) != batch_size:
             raise ValueError(f"got {batch_size} samples but {len(labels)} labels")
@@ -671,7 +673,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
             if (noisy_spans is None) != (timesteps is None):
                 raise ValueError("in training, `noisy_spans` and `timesteps` must be given together")
             if noisy_spans is None:
-                drawn = self.config.max_training_proposals if num_proposals is None else max(num_proposals, 1)
+                drawn = self.config.max_training_proposals if num_proposals is None else num_proposals
                 schedule = self.model.schedule
                 draws = schedule.draw(*targets.spans.shape[:2], drawn, device=targets.spans.device)
                 noisy_spans, timesteps = schedule.corrupt(targets.spans, targets.window_mask.sum(1), draws)
@@ -718,10 +720,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
     ) -> DiffusionVMRDecoderOutput:
         """Run DDIM with `num_sampling_steps` calls of the decoder. Return the output of the last call."""
         steps = self.config.num_sampling_steps if num_sampling_steps is None else num_sampling_steps
-        if not 1 <= steps <= self.config.num_diffusion_steps:
-            raise ValueError(
-                f"`num_sampling_steps` must be 1 to num_diffusion_steps={self.config.num_diffusion_steps}, got {steps}"
-            )
+        check_num_sampling_steps(steps, self.config.num_diffusion_steps)
         schedule = self.model.schedule
         visited = sampling_timesteps(timesteps, steps)
         for index in range(steps):

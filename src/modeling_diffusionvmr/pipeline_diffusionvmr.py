@@ -6,20 +6,24 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import Pipeline
 
 from .backbones import Backbones
 from .checkpoint import load_backbones
-from .checks import check_sentence
+from .checks import check_sentence, check_whole
 from .configuration_diffusionvmr import DiffusionVMRConfig
-from .processing_diffusionvmr import DiffusionVMRProcessor
+from .diffusion import check_num_sampling_steps
+from .processing_diffusionvmr import DiffusionVMRProcessor, check_post_processing
 from .video import open_video
 from .weights import check_weights
 
-FORWARD_PARAMETERS = ("num_proposals", "num_sampling_steps", "progress")
-POST_PARAMETERS = ("top_k", "threshold", "nms_threshold", "round_to", "return_saliency")
+# The options of a call, by the method that takes them
+PREPROCESS_OPTIONS = ("max_download_bytes", "progress")
+FORWARD_OPTIONS = ("num_proposals", "num_sampling_steps", "progress")
+PROCESSOR_OPTIONS = ("top_k", "threshold", "nms_threshold", "round_to")
+POSTPROCESS_OPTIONS = (*PROCESSOR_OPTIONS, "return_saliency")
 
 
 class VideoMomentRetrievalPipeline(Pipeline):
@@ -57,21 +61,24 @@ class VideoMomentRetrievalPipeline(Pipeline):
 
     # Here and below, `Pipeline` uses other names for the same arguments, but always passes them by position
     def __call__(  # type: ignore[override]
-        self, video: Any, query: str | list[str] | None = None, **kwargs
+        self, video: Any, query: str | list[str] | None = None, batch_size: int | None = None, **kwargs
     ) -> Any:
         """
         Args:
-            video: a path, a binary file object, or `(frames, fps)` with frames (T, H, W, 3) uint8 RGB. For many videos,
-                an iterable of `{"video": ..., "query": ...}` (a list, a generator, a `datasets.Dataset`), and no
-                `query`.
-            query: a sentence or a list of sentences. The video is decoded and encoded once for all of them.
+            video: a path, an `http(s)://` or `file://` URL, a binary file object, a row of a `datasets` column of type
+                `Video`, or `(frames, fps)` with frames (T, H, W, 3) uint8 RGB. For many videos and one `query`, an
+                iterable of these (a list, a generator, a `KeyDataset`). For many videos with their own queries, an
+                iterable of `{"video": ..., "query": ...}` and no `query`; other keys are ignored.
+            query: a sentence or a list of sentences. Each video is decoded and encoded once for all of them.
+            batch_size: only 1 is possible. Frames and sentences of one video are encoded in batches of their own.
             top_k: maximum number of moments per query.
             threshold: minimum score of a moment.
             nms_threshold: a moment is dropped if its IoU with a better one is above this value.
             round_to: round starts and ends to multiples of this number of seconds.
             num_proposals: number of proposals (N).
             num_sampling_steps: number of DDIM steps (S).
-            progress: show a progress bar while the video is encoded.
+            max_download_bytes: maximum size of a video that is downloaded. Default: 1 GiB.
+            progress: show a progress bar while the video is downloaded and encoded.
             return_saliency: also return the saliency score of each clip.
 
         Returns:
@@ -82,41 +89,62 @@ class VideoMomentRetrievalPipeline(Pipeline):
 
         Raises:
             FileNotFoundError: if a video file does not exist.
-            TypeError, ValueError: if the input is not a readable video or not a sentence. The message names the input.
+            OSError: if a download fails.
+            ValueError: if the input is not a readable video or not a sentence, or if an option is invalid. The message
+                names the input or the option. Options are checked first.
         """
-        if query is not None:
-            return super().__call__({"video": video, "query": query}, **kwargs)
-        if isinstance(video, tuple) and all(isinstance(row, Mapping) for row in video):
-            video = list(video)
-        if _is_single_video(video):
-            raise ValueError("`query` is missing: pass a sentence or a list of sentences")
-        if isinstance(video, list) and not video:
-            return []
-        if isinstance(video, Iterable) and not isinstance(video, (list, Mapping, torch.utils.data.Dataset)):
-            video = (row for row in video)  # a generator, the only kind of iterator that `Pipeline` accepts
-        return super().__call__(video, **kwargs)
+        check_batch_size(batch_size)
+        inputs: Any
+        if _is_one(video):
+            if query is None and not isinstance(video, Mapping):
+                raise ValueError("`query` is missing: pass a sentence or a list of sentences")
+            inputs = _as_row(video, query)
+        elif isinstance(video, (list, tuple)):
+            if not video:
+                return []
+            inputs = [_as_row(one, query) for one in video]
+        elif isinstance(video, Dataset) and hasattr(video, "__len__"):
+            inputs = Rows(video, query)
+        elif isinstance(video, Iterable):
+            # A generator is the only kind of iterator that `Pipeline` accepts
+            inputs = (_as_row(one, query) for one in video)
+        else:
+            inputs = _as_row(video, query)  # which `preprocess` or `open_video` rejects
+        return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(self, **kwargs):
-        unknown = kwargs.keys() - {*FORWARD_PARAMETERS, *POST_PARAMETERS}
+        """Check the options of a call, or those for all calls, before the work. Sort them by method."""
+        known = dict.fromkeys((*PREPROCESS_OPTIONS, *FORWARD_OPTIONS, *POSTPROCESS_OPTIONS))
+        unknown = kwargs.keys() - known
         if unknown:
-            raise ValueError(
-                f"unknown arguments {sorted(unknown)}; expected some of {[*FORWARD_PARAMETERS, *POST_PARAMETERS]}"
-            )
-        return (
-            {},
-            {name: kwargs[name] for name in FORWARD_PARAMETERS if name in kwargs},
-            {name: kwargs[name] for name in POST_PARAMETERS if name in kwargs},
+            raise ValueError(f"unknown arguments {sorted(unknown)}; expected some of {[*known]}")
+        check_batch_size(self._batch_size)
+        check_post_processing(**{name: kwargs[name] for name in PROCESSOR_OPTIONS if name in kwargs})
+        if kwargs.get("num_proposals") is not None:
+            check_whole(kwargs["num_proposals"], "`num_proposals`", 1)
+        if kwargs.get("num_sampling_steps") is not None:
+            check_num_sampling_steps(kwargs["num_sampling_steps"], self.model.config.num_diffusion_steps)
+        if "max_download_bytes" in kwargs:
+            check_whole(kwargs["max_download_bytes"], "`max_download_bytes`", 1)
+        return tuple(
+            {name: kwargs[name] for name in names if name in kwargs}
+            for names in (PREPROCESS_OPTIONS, FORWARD_OPTIONS, POSTPROCESS_OPTIONS)
         )
 
-    def preprocess(self, inputs: Mapping[str, Any]) -> dict[str, Any]:  # type: ignore[override]
-        """Open the video and check the sentences. Frames are decoded later, while `_forward` encodes them."""
-        if not isinstance(inputs, Mapping) or inputs.keys() != {"video", "query"}:
+    def preprocess(  # type: ignore[override]
+        self, inputs: Mapping[str, Any], **options
+    ) -> dict[str, Any]:
+        """
+        Check the sentences and open the video, which downloads it if it is a URL. Frames are decoded later, while
+        `_forward` encodes them.
+        """
+        if not isinstance(inputs, Mapping) or not {"video", "query"} <= inputs.keys():
             raise ValueError(f"each input must be a dict with 'video' and 'query', got {reprlib.repr(inputs)}")
         query = inputs["query"]
         queries = list(query) if isinstance(query, Sequence) and not isinstance(query, (str, bytes)) else [query]
         for sentence in queries:
             check_sentence(sentence)
-        video = open_video(inputs["video"], self.backbones.clip_seconds)
+        video = open_video(inputs["video"], self.backbones.clip_seconds, **options)
         if video.num_clips > self.processor.max_clips:
             warnings.warn(
                 f"the {video.num_clips} clips of this video of {video.duration:.1f} s are averaged down to "
@@ -126,7 +154,7 @@ class VideoMomentRetrievalPipeline(Pipeline):
         return {"video": video, "queries": queries, "single": isinstance(query, str)}
 
     def _forward(  # type: ignore[override]
-        self, inputs: dict[str, Any], progress: bool = False, **parameters
+        self, inputs: dict[str, Any], progress: bool = False, **options
     ) -> dict[str, Any]:
         video, queries = inputs["video"], inputs["queries"]
         features = {"outputs": None, "video": video, "single": inputs["single"]}
@@ -142,12 +170,12 @@ class VideoMomentRetrievalPipeline(Pipeline):
             video_features=clips.to(device, dtype).expand(len(texts), -1, -1),
             text_features=texts.to(device, dtype),
             text_mask=text_mask.to(device),
-            **parameters,
+            **options,
         )
         return features
 
     def postprocess(  # type: ignore[override]
-        self, features: dict[str, Any], return_saliency: bool = False, **parameters
+        self, features: dict[str, Any], return_saliency: bool = False, **options
     ) -> Any:
         """Turn the model's outputs into moments, see `__call__`."""
         outputs, video = features["outputs"], features["video"]
@@ -156,7 +184,7 @@ class VideoMomentRetrievalPipeline(Pipeline):
         count = len(outputs.logits)
         covered = video.num_clips * video.clip_seconds
         results: list[Any] = self.processor.post_process_moment_retrieval(
-            outputs, [covered] * count, [video.duration] * count, **parameters
+            outputs, [covered] * count, [video.duration] * count, **options
         )
         if return_saliency:
             saliency = outputs.saliency_scores.float().tolist()
@@ -173,9 +201,40 @@ class VideoMomentRetrievalPipeline(Pipeline):
         super().save_pretrained(save_directory, backbones=self.backbones, **kwargs)
 
 
-def _is_single_video(video: Any) -> bool:
-    is_array = hasattr(video, "dtype")
-    return is_array or hasattr(video, "read") or isinstance(video, (str, bytes, os.PathLike, tuple))
+class Rows(Dataset):
+    """A dataset of videos as rows with the same query, or a dataset of rows as it is."""
+
+    def __init__(self, videos: Any, query: Any):
+        self.videos = videos
+        self.query = query
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return _as_row(self.videos[index], self.query)
+
+
+def _as_row(video: Any, query: Any) -> Any:
+    """Return a row of video and query. Without a query, `video` must be such a row already."""
+    return video if query is None else {"video": video, "query": query}
+
+
+def check_batch_size(batch_size: Any) -> None:
+    """Raise `ValueError` for a `batch_size` other than 1."""
+    if batch_size is not None and batch_size != 1:
+        raise ValueError(
+            f"`batch_size` must be 1, got {batch_size!r}: videos differ in length, so each is encoded alone "
+            "(pass the sentences of one video as a list, to search them in one batch)"
+        )
+
+
+def _is_one(video: Any) -> bool:
+    """Return whether a value stands for one video or one row, valid or not."""
+    if isinstance(video, tuple):  # `(frames, fps)`, unless all items are videos or rows
+        return not all(_is_one(item) and not hasattr(item, "dtype") for item in video)
+    is_array_or_decoder = hasattr(video, "dtype") or hasattr(video, "_hf_encoded")
+    return is_array_or_decoder or hasattr(video, "read") or isinstance(video, (str, bytes, os.PathLike, Mapping))
 
 
 __all__ = ["VideoMomentRetrievalPipeline"]

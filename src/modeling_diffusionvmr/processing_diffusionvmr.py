@@ -1,9 +1,10 @@
 """The processor prepares inputs (features to tensors) and decodes outputs (to moments in seconds)."""
 
 import math
+import reprlib
 import warnings
 from collections.abc import Sequence
-from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +13,15 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from .checks import check_positive, is_number
+from .checks import check_positive, check_whole, is_number
 from .spans import nms, span_to_window
 
 MAX_LENGTH_GAP = 2  # released features of two backbones differ by up to 2 clips for the same video
+
+TAKES_FEATURES = (
+    "pass features, as processor(video_features, text_features), or search videos with "
+    "pipeline('video-moment-retrieval', model=...)"
+)
 
 
 def average_down(features: Tensor, num_parts: int) -> Tensor:
@@ -62,6 +68,50 @@ def check_finite(features: Tensor, name: str) -> None:
         raise ValueError(f"{name}: features contain NaN or infinity in row {row}")
 
 
+def check_post_processing(
+    threshold: Any = None, top_k: Any = None, nms_threshold: Any = None, round_to: Any = None
+) -> None:
+    """Raise `ValueError` for an invalid option of `post_process_moment_retrieval`. `None` is a valid value."""
+    if threshold is not None and not is_number(threshold):
+        raise ValueError(f"`threshold` must be a number, got {threshold!r}")
+    if top_k is not None:
+        check_whole(top_k, "`top_k`", 0)
+    if nms_threshold is not None and not (is_number(nms_threshold) and 0 <= nms_threshold <= 1):
+        raise ValueError(f"`nms_threshold` must be between 0 and 1, got {nms_threshold!r}")
+    if round_to is not None:
+        check_positive(round_to, "`round_to`")
+
+
+def check_outputs(outputs: Any) -> None:
+    """Raise `ValueError` if a sample's scores, spans or saliency contain NaN or infinity. The message names it."""
+    for name in ("logits", "pred_spans", "saliency_scores"):
+        values = getattr(outputs, name, None)
+        if values is None:
+            continue
+        finite = values.detach().isfinite().flatten(1).all(1)
+        if not finite.all():
+            sample = (~finite).nonzero()[0].item()
+            raise ValueError(
+                f"sample {sample}: `{name}` of the model contains NaN or infinity; are its weights damaged?"
+            )
+
+
+def check_durations(durations: Any, name: str, count: int) -> list[float]:
+    """
+    Return one duration in seconds per sample.
+
+    Raises:
+        ValueError: if there are not `count` of them, or if one is not a finite number above 0. The message begins with
+            `name`.
+    """
+    values = durations.tolist() if isinstance(durations, (Tensor, np.ndarray)) else list(durations)
+    if len(values) != count:
+        raise ValueError(f"`{name}` must have one entry per sample ({count}), got {len(values)}")
+    for index, value in enumerate(values):
+        check_positive(value, f"`{name}[{index}]`")
+    return values
+
+
 class DiffusionVMRProcessor(ProcessorMixin):
     """
     Prepares features for the model and turns its outputs into moments. It does not contain the backbones.
@@ -75,6 +125,9 @@ class DiffusionVMRProcessor(ProcessorMixin):
         top_k: maximum number of returned moments. `None` returns all.
         nms_threshold: a moment is dropped if its IoU with a better one is above this value. `None` keeps all.
         round_to: round starts and ends to multiples of this number of seconds. `None` does not round.
+
+    Raises:
+        ValueError: if an argument is invalid. The message names it.
     """
 
     def __init__(
@@ -90,10 +143,17 @@ class DiffusionVMRProcessor(ProcessorMixin):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        for name, value in (("max_clips", max_clips), ("max_tokens", max_tokens)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}")
-        self._check_options(threshold, top_k, nms_threshold, round_to)
+        is_list = isinstance(video_feature_sizes, Sequence) and not isinstance(video_feature_sizes, (str, bytes))
+        if not is_list or not video_feature_sizes:
+            raise ValueError(f"`video_feature_sizes` must be a list of whole numbers, got {video_feature_sizes!r}")
+        for index, size in enumerate(video_feature_sizes):
+            check_whole(size, f"`video_feature_sizes[{index}]`", 1)
+        check_whole(text_feature_size, "`text_feature_size`", 1)
+        check_whole(max_clips, "`max_clips`", 1)
+        check_whole(max_tokens, "`max_tokens`", 1)
+        if threshold is None:
+            raise ValueError("`threshold` must be a number, got None")
+        check_post_processing(threshold, top_k, nms_threshold, round_to)
         self.video_feature_sizes = list(video_feature_sizes)
         self.text_feature_size = text_feature_size
         self.max_clips = max_clips
@@ -104,7 +164,11 @@ class DiffusionVMRProcessor(ProcessorMixin):
         self.round_to = round_to
 
     def __call__(
-        self, video_features: Sequence, text_features: Sequence[np.ndarray], return_tensors: str = "pt"
+        self,
+        video_features: Sequence = (),
+        text_features: Sequence[np.ndarray] = (),
+        return_tensors: str = "pt",
+        **others,
     ) -> BatchFeature:
         """
         Args:
@@ -115,9 +179,14 @@ class DiffusionVMRProcessor(ProcessorMixin):
             `video_features` (B, Lv, Dv), `video_mask` (B, Lv), `text_features` (B, Lt, Dt) and `text_mask` (B, Lt).
 
         Raises:
-            ValueError: if features are invalid (see `prepare_video` and `prepare_text`), or if the numbers of videos
-                and sentences differ.
+            ValueError: if features are invalid (see `prepare_video` and `prepare_text`), if the numbers of videos and
+                sentences differ, or if videos or sentences are given in place of their features.
         """
+        if others:
+            raise ValueError(f"the processor takes no {', '.join(sorted(others))}; {TAKES_FEATURES}")
+        for name, values in (("video_features", video_features), ("text_features", text_features)):
+            if values is None or isinstance(values, str) or any(isinstance(value, str) for value in values):
+                raise ValueError(f"`{name}` must be arrays, got {reprlib.repr(values)}; {TAKES_FEATURES}")
         if return_tensors != "pt":
             raise ValueError(f"`return_tensors` must be 'pt', got {return_tensors!r}")
         if len(video_features) != len(text_features):
@@ -213,22 +282,24 @@ class DiffusionVMRProcessor(ProcessorMixin):
             and 0 <= start <= end <= duration.
 
         Raises:
-            ValueError: if an option is invalid, or if the number of durations differs from B.
+            ValueError: if an option is invalid, if the durations are not B finite numbers above 0, or if the outputs
+                contain NaN or infinity. The message names the option, the duration or the sample.
         """
         threshold = self.threshold if threshold is None else threshold
         top_k = self.top_k if top_k is None else top_k
         nms_threshold = self.nms_threshold if nms_threshold is None else nms_threshold
         round_to = self.round_to if round_to is None else round_to
 
-        self._check_options(threshold, top_k, nms_threshold, round_to)
-        for name, seconds in (("covered_durations", covered_durations), ("durations", durations)):
-            if seconds is not None and len(seconds) != len(outputs.logits):
-                raise ValueError(f"`{name}` must have one entry per sample ({len(outputs.logits)}), got {len(seconds)}")
+        check_post_processing(threshold, top_k, nms_threshold, round_to)
+        count = len(outputs.logits)
+        covered_seconds = check_durations(covered_durations, "covered_durations", count)
+        seconds = covered_seconds if durations is None else check_durations(durations, "durations", count)
+        check_outputs(outputs)
 
         scores = outputs.logits.detach().float().softmax(-1)[..., 0].cpu()
         # Use float64: in float32, a moment could end after a video of 30.1 s
-        covered = torch.as_tensor(covered_durations, dtype=torch.float64)[:, None, None]
-        limits = covered if durations is None else torch.as_tensor(durations, dtype=torch.float64)[:, None, None]
+        covered = torch.tensor(covered_seconds, dtype=torch.float64)[:, None, None]
+        limits = torch.tensor(seconds, dtype=torch.float64)[:, None, None]
         windows = span_to_window(outputs.pred_spans.detach().cpu().double()) * covered
         if round_to is not None:
             windows = (windows / round_to).round() * round_to
@@ -244,20 +315,6 @@ class DiffusionVMRProcessor(ProcessorMixin):
             moments = zip(sample_windows[keep][:top_k].tolist(), sample_scores[keep][:top_k].tolist())
             results.append([{"start": start, "end": end, "score": score} for (start, end), score in moments])
         return results
-
-    @staticmethod
-    def _check_options(threshold, top_k, nms_threshold, round_to):
-        for name, value, low, high, rule in (
-            ("threshold", threshold, -math.inf, math.inf, "a number"),
-            ("top_k", top_k, 0, math.inf, "a whole number, 0 or more"),
-            ("nms_threshold", nms_threshold, 0, 1, "between 0 and 1"),
-        ):
-            if value is not None and not (is_number(value) and low <= value <= high):
-                raise ValueError(f"`{name}` must be {rule}, got {value!r}")
-        if top_k is not None and not isinstance(top_k, Integral):  # it ends a slice
-            raise ValueError(f"`top_k` must be a whole number, 0 or more, got {top_k!r}")
-        if round_to is not None:
-            check_positive(round_to, "`round_to`")
 
 
 __all__ = ["DiffusionVMRProcessor"]

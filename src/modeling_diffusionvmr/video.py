@@ -6,16 +6,18 @@ player shows at that time: the last frame whose timestamp is not later.
 """
 
 import importlib
+import io
 import math
 import os
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from .checks import check_positive
+from .download import MAX_DOWNLOAD_BYTES, fetch
 
 # In seconds: a file that ends earlier than its header says was cut off, but headers are rounded and the streams of a
 # file end at slightly different times
@@ -198,27 +200,53 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def open_video(video: Any, clip_seconds: float) -> Video:
+def _file_of_row(row: Mapping[str, Any]) -> Any:
+    """Return the path, or the content as a file, of a row of a `datasets` column of type `Video`."""
+    path, content = row.get("path"), row.get("bytes")
+    if content is None:
+        return path
+    if not isinstance(content, (bytes, bytearray, memoryview)):
+        raise ValueError(f"`bytes` of a video must be bytes, got {type(content).__name__}: {reprlib.repr(content)}")
+    file: Any = io.BytesIO(content)
+    file.name = path or f"a video of {len(content)} bytes"  # for messages
+    return file
+
+
+def open_video(
+    video: Any, clip_seconds: float, max_download_bytes: int = MAX_DOWNLOAD_BYTES, progress: bool = False
+) -> Video:
     """
     Open a video to read one frame per clip.
 
     Args:
-        video: a path, a binary file object (anything with `read` and `seek`), or `(frames, fps)` with frames
-            (T, H, W, 3) uint8 RGB and fps any real number.
+        video: one of
+            - a path,
+            - an `http://`, `https://` or `file://` URL. A download lasts as long as the returned object,
+            - a binary file object (anything with `read` and `seek`),
+            - a row of a `datasets` column of type `Video`: a dict of `path` and `bytes`, or the decoder that `datasets`
+              makes of it. The decoder is not used: its file is read like any other,
+            - `(frames, fps)` with frames (T, H, W, 3) uint8 RGB and fps any real number.
         clip_seconds: length of a clip in seconds.
+        max_download_bytes: maximum size of a download.
+        progress: show a progress bar of a download.
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        TypeError: if `video` is of another type.
-        ValueError: if the file is not a video, has no video stream or no frames, or is damaged or cut off (raised here
-            or while iterating; the message names the file and the second), or if the frames have another shape.
+        OSError: if a download fails.
+        ValueError: if `video` is of another type, if a download is too large or its URL is invalid, if the file is not
+            a video, has no video stream or no frames, or is damaged or cut off (raised here or while iterating; the
+            message names the file and the second), or if the frames have another shape.
         ImportError: if a file is given and PyAV is not installed.
     """
-    if isinstance(video, tuple) and len(video) == 2:
-        return FrameVideo(*video, clip_seconds)
-    if isinstance(video, (str, os.PathLike)) or (hasattr(video, "read") and hasattr(video, "seek")):
-        return FileVideo(video, clip_seconds)
-    raise TypeError(
-        "a video must be a path, a binary file object or (frames, fps), "
+    source = getattr(video, "_hf_encoded", video)  # `datasets` remembers there what it made a decoder of
+    if isinstance(source, Mapping) and {"path", "bytes"} & source.keys():
+        source = _file_of_row(source)
+    source = fetch(source, max_download_bytes, progress)
+    if isinstance(source, tuple) and len(source) == 2:
+        return FrameVideo(*source, clip_seconds)
+    if isinstance(source, (str, os.PathLike)) or (hasattr(source, "read") and hasattr(source, "seek")):
+        return FileVideo(source, clip_seconds)
+    raise ValueError(
+        "a video must be a path, a URL, a binary file object, a row of a `datasets` video column or (frames, fps), "
         f"got {type(video).__name__}: {reprlib.repr(video)}"
     )

@@ -85,6 +85,24 @@ def test_nothing_found(retrieve):
     ]
 
 
+def test_url(video, retrieve, video_server, tmp_path, capsys):
+    expected = retrieve(*QUERIES)
+    video_server.files["a.mp4"] = video.read_bytes()
+    main(["retrieve", video_server.url("plain/a.mp4"), *QUERIES, "--plot", str(tmp_path / "out.png")])
+    printed = capsys.readouterr()
+    assert printed.out == expected
+    assert "downloading: 100%" in printed.err
+    assert len(video_server.requested) == 1  # the plot reads the same download
+    assert (tmp_path / "out.png").stat().st_size > 1000
+    main(["retrieve", video.as_uri(), *QUERIES])
+    assert capsys.readouterr().out == expected
+
+
+def test_url_without_a_video(error_of, video_server):
+    url = video_server.url("plain/absent.mp4")
+    assert error_of("retrieve", url, "a red circle") == f"error: {url}: the server answered 404 (Not Found)"
+
+
 def test_query_with_dollar_signs(retrieve, tmp_path):
     retrieve("from $5 to $10 $x_{$", "--plot", tmp_path / "out.png")
     assert (tmp_path / "out.png").stat().st_size > 1000

@@ -163,14 +163,13 @@ def add_retrieval_arguments(parser: argparse.ArgumentParser) -> None:
 def check_retrieval_arguments(arguments: argparse.Namespace, num_proposals: Sequence[int]) -> None:
     """Raise `ValueError` for an invalid number or threshold of `retrieve` or `evaluate`, before the model is loaded."""
     from ..checks import check_positive
-    from ..processing_diffusionvmr import DiffusionVMRProcessor
+    from ..processing_diffusionvmr import check_post_processing
 
     for number in num_proposals:
         check_positive(number, "--num_proposals")
     if arguments.num_sampling_steps is not None:
         check_positive(arguments.num_sampling_steps, "--num_sampling_steps")
-    given = {name: value for name, value in vars(arguments).items() if name in POST_PROCESSING and value is not None}
-    DiffusionVMRProcessor(**given)  # checks the rest
+    check_post_processing(**{name: value for name, value in vars(arguments).items() if name in POST_PROCESSING})
 
 
 def clip_seconds_of(arguments: argparse.Namespace, video_features: Sequence[Mapping], config) -> float | None:

@@ -25,7 +25,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         description="Find the moments of a video that sentences describe.\n"
         "All numbers and thresholds default to those saved with the model.",
     )
-    parser.add_argument("video", metavar="VIDEO", help="video file")
+    parser.add_argument("video", metavar="VIDEO", help="video file, or its URL")
     parser.add_argument(
         "query", metavar="QUERY", nargs="+", help="sentence; the video is encoded once for all sentences"
     )
@@ -39,6 +39,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the moments, and plot them with `--plot`."""
+    from ..download import fetch
     from ..pipeline_diffusionvmr import VideoMomentRetrievalPipeline
 
     _check(arguments)
@@ -47,6 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     with loading(model.name_or_path):
         retrieve = VideoMomentRetrievalPipeline(model=model, processor=processor)
     options = {name: getattr(arguments, name) for name in PIPELINE_OPTIONS if getattr(arguments, name) is not None}
+    arguments.video = fetch(arguments.video, progress=True)  # here, since the plot reads the video as well
     results = retrieve(arguments.video, arguments.query, return_saliency=True, progress=True, **options)
     if arguments.json:
         print(json.dumps([{"query": query, **result} for query, result in zip(arguments.query, results)]))
@@ -63,6 +65,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raise an error for invalid flags that would otherwise only fail after the work is done."""
+    from ..checks import check_sentence
+
+    for query in arguments.query:
+        check_sentence(query)
     check_retrieval_arguments(arguments, [] if arguments.num_proposals is None else [arguments.num_proposals])
     if arguments.plot is not None:
         from ..plotting import check_picture

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -79,7 +78,7 @@ def official_predictions(
     """
     rows = [dataset.rows[index] for index in outputs.rows.tolist()]
     found = every_proposal(dataset.processor).post_process_moment_retrieval(
-        SimpleNamespace(logits=outputs.logits, pred_spans=outputs.pred_spans),
+        outputs,
         outputs.covered_durations.tolist(),
         [row["duration"] for row in rows],
         **post_processing,
