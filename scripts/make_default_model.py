@@ -44,8 +44,8 @@ from modeling_diffusionvmr.synthetic.rendered_world import (
     plan_video,
     write_video,
 )
+from modeling_diffusionvmr.training.moment_quality import choose, measure
 from modeling_diffusionvmr.training.prediction import EVERY_PROPOSAL, every_proposal
-from moment_quality import choose, measure
 from rendered_clip import measure_clip, train_rendered_clip
 
 CLIP_SECONDS = 2.0

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from modeling_diffusionvmr.spans import iou_and_generalized_iou, nms, window_to_span
+from ..spans import iou_and_generalized_iou, nms, window_to_span
 
 MIN_IOU = 0.5
 THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(20))

@@ -1,13 +1,13 @@
-"""`scripts/moment_quality.py`, by hand and against the pipeline."""
+"""Judging moments, by hand and against the pipeline."""
 
 import pytest
 from transformers import pipeline
 
-import moment_quality as script
 from make_default_model import retrieve_all
 from modeling_diffusionvmr import DEFAULT_MODEL
 from modeling_diffusionvmr.modeling_diffusionvmr import TASK
 from modeling_diffusionvmr.synthetic.rendered_world import annotation_rows, plan_video, write_video
+from modeling_diffusionvmr.training import moment_quality
 from modeling_diffusionvmr.training.prediction import EVERY_PROPOSAL, every_proposal
 
 PRESENT = {
@@ -24,23 +24,23 @@ ALL = {"threshold": 0.0, "nms_threshold": None, "top_k": None}
 
 
 def test_matching_is_one_to_one():
-    assert script.judge(PRESENT, None) == [(0.9, True), (0.8, False), (0.7, True), (0.6, False)]
-    assert script.judge(PRESENT, 0.7) == [(0.9, True), (0.7, True), (0.6, False)]
-    assert script.judge(ABSENT, 0.7) == [(0.75, False), (0.65, False)]
-    assert script.judge({**ABSENT, "pred_relevant_windows": []}, 0.7) == []
+    assert moment_quality.judge(PRESENT, None) == [(0.9, True), (0.8, False), (0.7, True), (0.6, False)]
+    assert moment_quality.judge(PRESENT, 0.7) == [(0.9, True), (0.7, True), (0.6, False)]
+    assert moment_quality.judge(ABSENT, 0.7) == [(0.75, False), (0.65, False)]
+    assert moment_quality.judge({**ABSENT, "pred_relevant_windows": []}, 0.7) == []
 
 
 def test_a_moment_takes_the_best_free_window():
     # The first takes the window that it fits best, which leaves the other one for the second
     row = {"relevant_windows": [[0, 10], [4, 12]], "pred_relevant_windows": [[4, 12, 0.9], [1, 10, 0.8]]}
-    assert script.judge(row, None) == [(0.9, True), (0.8, True)]
+    assert moment_quality.judge(row, None) == [(0.9, True), (0.8, True)]
 
 
 def test_figures():
     columns = ("n", "moments per sentence", "precision", "recall", "F1", "no moment")
 
     def figures(rows, **changes):
-        return tuple(script.measure(rows, **{**ALL, **changes})[column] for column in columns)
+        return tuple(moment_quality.measure(rows, **{**ALL, **changes})[column] for column in columns)
 
     assert figures([PRESENT, ABSENT]) == (2, 3.0, pytest.approx(100 / 3), 100.0, 50.0, 0.0)
     assert figures([PRESENT, ABSENT], nms_threshold=0.7, threshold=0.7) == (2, 1.5, pytest.approx(200 / 3), 100, 80, 0)
@@ -51,7 +51,7 @@ def test_figures():
 
 def test_the_best_f1_is_chosen():
     # Both right moments, without [1, 10], [26, 31] and one of the two moments of the absent sentence
-    assert script.choose([PRESENT, ABSENT]) == {"threshold": 0.7, "nms_threshold": 0.1, "top_k": 2}
+    assert moment_quality.choose([PRESENT, ABSENT]) == {"threshold": 0.7, "nms_threshold": 0.1, "top_k": 2}
 
 
 def test_the_pipeline_returns_what_is_measured(tmp_path):
@@ -65,4 +65,4 @@ def test_the_pipeline_returns_what_is_measured(tmp_path):
     defaults = {name: getattr(processor, name) for name in EVERY_PROPOSAL}
     assert {len(row["pred_relevant_windows"]) for row in every} == {20}
     assert 0 < sum(len(row["pred_relevant_windows"]) for row in by_default) < 5 * len(rows)
-    assert script.measure(by_default, **EVERY_PROPOSAL) == script.measure(every, **defaults)
+    assert moment_quality.measure(by_default, **EVERY_PROPOSAL) == moment_quality.measure(every, **defaults)
