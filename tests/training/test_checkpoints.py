@@ -139,13 +139,14 @@ def test_a_killed_training_resumes_to_the_same_weights(killed, uninterrupted, in
 
 
 def test_resumes_from_any_step_to_the_same_weights(uninterrupted, in_process, tmp_path):
-    """At the end and in the middle of an epoch, with dropout, with and without workers."""
+    """At the end and in the middle of an epoch, with dropout, with and without workers, which may be persistent."""
     logs = json.loads((uninterrupted / "logs").read_text())
     workers = {"dataloader_num_workers": 2, "dataloader_multiprocessing_context": "fork"}
-    for step, options in ((1, {}), (2, workers), (3, {}), (5, {})):
+    persistent = {**workers, "dataloader_persistent_workers": True}
+    for step, options in ((0, persistent), (1, persistent), (2, workers), (3, persistent), (4, {}), (5, {})):
         folder = tmp_path / str(step)
         folder.mkdir()
-        checkpoint = str(uninterrupted / f"run/checkpoint-{step}")
+        checkpoint = str(uninterrupted / f"run/checkpoint-{step}") if step else None
         in_process(small_training.train, str(folder), checkpoint, save_strategy="no", **options)
         assert_same_end(folder, uninterrupted)
         ours, theirs = (

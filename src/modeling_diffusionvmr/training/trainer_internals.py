@@ -6,7 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi
+from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
@@ -14,9 +16,28 @@ from transformers.utils import PushInProgress
 from .checkpoints import MANIFEST, STAGING_FOLDER, write_manifest
 
 
+class OneDraw(Sampler):
+    """A sampler that draws one number from PyTorch's global generator per pass, and is otherwise the one it wraps."""
+
+    def __init__(self, sampler: Sampler):
+        self.sampler = sampler
+
+    def __iter__(self):
+        torch.empty((), dtype=torch.int64).random_()
+        yield from self.sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str):
+        if name == "sampler":  # not yet set, while unpickling
+            raise AttributeError(name)
+        return getattr(self.sampler, name)
+
+
 class TrainerInternals(Trainer):
     """
-    A `Trainer` that weights samples equally and saves checkpoints atomically.
+    A `Trainer` that weights samples equally, saves checkpoints atomically and resumes to the same weights.
 
     All overrides of private methods are in this class. The comment above each says what it relies on in `Trainer` and
     why no public hook is sufficient. Check these when the tested range of transformers grows.
@@ -45,6 +66,17 @@ class TrainerInternals(Trainer):
                 batch["num_samples"] = min(max(in_round - self.args.process_index * size, 0), in_batch)
             total += in_round
         return total or None
+
+    # A data loader draws a seed for its workers from the global generator, which dropout uses too: once per pass, but
+    # only once in all with persistent workers. A resumed training would draw it once more, and end with other weights.
+    # Here that seed comes from a generator of its own, and every pass draws one number, as without persistent workers.
+    # The public `get_*_dataloader` do not say whether they return a new loader or one that they returned before.
+    def _get_dataloader(self, *args, **kwargs):
+        loader = super()._get_dataloader(*args, **kwargs)
+        loader.base_dataloader.generator = torch.Generator().manual_seed(self.args.seed)
+        batches = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler)  # with several processes, a shard
+        batches.sampler = OneDraw(batches.sampler)
+        return loader
 
     # `Trainer` writes into the final folder, pushes it and removes old checkpoints, all in this one method, and its
     # callbacks only run afterwards. Here it writes into a staging folder without pushing. The complete folder is then
