@@ -74,7 +74,7 @@ class TrainerInternals(Trainer):
     def _get_dataloader(self, *args, **kwargs):
         loader = super()._get_dataloader(*args, **kwargs)
         loader.base_dataloader.generator = torch.Generator().manual_seed(self.args.seed)
-        batches = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler)  # with several processes, a shard
+        batches = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler)  # inside that of a process
         batches.sampler = OneDraw(batches.sampler)
         return loader
 
