@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from .arguments import DiffusionVMRTrainingArguments
-from .checkpoints import STAGING_FOLDER, find_fault, last_complete_checkpoint
+from .checkpoints import STAGING_FOLDER, check_weights, find_fault, last_complete_checkpoint, lock_training
 from .collator import DiffusionVMRDataCollator
 from .metrics import evaluate_predictions, scorable
 from .prediction import RowOutputs, official_predictions, row_outputs
@@ -209,8 +209,19 @@ class DiffusionVMRTrainer(TrainerInternals):
         As in `Trainer`, but `resume_from_checkpoint=True` resumes from the last complete checkpoint.
 
         Raises:
-            ValueError: if the checkpoint is incomplete or damaged, or if there is none.
+            ValueError: if the checkpoint is incomplete or damaged, if there is none, or if it does not fit the model.
+            BlockingIOError: if another training is writing to the output folder.
         """
+        folder = Path(str(self.args.output_dir))
+        if not self.args.should_save:
+            return super().train(self._checked(resume_from_checkpoint), *args, **kwargs)
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock_training(folder):
+            shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)  # of a training that was killed while saving
+            return super().train(self._checked(resume_from_checkpoint), *args, **kwargs)
+
+    def _checked(self, resume_from_checkpoint: str | bool | None) -> str | bool | None:
+        """Return the checkpoint to resume from, if any. Raise `ValueError` if that is impossible."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
@@ -219,9 +230,9 @@ class DiffusionVMRTrainer(TrainerInternals):
             fault = find_fault(resume_from_checkpoint)
             if fault is not None:
                 raise ValueError(f"{resume_from_checkpoint}: cannot resume from it: {fault}")
-        if self.args.should_save:  # left behind if training was killed while saving
-            shutil.rmtree(Path(str(self.args.output_dir), STAGING_FOLDER), ignore_errors=True)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        if resume_from_checkpoint:
+            check_weights(resume_from_checkpoint, self.accelerator.unwrap_model(self.model))
+        return resume_from_checkpoint
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`, but with the processor, and without `training_args.bin`, which is a pickle."""

@@ -1,6 +1,5 @@
 """The part of the trainer that relies on private methods of `transformers.Trainer`."""
 
-import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,8 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
 
-from .checkpoints import MANIFEST, STAGING_FOLDER, write_manifest
+from ..data.files import move_into_place
+from .checkpoints import MANIFEST, STAGING_FOLDER, check_optimizer, check_scheduler, resuming, write_manifest
 
 
 class OneDraw(Sampler):
@@ -103,7 +103,7 @@ class TrainerInternals(Trainer):
             self.state.save_to_json(staging / name / "trainer_state.json")
             write_manifest(staging / name)
             shutil.rmtree(run_folder / name, ignore_errors=True)  # from an earlier run that this one repeats
-            os.replace(staging / name, run_folder / name)
+            move_into_place(staging / name, run_folder / name)
             staging.rmdir()
         self.accelerator.wait_for_everyone()
         if push:
@@ -121,6 +121,21 @@ class TrainerInternals(Trainer):
     # more than the checkpoint, since it is read in other places too.
     def _get_output_dir(self, trial):
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    # `Trainer` does not compare these states with the model. They would fail, if at all, in the first step.
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        saved = Path(checkpoint or "", "scheduler.pt")
+        if checkpoint is not None and saved.is_file():
+            with resuming(checkpoint, saved.name):
+                check_scheduler(torch.load(saved, map_location="cpu", weights_only=True), self.lr_scheduler)
+        with resuming(checkpoint, "optimizer.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and not self.is_deepspeed_enabled:
+                check_optimizer(self.optimizer)
+
+    def _load_rng_state(self, checkpoint):
+        with resuming(checkpoint, "rng_state*.pth"):
+            super()._load_rng_state(checkpoint)
 
     # `Trainer` uploads its output folder with copies of the weights, but without the processor and the model's code,
     # and pickles its arguments. Here the checkpoint's own folder is uploaded. `PushInProgress` is what
