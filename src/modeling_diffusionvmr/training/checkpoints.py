@@ -46,7 +46,7 @@ def write_manifest(checkpoint: str | Path) -> None:
     files = {
         path.relative_to(checkpoint).as_posix(): {"size": path.stat().st_size, "sha256": _digest(path)}
         for path in sorted(checkpoint.rglob("*"))
-        if path.is_file() and path.suffix != ".md"
+        if path.is_file() and path.suffix != ".md" and path != checkpoint / MANIFEST
     }
     (checkpoint / MANIFEST).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
 
@@ -194,7 +194,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         missing = optimizer.defaults.keys() - group.keys()
         if missing:
-            raise ValueError(f"no `{min(missing)}`, which {type(optimizer).__name__} needs")
+            raise ValueError(f"no `{min(missing)}` in its groups of parameters")
         for parameter in group["params"]:
             for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
                 average = optimizer.state[parameter].get(name) if parameter in optimizer.state else None
