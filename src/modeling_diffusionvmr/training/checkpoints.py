@@ -164,7 +164,7 @@ def resuming(checkpoint: str, names: str) -> Iterator[None]:
     """Turn whatever PyTorch raises for a state that does not fit into a `ValueError` that names the files."""
     try:
         yield
-    except torch.OutOfMemoryError:  # a RuntimeError, which is not the checkpoint's fault
+    except torch.cuda.OutOfMemoryError:  # a RuntimeError, which is not the checkpoint's fault
         raise
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, UnpicklingError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
