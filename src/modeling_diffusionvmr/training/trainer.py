@@ -2,6 +2,7 @@
 
 import shutil
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.backbone_record import describe_backbones
 from .arguments import DiffusionVMRTrainingArguments
-from .checkpoints import STAGING_FOLDER, find_fault, last_complete_checkpoint
+from .checkpoints import STAGING_FOLDER, check_shapes, find_fault, last_complete_checkpoint, lock_training
 from .collator import DiffusionVMRDataCollator
 from .metrics import evaluate_predictions, scorable
 from .prediction import RowOutputs, official_predictions, row_outputs
@@ -222,8 +223,21 @@ class DiffusionVMRTrainer(TrainerInternals):
         As in `Trainer`, but `resume_from_checkpoint=True` resumes from the last complete checkpoint.
 
         Raises:
-            ValueError: if the checkpoint is incomplete or damaged, or if there is none.
+            ValueError: if the checkpoint is incomplete or damaged, if there is none, or if it does not fit the model.
+            BlockingIOError: if another training is writing to the output folder.
         """
+        folder = Path(str(self.args.output_dir))
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+        with lock_training(folder) if self.args.should_save else nullcontext():
+            if self.args.should_save:
+                shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)  # of a training that was killed while saving
+            output = super().train(self._checked(resume_from_checkpoint), *args, **kwargs)
+        self.accelerator.unwrap_model(self.model).missing_weights = []  # they have been trained
+        return output
+
+    def _checked(self, resume_from_checkpoint: str | bool | None) -> str | bool | None:
+        """Return the checkpoint to resume from, if any. Raise `ValueError` if that is impossible."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
@@ -232,11 +246,9 @@ class DiffusionVMRTrainer(TrainerInternals):
             fault = find_fault(resume_from_checkpoint)
             if fault is not None:
                 raise ValueError(f"{resume_from_checkpoint}: cannot resume from it: {fault}")
-        if self.args.should_save:  # left behind if training was killed while saving
-            shutil.rmtree(Path(str(self.args.output_dir), STAGING_FOLDER), ignore_errors=True)
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
-        self.accelerator.unwrap_model(self.model).missing_weights = []  # they have been trained
-        return output
+        if resume_from_checkpoint:
+            check_shapes(resume_from_checkpoint, self.accelerator.unwrap_model(self.model))
+        return resume_from_checkpoint
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`, but with the processor, and without `training_args.bin`, which is a pickle."""
