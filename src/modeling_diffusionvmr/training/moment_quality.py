@@ -38,9 +38,10 @@ def judge(row: Mapping[str, Any], nms_threshold: float | None) -> list[tuple[flo
     judged = []
     for score, overlaps in zip(kept[:, 2].tolist(), ious.tolist()):
         best = max(free, key=overlaps.__getitem__, default=None)
-        right = best is not None and overlaps[best] >= MIN_IOU
-        if right:
+        right = False
+        if best is not None and overlaps[best] >= MIN_IOU:
             del free[best]
+            right = True
         judged.append((score, right))
     return judged
 
