@@ -8,6 +8,8 @@ Shapes: B samples, Lv clips, Lt tokens, N proposals, K decoder layers, R RoI bin
 import math
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_diffusionvmr import DiffusionVMRConfig
 from .diffusion import DiffusionSchedule, sampling_timesteps, signal_to_spans, spans_to_signal
+from .hub import PUSH_ARGUMENTS, PushToHub, upload
 from .loss_diffusionvmr import Targets, diffusionvmr_loss
+from .model_card import write_model_card
 from .spans import keep_inside, refine, roi_align
 
 TASK = "video-moment-retrieval"
@@ -267,7 +271,7 @@ class DiffusionVMRDenoisingLayer(GradientCheckpointingLayer):
         return proposals, self.class_head(modulated), refine(spans, self.span_head(modulated).float())
 
 
-class DiffusionVMRPreTrainedModel(PreTrainedModel):
+class DiffusionVMRPreTrainedModel(PushToHub, PreTrainedModel):
     """Weight initialization, and attributes that `transformers` reads."""
 
     config: DiffusionVMRConfig
@@ -558,10 +562,13 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         super().__init__(config)
         self.model = DiffusionVMRModel(config)
         self.saliency_head = nn.Linear(config.d_model, 1)
+        self.card_facts: dict[str, Any] | None = None  # of the training, see model_card.py
+        self.hub_kwargs: dict[str, Any] = {}
         self.post_init()
 
-    def save_pretrained(self, save_directory, **kwargs):
-        """Save the model. If its code is saved too, also register the pipeline in the checkpoint."""
+    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
+        """Save the model and its card. If its code is saved too, also register the pipeline in the checkpoint."""
+        push_options = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
         if self._auto_class is not None:
             # `transformers` follows relative imports, so this import adds the pipeline's files to the checkpoint
             from .pipeline_diffusionvmr import VideoMomentRetrievalPipeline as pipeline_class
@@ -569,6 +576,10 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
             implementation = f"{pipeline_class.__module__.split('.')[-1]}.{pipeline_class.__name__}"
             self.config.custom_pipelines = {TASK: {"impl": implementation, "pt": ["AutoModel"], "type": "multimodal"}}
         super().save_pretrained(save_directory, **kwargs)
+        if kwargs.get("is_main_process", True):
+            write_model_card(self, save_directory)
+            if push_to_hub:
+                upload(save_directory, **{"repo_id": Path(save_directory).name, **push_options})
 
     # Compile the modules that this function calls, but not the function: it would recompile for every shape of labels
     @partial(torch.compiler.disable, recursive=False)

@@ -12,6 +12,7 @@ from transformers import Pipeline
 
 from .backbones import Backbones, load_backbones
 from .checks import check_sentence
+from .hub import PushToHub
 from .processing_diffusionvmr import DiffusionVMRProcessor
 from .video import open_video
 
@@ -19,7 +20,7 @@ FORWARD_PARAMETERS = ("num_proposals", "num_sampling_steps", "progress")
 POST_PARAMETERS = ("top_k", "threshold", "nms_threshold", "round_to", "return_saliency")
 
 
-class VideoMomentRetrievalPipeline(Pipeline):
+class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
     """
     Finds the moments of a video that a sentence describes.
 

@@ -13,6 +13,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from .checks import check_positive, is_number
+from .hub import PushToHub
 from .spans import nms, span_to_window
 
 MAX_LENGTH_GAP = 2  # released features of two backbones differ by up to 2 clips for the same video
@@ -62,7 +63,7 @@ def check_finite(features: Tensor, name: str) -> None:
         raise ValueError(f"{name}: features contain NaN or infinity in row {row}")
 
 
-class DiffusionVMRProcessor(ProcessorMixin):
+class DiffusionVMRProcessor(PushToHub, ProcessorMixin):
     """
     Prepares features for the model and turns its outputs into moments. It does not contain the backbones.
 
