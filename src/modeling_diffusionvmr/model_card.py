@@ -1,4 +1,4 @@
-'''
+"""
 The model card: the README.md that every way of saving a model writes beside it.
 
 The text between two marks in the card is generated. Text outside of the marks and metadata that a person changed are
@@ -17,7 +17,7 @@ the training) is called the facts, a dict of plain values:
     evaluation: how the model was evaluated, in words.
 
 They are also saved in the card, so that a model that is loaded and saved again has the same ones.
-'''
+"""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ PLACEHOLDER = "FOLDER_OR_ID"  # stands for the model in the usage example until 
 SIMULATED = "simulated features, made from the annotations without any video"
 CLIP_SECONDS = 2.0  # in the usage example, if the backbones state none
 
-# The same text as model_card.md at the top of the repository. It is here since remote code only consists of Python files
+# The same text as model_card.md in the repository. It is here since remote code only consists of Python files
 TEMPLATE = """\
 ---
 $metadata
@@ -87,7 +87,7 @@ $after
 GENERATED = re.compile(r"<!-- begin generated text.*?<!-- end generated text -->", re.DOTALL)
 FACTS = re.compile(r"<!-- facts: (.*?) -->")
 
-VIDEO_USAGE = '''\
+VIDEO_USAGE = """\
 ```python
 from transformers import pipeline
 
@@ -96,9 +96,9 @@ retrieve("video.mp4", "a dog jumps into the water")  # [{"start": seconds, "end"
 ```
 
 Moments come in descending order of their scores. This needs the packages `torch`, `transformers`, `av`, `pillow` and
-`scipy`. Where `modeling_diffusionvmr` is installed and imported, omit `trust_remote_code=True`.'''
+`scipy`. Where `modeling_diffusionvmr` is installed and imported, omit `trust_remote_code=True`."""
 
-FEATURES_USAGE = '''\
+FEATURES_USAGE = """\
 ```python
 import numpy as np
 from transformers import AutoModel, AutoProcessor
@@ -115,7 +115,7 @@ processor.post_process_moment_retrieval(outputs, covered_durations=[$duration])
 
 The result is a list of `{"start", "end", "score"}` per sentence, with times in seconds. This needs the packages
 `torch`, `transformers`, `av`, `pillow` and `scipy`. Where `modeling_diffusionvmr` is installed and imported, omit
-`trust_remote_code=True`.'''
+`trust_remote_code=True`."""
 
 
 @dataclass
@@ -139,7 +139,7 @@ class Card:
 
 def write_model_card(model, folder: str | os.PathLike) -> None:
     """
-    Write the card of a model that was saved in a folder. If the folder has a card that cannot be read, warn and keep it.
+    Write the card of a model that was saved in a folder. If the folder has a card that cannot be read, keep it and warn.
 
     The facts are `model.card_facts`. If it is `None`, the model was not trained since it was loaded: the facts, and the
     text that a person wrote, are those of the card that it was loaded beside.
@@ -149,28 +149,35 @@ def write_model_card(model, folder: str | os.PathLike) -> None:
     try:
         existing = path.read_text(encoding="utf-8") if path.exists() else ""
         if facts is None:
-            source = card_beside(model)
+            source = card_beside(model) if model.config.name_or_path else ""
             facts, existing = parse_card(source).facts, existing or source
         text = make_card(folder, facts, [existing], tags=model.model_tags or ())
-    except ValueError as error:  # a card must not cost the weights of a training
-        warnings.warn(f"{path}: not written: {error}", stacklevel=3)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # facts that a person changed may lack values
+        warnings.warn(f"{path}: not written ({error!r})", stacklevel=3)
         return
     path.write_text(text, encoding="utf-8")
 
 
+def hub_id_of(model) -> str | None:
+    """Return the Hub id that a model was loaded from, or `None` if it was not loaded from the Hub."""
+    name = model.config.name_or_path
+    from_hub = getattr(model.config, "_commit_hash", None) is not None and not os.path.isdir(name)
+    return name if from_hub else None
+
+
 def card_beside(model) -> str:
     """Return the text of the card in the folder or repository that a model was loaded from, or "" if there is none."""
-    if not model.config.name_or_path:
-        return ""
-    path = cached_file(
-        model.config.name_or_path,
-        CARD_NAME,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **model.hub_kwargs,
-    )
-    return "" if path is None else Path(path).read_text(encoding="utf-8")
+    path: str | os.PathLike | None = Path(model.config.name_or_path, CARD_NAME)
+    if hub_id_of(model) is not None:
+        path = cached_file(
+            model.config.name_or_path,
+            CARD_NAME,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **{**model.hub_kwargs, "revision": model.config._commit_hash},
+        )
+    return Path(path).read_text(encoding="utf-8") if path is not None and os.path.isfile(path) else ""
 
 
 def make_card(
@@ -210,7 +217,7 @@ def make_card(
         training=_training(facts),
         results=_results(facts),
         limits=_limits(config, facts),
-        facts=json.dumps(record, sort_keys=True).replace(">", "\\u003e"),  # a ">" could end the comment
+        facts=json.dumps(record).replace(">", "\\u003e"),  # a ">" could end the comment
         after=_joined([card.after for card in cards]),
     )
     return text.rstrip() + "\n"
@@ -290,7 +297,11 @@ def _model_index(facts: Mapping[str, Any], title: str) -> list[dict[str, Any]] |
     name = data.get("name", "unnamed")
     result = {
         "task": {"type": "video-moment-retrieval", "name": "Video moment retrieval"},
-        "dataset": {"type": name, "name": f"{name} (simulated features)" if data.get("simulated") else name},
+        # The Hub only accepts an id, or what looks like one
+        "dataset": {
+            "type": re.sub(r"[^\w./-]+", "-", name),
+            "name": f"{name} (simulated features)" if data.get("simulated") else name,
+        },
         "metrics": [{"type": name, "value": value, "name": name} for name, value in metrics.items()],
     }
     return [{"name": title, "results": [result]}]

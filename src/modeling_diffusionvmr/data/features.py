@@ -135,6 +135,7 @@ class FolderFeatures(FeatureStore):
                     raise ValueError(f"{path}: contains both {name}.npz and {name}.npy")
                 places[name] = file.path
         super().__init__(path, dict(sorted(places.items())), metadata.get("clip_seconds"))
+        self.metadata = metadata
 
     def _read(self, place):
         loaded = np.load(place, allow_pickle=False)  # unpickling would run code from the file

@@ -11,7 +11,9 @@ from accelerate.utils import slice_tensors
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..model_card import write_model_card
 from .arguments import DiffusionVMRTrainingArguments
+from .card_facts import CardFacts
 from .checkpoints import STAGING_FOLDER, find_fault, last_complete_checkpoint
 from .collator import DiffusionVMRDataCollator
 from .metrics import evaluate_predictions, scorable
@@ -81,6 +83,8 @@ class DiffusionVMRTrainer(TrainerInternals):
         if processing_class is None:
             self.processor = getattr(self.train_dataset, "processor", None)
         self.add_callback(SetEpochCallback())
+        self.card = CardFacts(self)
+        self.add_callback(self.card)
         defaults = DiffusionVMRTrainingArguments
         self.proposal_schedule: str = getattr(self.args, "proposal_schedule", defaults.proposal_schedule)
         self.proposal_growth: float = getattr(self.args, "proposal_growth", defaults.proposal_growth)
@@ -225,9 +229,46 @@ class DiffusionVMRTrainer(TrainerInternals):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`, but with the processor, and without `training_args.bin`, which is a pickle."""
+        self.card.update()
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             if self.processor is not None:
                 self.processor.save_pretrained(folder)
             (folder / "training_args.bin").unlink(missing_ok=True)
+
+    def create_model_card(
+        self,
+        language=None,
+        license=None,
+        tags=None,
+        model_name=None,
+        finetuned_from=None,
+        tasks=None,
+        dataset_tags=None,
+        dataset=None,
+        dataset_args=None,
+    ) -> None:
+        """
+        Write the model card to `output_dir`. Saving writes it too; here you can add what the trainer does not know.
+
+        Args:
+            language: languages of the queries. Default: English.
+            license: license of the model. Default: that of the model that was fine-tuned, or Apache-2.0.
+            tags: tags to add.
+            finetuned_from: Hub id of the model that was fine-tuned. Default: the model's own, if it is from the Hub.
+            dataset_tags: Hub ids of the training data.
+            dataset: name of the training data.
+            model_name, tasks, dataset_args: ignored; the library writes its own.
+        """
+        given = {"language": language, "license": license, "tags": tags, "base_model": finetuned_from}
+        given["datasets"] = dataset_tags
+        for name, value in given.items():
+            if value is not None:
+                is_list = name in ("language", "tags", "datasets")
+                self.card.given[name] = [value] if is_list and isinstance(value, str) else value
+        if dataset is not None and self.train_dataset is not None:
+            self.train_dataset.name = dataset if isinstance(dataset, str) else ", ".join(dataset)
+        self.card.update()
+        if self.is_world_process_zero():
+            write_model_card(self.accelerator.unwrap_model(self.model), str(self.args.output_dir))
