@@ -8,12 +8,12 @@ the training) is called the facts, a dict of plain values:
     base_model: Hub id of the model that was fine-tuned.
     started_from: what training started from, in words.
     language, license, datasets, tags: values of the metadata.
-    train_data, eval_data: `{"name": str, "queries": int, "videos": int, "simulated": bool}`.
+    train_data: `{"name": str, "queries": int, "videos": int, "simulated": bool}`, or the name alone.
     settings, versions: names and values, for tables.
     hardware: what the training ran on.
     seconds: duration of the training. `first_step`: the step that it was resumed from.
     step: number of training steps of the saved weights.
-    metrics: official names and values, in percent.
+    results: one `{"data": like train_data, "metrics": official names and values, in percent}` per evaluation.
     evaluation: how the model was evaluated, in words.
 
 They are also saved in the card, so that a model that is loaded and saved again has the same ones.
@@ -139,7 +139,8 @@ class Card:
 
 def write_model_card(model, folder: str | os.PathLike) -> None:
     """
-    Write the card of a model that was saved in a folder. If the folder has a card that cannot be read, keep it and warn.
+    Write the card of a model that was saved in a folder. If the folder has a card that cannot be read, warn and
+    keep it.
 
     The facts are `model.card_facts`. If it is `None`, the model was not trained since it was loaded: the facts, and the
     text that a person wrote, are those of the card that it was loaded beside.
@@ -291,20 +292,21 @@ def _metadata(facts: Mapping[str, Any], title: str, tags: Iterable[str]) -> dict
 
 
 def _model_index(facts: Mapping[str, Any], title: str) -> list[dict[str, Any]] | None:
-    metrics, data = facts.get("metrics"), facts.get("eval_data", {})
-    if not metrics:
-        return None
-    name = data.get("name", "unnamed")
-    result = {
-        "task": {"type": "video-moment-retrieval", "name": "Video moment retrieval"},
-        # The Hub only accepts an id, or what looks like one
-        "dataset": {
-            "type": re.sub(r"[^\w./-]+", "-", name),
-            "name": f"{name} (simulated features)" if data.get("simulated") else name,
-        },
-        "metrics": [{"type": name, "value": value, "name": name} for name, value in metrics.items()],
-    }
-    return [{"name": title, "results": [result]}]
+    results = [
+        {
+            "task": {"type": "video-moment-retrieval", "name": "Video moment retrieval"},
+            "dataset": _dataset_entry(result["data"]),
+            "metrics": [{"type": name, "value": value, "name": name} for name, value in result["metrics"].items()],
+        }
+        for result in facts.get("results", ())
+    ]
+    return [{"name": title, "results": results}] if results else None
+
+
+def _dataset_entry(data: Mapping[str, Any]) -> dict[str, str]:
+    name = data["name"]
+    identifier = re.sub(r"[^\w./-]+", "-", name)  # the Hub only accepts an id, or what looks like one
+    return {"type": identifier, "name": f"{name} (simulated features)" if data.get("simulated") else name}
 
 
 # Sections
@@ -357,9 +359,11 @@ def _training(facts: Mapping[str, Any]) -> str:
 
 
 def _results(facts: Mapping[str, Any]) -> str:
-    if not facts.get("metrics"):
+    if not facts.get("results"):
         return "These weights were not evaluated."
-    parts = [f"Data: {_described(facts['eval_data'])}. {facts['evaluation']}", _table("metric", facts["metrics"])]
+    parts = [facts["evaluation"]]
+    for result in facts["results"]:
+        parts += [f"On {_described(result['data'])}:", _table("metric", result["metrics"])]
     return "\n\n".join(parts)
 
 
@@ -375,13 +379,15 @@ def _limits(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     lines.append("Scores rank the moments of one sentence. They are not calibrated probabilities.")
     if facts.get("train_data", {}).get("simulated"):
         lines.append(f"Trained on {SIMULATED}: it shows that training works, and cannot search real videos.")
-    if facts.get("eval_data", {}).get("simulated"):
+    if any(result["data"].get("simulated") for result in facts.get("results", ())):
         lines.append("The results are on simulated features, and say nothing about a benchmark.")
     return "\n".join(f"- {line}" for line in lines)
 
 
 def _described(data: Mapping[str, Any]) -> str:
-    text = f"{data['name']}, {data['queries']} queries on {data['videos']} videos"
+    text = data["name"]
+    if "queries" in data:
+        text += f", {data['queries']} queries on {data['videos']} videos"
     return f"{text} ({SIMULATED})" if data.get("simulated") else text
 
 

@@ -5,7 +5,6 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +12,13 @@ from transformers import PreTrainedConfig, Trainer, TrainerCallback, TrainerStat
 
 from ..model_card import card_beside, hub_id_of, parse_card
 from .arguments import DiffusionVMRTrainingArguments
+from .dataset import MomentRetrievalDataset
 
 PACKAGES = ("modeling_diffusionvmr", "transformers", "torch", "accelerate", "numpy")
 ARGUMENTS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("weight_decay", "max_grad_norm", "seed", "bf16", "fp16", "proposal_schedule", "proposal_growth"),
 )
-# `Trainer` logs these beside the metrics
-NO_METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
 class CardFacts(TrainerCallback):
@@ -32,11 +30,13 @@ class CardFacts(TrainerCallback):
 
     Attributes:
         given: facts that the user states, which override the others.
+        evaluated: the dataset of the last evaluation, by the prefix of its metrics.
     """
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self.given: dict[str, Any] = {}
+        self.evaluated: dict[str, Any] = {}
         self.in_training = False
         self._first_step = 0
         self._started: float | None = None  # `None` before training
@@ -73,7 +73,7 @@ class CardFacts(TrainerCallback):
     def _facts_of_training(self) -> dict[str, Any]:
         trainer, base = self.trainer, self._base_card
         known = base.facts | base.metadata  # a person may have changed the metadata
-        data = facts_of_data(trainer.train_dataset, trainer.train_dataset.rows)
+        data = facts_of_data(trainer.train_dataset)
         facts = {
             "started_from": "random weights" if self._is_new else "a local checkpoint",
             "base_model": self._base_model or known.get("base_model"),
@@ -90,18 +90,22 @@ class CardFacts(TrainerCallback):
         return {name: value for name, value in facts.items() if value is not None}
 
     def _facts_of_evaluation(self, config: PreTrainedConfig) -> dict[str, Any]:
-        trainer = self.trainer
-        metrics = _metrics(trainer.state, self._step_of_weights())
-        if not metrics or trainer.eval_dataset is None:
+        args, step, given = self.trainer.args, self._step_of_weights(), self.trainer.eval_dataset
+        datasets = {f"eval_{name}": dataset for name, dataset in given.items()} if isinstance(given, dict) else {}
+        results = []
+        for prefix, dataset in ({"eval": given} | datasets | self.evaluated).items():
+            metrics = _metrics(self.trainer.state, step, prefix)
+            if metrics:
+                results.append({"data": facts_of_data(dataset, scored=True), "metrics": metrics})
+        if not results:
             return {}
         text = (
             f"Scored by the official evaluation of QVHighlights, in percent, with {config.num_proposals} proposals and "
             f"{config.num_sampling_steps} sampling step{'s' if config.num_sampling_steps > 1 else ''}."
         )
-        if trainer.args.load_best_model_at_end and self._started is not None and not self.in_training:
-            text += f" The checkpoint was chosen by `{trainer.args.metric_for_best_model}` on the same queries."
-        scored = [row for row in trainer.eval_dataset.rows if row.get("relevant_windows")]
-        return {"eval_data": facts_of_data(trainer.eval_dataset, scored), "evaluation": text, "metrics": metrics}
+        if args.load_best_model_at_end and self._started is not None and not self.in_training:
+            text += f" The checkpoint was chosen by its `{args.metric_for_best_model}`."
+        return {"evaluation": text, "results": results}
 
     def _step_of_weights(self) -> int:
         """Return the step whose weights the model has: after training, it may be that of the best checkpoint."""
@@ -111,22 +115,25 @@ class CardFacts(TrainerCallback):
         return state.global_step
 
 
-def facts_of_data(dataset, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the facts of some rows of a `MomentRetrievalDataset`."""
-    stores = [*dataset.video_features, dataset.text_features]
-    return {
-        "name": dataset.name,
-        "queries": len(rows),
-        "videos": len({row["vid"] for row in rows}),
-        "simulated": any(getattr(store, "metadata", {}).get("simulated", False) for store in stores),
-    }
+def facts_of_data(dataset, scored: bool = False) -> dict[str, Any]:
+    """Return the facts of a `MomentRetrievalDataset`; with `scored`, of its rows that can be scored."""
+    facts = {"name": getattr(dataset, "name", MomentRetrievalDataset.name)}
+    if isinstance(dataset, MomentRetrievalDataset):
+        rows = [row for row in dataset.rows if row.get("relevant_windows") or not scored]
+        stores = [*dataset.video_features, dataset.text_features]
+        facts |= {
+            "queries": len(rows),
+            "videos": len({row["vid"] for row in rows}),
+            "simulated": any(getattr(store, "metadata", {}).get("simulated", False) for store in stores),
+        }
+    return facts
 
 
-def _metrics(state: TrainerState, step: int) -> dict[str, float]:
-    """Return the metrics of the last evaluation at a step."""
+def _metrics(state: TrainerState, step: int, prefix: str) -> dict[str, float]:
+    """Return the official metrics of the last evaluation at a step, by their names without the prefix."""
     for entry in reversed(state.log_history):
-        metrics = {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
-        metrics = {name: value for name, value in metrics.items() if name not in NO_METRICS}
+        metrics = {name.removeprefix(f"{prefix}_"): value for name, value in entry.items()}
+        metrics = {name: value for name, value in metrics.items() if name.startswith(("MR-", "HL-"))}
         if metrics and entry["step"] == step:
             return metrics
     return {}

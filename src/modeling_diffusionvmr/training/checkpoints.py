@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 
 from ..checks import is_number
+from ..model_card import CARD_NAME
 
 STAGING_FOLDER = "_saving"  # `Trainer` never uploads a name that begins with "_"
 MANIFEST = "manifest.json"  # the sizes of a checkpoint's files
@@ -20,9 +21,13 @@ STATE_NUMBERS = ("epoch", "train_batch_size", "logging_steps", "save_steps", "ev
 
 
 def write_manifest(checkpoint: str | Path) -> None:
-    """Save the names and sizes of a checkpoint's files in it, so that a missing or incomplete file is noticed."""
+    """
+    Save the names and sizes of a checkpoint's files in it, so that a missing or incomplete file is noticed. Its card is
+    left out, since people edit it.
+    """
     checkpoint = Path(checkpoint)
-    sizes = {path.name: path.stat().st_size for path in sorted(checkpoint.iterdir()) if path.is_file()}
+    paths = [path for path in sorted(checkpoint.iterdir()) if path.is_file() and path.name != CARD_NAME]
+    sizes = {path.name: path.stat().st_size for path in paths}
     (checkpoint / MANIFEST).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
 
 

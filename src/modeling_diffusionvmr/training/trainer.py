@@ -185,6 +185,7 @@ class DiffusionVMRTrainer(TrainerInternals):
         """
         dataset = dataloader.dataset
         epoch = dataset.epoch
+        self.card.evaluated[metric_key_prefix] = dataset
         # Processes gather their losses batch by batch, so either every batch has one or none has
         self._all_labeled = all("relevant_windows" in row for row in dataset.rows)
         output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
