@@ -8,7 +8,7 @@ the training) is called the facts, a dict of plain values:
     base_model: Hub id of the model that was fine-tuned.
     started_from: what training started from, in words.
     language, license, datasets, tags: values of the metadata.
-    train_data: `{"name": str, "queries": int, "videos": int, "simulated": bool}`, or the name alone.
+    train_data: `{"name": str, "split": str, "queries": int, "videos": int, "simulated": bool}`, or the name alone.
     settings, versions: names and values, for tables.
     hardware: what the training ran on.
     seconds: duration of the training. `first_step`: the step that it was resumed from.
@@ -306,7 +306,8 @@ def _model_index(facts: Mapping[str, Any], title: str) -> list[dict[str, Any]] |
 def _dataset_entry(data: Mapping[str, Any]) -> dict[str, str]:
     name = data["name"]
     identifier = re.sub(r"[^\w./-]+", "-", name)  # the Hub only accepts an id, or what looks like one
-    return {"type": identifier, "name": f"{name} (simulated features)" if data.get("simulated") else name}
+    entry = {"type": identifier, "name": f"{name} (simulated features)" if data.get("simulated") else name}
+    return entry | ({"split": data["split"]} if "split" in data else {})
 
 
 # Sections
@@ -385,7 +386,7 @@ def _limits(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
 
 
 def _described(data: Mapping[str, Any]) -> str:
-    text = data["name"]
+    text = f"{data['name']} ({data['split']})" if "split" in data else data["name"]
     if "queries" in data:
         text += f", {data['queries']} queries on {data['videos']} videos"
     return f"{text} ({SIMULATED})" if data.get("simulated") else text

@@ -117,11 +117,12 @@ class CardFacts(TrainerCallback):
 
 def facts_of_data(dataset, scored: bool = False) -> dict[str, Any]:
     """Return the facts of a `MomentRetrievalDataset`; with `scored`, of its rows that can be scored."""
-    facts = {"name": getattr(dataset, "name", MomentRetrievalDataset.name)}
+    facts: dict[str, Any] = {"name": getattr(dataset, "name", MomentRetrievalDataset.name)}
     if isinstance(dataset, MomentRetrievalDataset):
         rows = [row for row in dataset.rows if row.get("relevant_windows") or not scored]
         stores = [*dataset.video_features, dataset.text_features]
         facts |= {
+            **({} if dataset.split is None else {"split": dataset.split}),
             "queries": len(rows),
             "videos": len({row["vid"] for row in rows}),
             "simulated": any(getattr(store, "metadata", {}).get("simulated", False) for store in stores),

@@ -44,6 +44,7 @@ class MomentRetrievalDataset(Dataset):
 
     Attributes:
         name: a name for the model's card, or the Hub id of the data. Never a path of this machine.
+        split: the split for the model's card, if the data have several.
 
     Raises:
         ValueError: if `check_row` rejects a row, a window ends after its video, or features are missing. Reading a
@@ -51,6 +52,7 @@ class MomentRetrievalDataset(Dataset):
     """
 
     name = "unnamed data"
+    split: str | None = None
 
     def __init__(
         self,

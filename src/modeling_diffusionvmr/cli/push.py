@@ -1,0 +1,48 @@
+"""`diffusionvmr push`: put a checkpoint on the Hub."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from .options import CommandParser, loading
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments of `diffusionvmr push`."""
+    parser = CommandParser(
+        "push",
+        description="Put a checkpoint on the Hub: weights, configuration, processor, backbones, code and model card,\n"
+        "in one commit. Text that you wrote in the card is kept. Log in first with `hf auth login`, or set HF_TOKEN.",
+    )
+    parser.add_argument("folder", help="checkpoint to push, for example the output folder of a training")
+    parser.add_argument("repository", metavar="USER/NAME", help="repository on the Hub; created if missing")
+    parser.add_argument("--private", action="store_true", help="create a private repository")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to; created if missing (default: main)")
+    parser.add_argument("--message", help="title of the commit")
+    return parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Load the checkpoint, so that only a complete one is pushed, and push it."""
+    from .. import DiffusionVMRConfig, DiffusionVMRForMomentRetrieval
+    from ..data.hub import HUB_ID
+
+    folder = Path(arguments.folder)
+    if not HUB_ID.fullmatch(arguments.repository):
+        raise ValueError(f"{arguments.repository}: a repository on the Hub is USER/NAME")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: not a checkpoint: no config.json")
+    with loading(str(folder)):
+        config = DiffusionVMRConfig.get_config_dict(folder)[0]
+        if config.get("model_type") != DiffusionVMRConfig.model_type:
+            raise ValueError(
+                f"{folder}: a model of type {config.get('model_type')}, not {DiffusionVMRConfig.model_type}"
+            )
+        model = DiffusionVMRForMomentRetrieval.from_pretrained(folder)
+    url = model.push_to_hub(
+        arguments.repository,
+        private=arguments.private or None,
+        revision=arguments.revision,
+        commit_message=arguments.message or "Upload model",
+    )
+    print(f"pushed to {url}")
