@@ -66,7 +66,7 @@ def open_backbones(folder: Path) -> Backbones:
     clip = ClipBackbone.from_pretrained(folder)
     description = {
         "name": "clip",
-        "id": "clip",
+        "folder": "clip",
         "feature_size": clip.feature_size,
         "text_feature_size": clip.text_feature_size,
         "clip_seconds": CLIP_SECONDS,

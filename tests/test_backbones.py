@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from transformers import BertConfig, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from modeling_diffusionvmr.backbones import Backbones, ClipBackbone, load_backbone, load_backbones
+from modeling_diffusionvmr.backbones import Backbones, ClipBackbone, load_backbone
+from modeling_diffusionvmr.checkpoint import load_backbones
 
 WORDS = ["a", "red", "dog", "runs", "fast"]
 

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, PreTrainedConfig
-from transformers.utils import cached_file
 
 from .checks import check_sentence
+from .weights import check_weight_index, check_weights, missing_weights
+
+NUM_SPECIAL_TOKENS = 3  # all that `CLIPTokenizer` has, without an error, where its files are missing
 
 
 class ClipBackbone:
@@ -36,13 +38,29 @@ class ClipBackbone:
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | os.PathLike, subfolder: str = "", **hub_kwargs) -> "ClipBackbone":
-        """Load a standard CLIP checkpoint. Raise OSError if there is none."""
+        """
+        Load a standard CLIP checkpoint.
+
+        Raises:
+            OSError: if there is none, or it has no tokenizer.
+            ValueError: if weights are missing or not finite, or the tokenizer does not fit the model.
+        """
         options = {"subfolder": subfolder, **hub_kwargs}
-        return cls(
-            CLIPModel.from_pretrained(path_or_id, **options),
-            CLIPImageProcessorPil.from_pretrained(path_or_id, **options),
-            CLIPTokenizer.from_pretrained(path_or_id, **options),
-        )
+        where = os.path.join(path_or_id, subfolder)
+        if os.path.isdir(where):
+            check_weight_index(where)
+        loaded: Any = CLIPModel.from_pretrained(path_or_id, output_loading_info=True, **options)
+        model, info = loaded
+        check_weights(model, missing_weights(info), where)
+        tokenizer = CLIPTokenizer.from_pretrained(path_or_id, **options)
+        if len(tokenizer) <= NUM_SPECIAL_TOKENS:
+            raise OSError(f"{where}: has no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
+        if max(tokenizer.get_vocab().values()) >= model.config.text_config.vocab_size:
+            raise ValueError(
+                f"{where}: the tokenizer has {len(tokenizer)} tokens, but the model only "
+                f"{model.config.text_config.vocab_size}"
+            )
+        return cls(model, CLIPImageProcessorPil.from_pretrained(path_or_id, **options), tokenizer)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Save a standard CLIP checkpoint."""
@@ -121,8 +139,9 @@ def load_backbone(
     Load one backbone from a folder or the Hub: a complete standard checkpoint with its image processor and tokenizer.
 
     Raises:
-        ValueError: if the model type is not supported.
-        OSError: if there is no such checkpoint.
+        ValueError: if the model type is not supported, weights are missing or not finite, or the parts do not fit
+            together.
+        OSError: if there is no such checkpoint, or a part of it is missing.
     """
     try:
         model_type = PreTrainedConfig.get_config_dict(path_or_id, **hub_kwargs)[0].get("model_type")
@@ -208,7 +227,13 @@ class Backbones:
         """Save each backbone in a subfolder of the checkpoint. Return the `backbones` for its configuration."""
         for description, model in zip(self.descriptions, self.models):
             model.save_pretrained(os.path.join(checkpoint, description["name"]))
-        return [{**description, "id": description["name"]} for description in self.descriptions]
+        return [in_folder(description) for description in self.descriptions]
+
+
+def in_folder(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the description of a backbone that is in the folder of its name inside the checkpoint."""
+    rest = {key: value for key, value in description.items() if key not in ("name", "folder", "id")}
+    return {"name": description["name"], "folder": description["name"], **rest}
 
 
 def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -222,57 +247,3 @@ def _encode_frames(models: Sequence[ClipBackbone], frames: Iterable[np.ndarray],
     if not batches:
         raise ValueError("no frames to encode; at least one is required")
     return [np.concatenate(parts) for parts in zip(*batches)]
-
-
-def _locate(
-    identifier: str, checkpoint: str | os.PathLike | None, hub_kwargs: dict[str, Any]
-) -> tuple[str | os.PathLike, dict[str, Any]]:
-    """Return the arguments for `from_pretrained`. A folder inside the checkpoint takes precedence over the Hub."""
-    if checkpoint is not None:
-        inside = cached_file(
-            checkpoint, "config.json", subfolder=identifier, _raise_exceptions_for_missing_entries=False, **hub_kwargs
-        )
-        if inside is not None:
-            return checkpoint, {**hub_kwargs, "subfolder": identifier}
-    # The revision belongs to the checkpoint and does not apply to another repository
-    return identifier, {key: value for key, value in hub_kwargs.items() if key != "revision"}
-
-
-def load_backbones(
-    config: PreTrainedConfig,
-    checkpoint: str | os.PathLike | None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    **hub_kwargs,
-) -> Backbones:
-    """
-    Load the backbones that produce a model's features.
-
-    Args:
-        config: a `DiffusionVMRConfig` with `backbones`.
-        checkpoint: the model's folder or Hub id. Each backbone is looked up there first, then on the Hub.
-        device, dtype: device and dtype of the loaded models.
-        hub_kwargs: `token`, `revision` (of the checkpoint), `cache_dir`, `local_files_only`.
-
-    Raises:
-        ValueError: if the configuration has no backbones, if some cannot be run because they have no `id` or are of an
-            unsupported type (the message names all of them), or if they do not fit together (see `Backbones`).
-        OSError: if a backbone is neither in the checkpoint nor on the Hub.
-    """
-    if not config.backbones:
-        raise ValueError("the config has no `backbones`: the model takes features, not videos and sentences")
-    places, cannot_run = [], []
-    for description in config.backbones:
-        model_type = "no `id`"
-        if description.get("id") is not None:
-            where, kwargs = _locate(description["id"], checkpoint, hub_kwargs)
-            model_type = str(PreTrainedConfig.get_config_dict(where, **kwargs)[0].get("model_type"))
-            places.append((model_type, where, kwargs))
-        if model_type not in BACKBONE_CLASSES:
-            cannot_run.append(f"{description['name']} ({model_type})")
-    if cannot_run:
-        raise ValueError(
-            f"these backbones cannot be run: {', '.join(cannot_run)}; pass their features to the model instead"
-        )
-    models = [BACKBONE_CLASSES[model_type].from_pretrained(where, **kwargs) for model_type, where, kwargs in places]
-    return Backbones(config.backbones, models).to(device, dtype)

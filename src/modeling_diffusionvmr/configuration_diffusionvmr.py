@@ -2,12 +2,16 @@
 
 import math
 import re
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from .checks import check_positive
 from .hub import PushToHub
+
+FOLDER_NAME = re.compile(r"\w[\w.-]*")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 POSITIVE_FIELDS = (
     "d_model",
@@ -83,10 +87,11 @@ class DiffusionVMRConfig(PushToHub, PreTrainedConfig):
     saliency_margin (`float`, *optional*, defaults to 0.2):
         Margin of the hinge loss.
     backbones (`list[dict]`, *optional*):
-        The frozen backbones that produced the features, in the order of concatenation. Each entry has a `name`, an
-        `id` (a folder inside the checkpoint or a model on the Hub; `None` if the backbone cannot be run), and the
-        sizes of its features: `feature_size` per clip of `clip_seconds` seconds, `text_feature_size` per token, or
-        both. Without an `id`, `clip_seconds` is optional: the clips then divide the video's duration equally.
+        The frozen backbones that produced the features, in the order of concatenation. Each entry has a `name`, and
+        the sizes of its features: `feature_size` per clip of `clip_seconds` seconds, `text_feature_size` per token, or
+        both. It says where the backbone is: `folder`, a folder inside the checkpoint, or `id`, a model on the Hub
+        (`USER/NAME`). A backbone with neither cannot be run, and `clip_seconds` is optional: without it, the clips
+        divide the video's duration equally.
     """
 
     model_type = "diffusionvmr"
@@ -132,6 +137,8 @@ class DiffusionVMRConfig(PushToHub, PreTrainedConfig):
         # `trust_remote_code`. Saving a model writes the entry again.
         if not __name__.startswith("transformers_modules."):
             kwargs.pop("custom_pipelines", None)
+        if isinstance(self.backbones, list):
+            self.backbones = [_with_folder(entry) for entry in self.backbones]
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
@@ -164,23 +171,9 @@ class DiffusionVMRConfig(PushToHub, PreTrainedConfig):
     def _validate_backbones(self):
         names = [backbone.get("name") for backbone in self.backbones]
         for index, backbone in enumerate(self.backbones):
-            # The name becomes a folder of the checkpoint
-            if not names[index]:
-                raise ValueError(f"`backbones[{index}]` has no `name`: {backbone}")
-            if not isinstance(names[index], str) or not re.fullmatch(r"\w[\w.-]*", names[index]):
-                raise ValueError(
-                    f"`backbones[{index}]` needs a `name` of letters, digits, '_', '.' and '-': {backbone}"
-                )
+            _check_backbone(backbone, f"`backbones[{index}]`")
             if names.index(names[index]) != index:
                 raise ValueError(f"`backbones[{index}]` repeats the name of another backbone: {backbone}")
-            if not {"feature_size", "text_feature_size"} & backbone.keys():
-                raise ValueError(f"`backbones[{index}]` needs `feature_size`, `text_feature_size` or both: {backbone}")
-            for key in ("feature_size", "text_feature_size"):
-                if key in backbone and not (isinstance(backbone[key], int) and backbone[key] > 0):
-                    raise ValueError(f"`backbones[{index}]`: `{key}` must be an integer above 0: {backbone}")
-            # A backbone that can be run needs `clip_seconds` to divide the video into clips. Released features do not.
-            if "clip_seconds" in backbone or ("feature_size" in backbone and backbone.get("id") is not None):
-                check_positive(backbone.get("clip_seconds"), f"`backbones[{index}]`: `clip_seconds`")
         for field, key, total in (
             ("video_feature_size", "feature_size", sum(b.get("feature_size", 0) for b in self.backbones)),
             ("text_feature_size", "text_feature_size", sum(b.get("text_feature_size", 0) for b in self.backbones)),
@@ -189,6 +182,46 @@ class DiffusionVMRConfig(PushToHub, PreTrainedConfig):
                 raise ValueError(
                     f"`{field}` is {getattr(self, field)}, but the `{key}` values in `backbones` add up to {total}"
                 )
+
+
+def _with_folder(backbone: Any) -> Any:
+    """Return an entry of `backbones` as it is written now. Earlier versions wrote folders as an `id` without "/"."""
+    if not isinstance(backbone, dict) or "id" not in backbone:
+        return backbone
+    identifier = backbone["id"]
+    rest = {key: value for key, value in backbone.items() if key != "id"}
+    if identifier is None:
+        return rest
+    if isinstance(identifier, str) and "folder" not in rest and FOLDER_NAME.fullmatch(identifier):
+        return {"name": rest.pop("name", None), "folder": identifier, **rest}
+    return backbone
+
+
+def _check_backbone(backbone: dict, where: str) -> None:
+    """Raise ValueError if an entry of `backbones` is invalid. The message begins with `where`."""
+    name = backbone.get("name")
+    if not name:
+        raise ValueError(f"{where} has no `name`: {backbone}")
+    # The name becomes a folder of the checkpoint
+    if not isinstance(name, str) or not FOLDER_NAME.fullmatch(name):
+        raise ValueError(f"{where} needs a `name` of letters, digits, '_', '.' and '-': {backbone}")
+    if {"folder", "id"} <= backbone.keys():
+        raise ValueError(f"{where} must have a `folder` or an `id`, not both: {backbone}")
+    # A checkpoint must not make the library read files elsewhere on the machine that loads it
+    for key, pattern, meaning in (
+        ("folder", FOLDER_NAME, "the name of a folder inside the checkpoint"),
+        ("id", HUB_ID, "a model on the Hub, USER/NAME"),
+    ):
+        if key in backbone and not (isinstance(backbone[key], str) and pattern.fullmatch(backbone[key])):
+            raise ValueError(f"{where}: `{key}` must be {meaning}: {backbone}")
+    if not {"feature_size", "text_feature_size"} & backbone.keys():
+        raise ValueError(f"{where} needs `feature_size`, `text_feature_size` or both: {backbone}")
+    for key in ("feature_size", "text_feature_size"):
+        if key in backbone and not (type(backbone[key]) is int and backbone[key] > 0):
+            raise ValueError(f"{where}: `{key}` must be an integer above 0: {backbone}")
+    # A backbone that can be run needs `clip_seconds` to divide the video into clips. Released features do not.
+    if "clip_seconds" in backbone or ("feature_size" in backbone and {"folder", "id"} & backbone.keys()):
+        check_positive(backbone.get("clip_seconds"), f"{where}: `clip_seconds`")
 
 
 __all__ = ["DiffusionVMRConfig"]

@@ -176,7 +176,7 @@ def card_beside(model) -> str:
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
-            **{**model.hub_kwargs, "revision": model.config._commit_hash},
+            **model.hub_kwargs,
         )
     return Path(path).read_text(encoding="utf-8") if path is not None and os.path.isfile(path) else ""
 

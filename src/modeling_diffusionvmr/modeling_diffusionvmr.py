@@ -6,6 +6,7 @@ Shapes: B samples, Lv clips, Lt tokens, N proposals, K decoder layers, R RoI bin
 """
 
 import math
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,12 +24,15 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .backbones import Backbones
+from .checkpoint import HUB_ARGUMENTS, save_backbones, save_processor
 from .configuration_diffusionvmr import DiffusionVMRConfig
 from .diffusion import DiffusionSchedule, sampling_timesteps, signal_to_spans, spans_to_signal
 from .hub import PUSH_ARGUMENTS, PushToHub, upload
 from .loss_diffusionvmr import Targets, diffusionvmr_loss
 from .model_card import write_model_card
 from .spans import keep_inside, refine, roi_align
+from .weights import check_weight_index, missing_weights
 
 TASK = "video-moment-retrieval"
 
@@ -562,12 +566,38 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         super().__init__(config)
         self.model = DiffusionVMRModel(config)
         self.saliency_head = nn.Linear(config.d_model, 1)
+        self.backbone_sources: dict[str, str] = {}  # see checkpoint.py
+        self.hub_kwargs: dict[str, Any] = {}  # with which the model was loaded
+        self.missing_weights: list[str] = []  # that the checkpoint lacked
         self.card_facts: dict[str, Any] | None = None  # of the training, see model_card.py
-        self.hub_kwargs: dict[str, Any] = {}
         self.post_init()
 
-    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
-        """Save the model and its card. If its code is saved too, also register the pipeline in the checkpoint."""
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """
+        As in `transformers`. Also remember which weights were missing, and how to load the backbones from the same
+        place.
+        """
+        if pretrained_model_name_or_path is not None and os.path.isdir(pretrained_model_name_or_path):
+            check_weight_index(pretrained_model_name_or_path)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model.missing_weights = missing_weights(info)
+        model.hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        if (commit := getattr(model.config, "_commit_hash", None)) is not None:
+            model.hub_kwargs["revision"] = commit
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, push_to_hub=False, backbones: Backbones | None = None, **kwargs):
+        """
+        Save the model with all that the pipeline needs: the processor, the backbones, and the code if it is saved too.
+        Also write the model card.
+
+        Args:
+            save_directory: the folder to write.
+            push_to_hub: also push the folder, see `hub.upload` for the arguments.
+            backbones: loaded backbones to save. Default: those of the configuration, except larger ones on the Hub.
+            kwargs: as in `transformers`.
+        """
         push_options = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
         if self._auto_class is not None:
             # `transformers` follows relative imports, so this import adds the pipeline's files to the checkpoint
@@ -575,7 +605,15 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
 
             implementation = f"{pipeline_class.__module__.split('.')[-1]}.{pipeline_class.__name__}"
             self.config.custom_pipelines = {TASK: {"impl": implementation, "pt": ["AutoModel"], "type": "multimodal"}}
-        super().save_pretrained(save_directory, **kwargs)
+        in_memory = self.config.backbones
+        try:
+            if kwargs.get("is_main_process", True):
+                os.makedirs(save_directory, exist_ok=True)
+                save_processor(self, save_directory)
+                self.config.backbones = save_backbones(self, save_directory, backbones)
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.config.backbones = in_memory
         if kwargs.get("is_main_process", True):
             write_model_card(self, save_directory)
             if push_to_hub:

@@ -10,11 +10,14 @@ import torch
 from tqdm.auto import tqdm
 from transformers import Pipeline
 
-from .backbones import Backbones, load_backbones
+from .backbones import Backbones
+from .checkpoint import load_backbones
 from .checks import check_sentence
+from .configuration_diffusionvmr import DiffusionVMRConfig
 from .hub import PushToHub
 from .processing_diffusionvmr import DiffusionVMRProcessor
 from .video import open_video
+from .weights import check_weights
 
 FORWARD_PARAMETERS = ("num_proposals", "num_sampling_steps", "progress")
 POST_PARAMETERS = ("top_k", "threshold", "nms_threshold", "round_to", "return_saliency")
@@ -30,7 +33,8 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
         args, kwargs: arguments of `Pipeline`, and default values for the arguments of a call.
 
     Raises:
-        ValueError: if the backbones of the checkpoint cannot be run. The message names them.
+        OSError, ValueError: if the checkpoint is not one of a DiffusionVMR model, if it lacks weights or backbones, or
+            if its backbones cannot be run. The message names them.
     """
 
     processor: DiffusionVMRProcessor
@@ -42,12 +46,14 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
 
     def __init__(self, *args, backbones: Backbones | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.model.eval()
+        model, config = self.model.eval(), self.model.config
+        if config.model_type != DiffusionVMRConfig.model_type:
+            raise ValueError(f"{config.name_or_path}: a model of type {config.model_type}, not DiffusionVMR")
+        check_weights(model, model.missing_weights, config.name_or_path or "the model")
         if backbones is None:
-            config = self.model.config
-            commit = getattr(config, "_commit_hash", None)
-            hub_kwargs = {} if commit is None else {"revision": commit}
-            backbones = load_backbones(config, config.name_or_path or None, **hub_kwargs)
+            backbones = load_backbones(
+                config, config.name_or_path or None, sources=model.backbone_sources, **model.hub_kwargs
+            )
         self.backbones = backbones.to(self.device, self.model.dtype)
 
     # Here and below, `Pipeline` uses other names for the same arguments, but always passes them by position
@@ -164,14 +170,8 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """Save model, processor and backbones in one folder, with the code to load it without the package."""
-        os.makedirs(save_directory, exist_ok=True)
-        config = self.model.config
-        loaded_from, config.backbones = config.backbones, self.backbones.save_pretrained(save_directory)
-        try:
-            self.processor.save_pretrained(save_directory)
-            super().save_pretrained(save_directory, **kwargs)
-        finally:
-            config.backbones = loaded_from
+        self.processor.save_pretrained(save_directory)
+        super().save_pretrained(save_directory, backbones=self.backbones, **kwargs)
 
 
 def _is_single_video(video: Any) -> bool:

@@ -1,14 +1,23 @@
-"""`diffusionvmr extract`: compute the features of videos and sentences with a frozen backbone."""
+"""`diffusionvmr extract`: compute the features of videos and sentences with frozen backbones."""
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from .options import DTYPES, CommandParser, add_device_argument, choose_device, loading, resolve_model
+from .options import (
+    DTYPES,
+    CommandParser,
+    add_device_argument,
+    check_checkpoint,
+    check_model_type,
+    choose_device,
+    loading,
+    resolve_model,
+)
 
+DEFAULT_CLIP_SECONDS = 2.0
 MAX_NAMES = 10  # number of file names to list in a message
 
 
@@ -26,9 +35,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="FILE",
         help="encode the sentences of this file, and only those videos of --videos that it names",
     )
-    parser.add_argument("--backbone", metavar="ID", required=True, help="complete CLIP checkpoint: folder or Hub id")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--backbone", metavar="ID", help="complete CLIP checkpoint: folder or Hub id")
+    which.add_argument(
+        "--model", help="use the backbones of this checkpoint: folder, Hub id, or embedded (the model in this package)"
+    )
     parser.add_argument("--name", help="name of the output folders (default: the backbone's type, such as clip)")
-    parser.add_argument("--clip_seconds", type=float, default=2.0, help="length of a clip (default: 2)")
+    parser.add_argument("--clip_seconds", type=float, help="length of a clip (default: that of --model, or 2)")
     parser.add_argument("--batch_size", type=int, default=32, help="frames per batch (default: 32)")
     add_device_argument(parser)
     parser.add_argument(
@@ -52,20 +65,19 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.videos:
         videos, missing = _choose_videos(arguments, list(dict.fromkeys(row["vid"] for row in rows)))
 
-    backbone = _open_backbone(arguments)
-    # Shell completion may append a slash to a folder
-    identifier = os.path.normpath(arguments.backbone) if os.path.isdir(arguments.backbone) else arguments.backbone
-    folder = Path(arguments.output_dir) / (arguments.name or backbone.model.config.model_type)
+    clip_seconds, backbones = _open_backbones(arguments)
     options = {"dtype": arguments.dtype, "skip_invalid": arguments.skip_invalid}
-    if rows:
-        sentences, text_folder = {row["qid"]: row["query"] for row in rows}, folder.with_name(f"{folder.name}_text")
-        skipped = extract_sentences(backbone, identifier, sentences, text_folder, **options)
-        _report("sentences", len(sentences), skipped, text_folder)
-    if arguments.videos:
-        damaged = extract_videos(
-            backbone, identifier, videos, folder, arguments.clip_seconds, arguments.batch_size, **options
-        )
-        _report("videos", len(videos) + len(missing), {**missing, **damaged}, folder)
+    for backbone in backbones:
+        folder = Path(arguments.output_dir) / backbone.name
+        if rows and backbone.reads_text:
+            sentences, text_folder = {row["qid"]: row["query"] for row in rows}, folder.with_name(f"{folder.name}_text")
+            skipped = extract_sentences(backbone.model, backbone.source, sentences, text_folder, **options)
+            _report("sentences", len(sentences), skipped, text_folder)
+        if arguments.videos and backbone.reads_video:
+            damaged = extract_videos(
+                backbone.model, backbone.source, videos, folder, clip_seconds, arguments.batch_size, **options
+            )
+            _report("videos", len(videos) + len(missing), {**missing, **damaged}, folder)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -73,7 +85,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
     if not (arguments.videos or arguments.annotations):
         raise ValueError("nothing to extract: pass --videos, --annotations, or both")
-    check_positive(arguments.clip_seconds, "--clip_seconds")
+    if arguments.clip_seconds is not None:
+        check_positive(arguments.clip_seconds, "--clip_seconds")
     check_positive(arguments.batch_size, "--batch_size")
     name = arguments.name
     if name is not None and (name in ("", ".", "..") or Path(name).name != name):
@@ -98,16 +111,54 @@ def _choose_videos(arguments: argparse.Namespace, vids: Sequence[str]) -> tuple[
     return chosen, dict.fromkeys(missing, f"no such file in {arguments.videos}")
 
 
-def _open_backbone(arguments: argparse.Namespace):
-    """Load the backbone in float32, as the pipeline does, whatever type its weights are stored in."""
+class _Backbone(NamedTuple):
+    """A backbone, the name of its output folder, and where it was loaded from."""
+
+    name: str
+    source: str
+    model: Any
+    reads_video: bool = True
+    reads_text: bool = True
+
+
+def _open_backbones(arguments: argparse.Namespace) -> tuple[float, list[_Backbone]]:
+    """
+    Load the backbones in float32, as the pipeline does, whatever type their weights are stored in. Return them with the
+    length of a clip.
+    """
     import torch
 
     from ..backbones import load_backbone
+    from ..checkpoint import folder_of_backbone, load_backbones
+    from ..configuration_diffusionvmr import DiffusionVMRConfig
 
     device = choose_device(arguments.device)
-    backbone = resolve_model(arguments.backbone)
-    with loading(backbone):
-        return load_backbone(backbone, device, torch.float32)
+    if arguments.model is None:
+        source = check_checkpoint(arguments.backbone)
+        with loading(source):
+            model = load_backbone(source, device, torch.float32)
+        name = arguments.name or model.model.config.model_type
+        return arguments.clip_seconds or DEFAULT_CLIP_SECONDS, [_Backbone(name, source, model)]
+
+    checkpoint = resolve_model(arguments.model)
+    check_model_type(checkpoint)
+    with loading(checkpoint):
+        config = DiffusionVMRConfig.from_pretrained(checkpoint)
+        loaded = load_backbones(config, checkpoint, device, torch.float32)
+    if arguments.clip_seconds not in (None, loaded.clip_seconds):
+        raise ValueError(f"--clip_seconds must be that of {checkpoint}, {loaded.clip_seconds}")
+    if arguments.name and len(loaded.models) > 1:
+        raise ValueError(f"--name: {checkpoint} has {len(loaded.models)} backbones, whose names are used")
+    return loaded.clip_seconds, [
+        _Backbone(
+            arguments.name or description["name"],
+            folder_of_backbone(description, checkpoint),
+            model,
+            "feature_size" in description,
+            "text_feature_size" in description,
+        )
+        for description, model in zip(loaded.descriptions, loaded.models)
+    ]
 
 
 def _listed(names: Sequence[str]) -> str:

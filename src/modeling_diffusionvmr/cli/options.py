@@ -12,6 +12,7 @@ from pathlib import Path
 DTYPES = ("float16", "float32")  # of written features
 TRAIN_MODULES = ("accelerate", "datasets", "evaluate", "h5py", "matplotlib", "pyarrow", "yaml")  # of the extra `train`
 DAMAGED_WEIGHTS = "weights are damaged or cut off"
+EMBEDDED = "embedded"  # as a value of --model
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -106,7 +107,7 @@ def _one_line(error: BaseException) -> str:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--model` and `--trust_remote_code`."""
-    parser.add_argument("--model", help="checkpoint folder or Hub id (default: the embedded model)")
+    parser.add_argument("--model", help="checkpoint folder or Hub id (default: embedded, the model in this package)")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
 
 
@@ -188,20 +189,36 @@ def choose_device(device: str | None) -> str:
 
 def resolve_model(model: str | None) -> str:
     """
-    Return the folder or Hub id of `--model`, by default the embedded model. Raise `ValueError` if it cannot be either,
-    without asking the Hub.
+    Return the folder or Hub id of `--model`; "embedded", the default, names the embedded model. Raise `ValueError` if
+    it cannot be either, without asking the Hub.
     """
     from .. import DEFAULT_MODEL
 
-    if model is None:
-        return DEFAULT_MODEL
-    if os.path.isdir(model):
-        return model
-    if os.path.exists(model):
-        raise ValueError(f"{model}: a checkpoint must be a folder, not a file")
-    if not HUB_ID.fullmatch(model):
-        raise ValueError(f"{model}: not a local folder or a valid Hub id")
-    return model
+    model = model or EMBEDDED
+    return DEFAULT_MODEL if model == EMBEDDED and not os.path.isdir(model) else check_checkpoint(model)
+
+
+def check_checkpoint(path_or_id: str) -> str:
+    """Return a folder or Hub id. Raise `ValueError` if it cannot be either, without asking the Hub."""
+    if os.path.isdir(path_or_id):
+        return path_or_id
+    if os.path.exists(path_or_id):
+        raise ValueError(f"{path_or_id}: a checkpoint must be a folder, not a file")
+    if not HUB_ID.fullmatch(path_or_id):
+        raise ValueError(f"{path_or_id}: not a local folder or a valid Hub id")
+    return path_or_id
+
+
+def check_model_type(model: str, **options) -> None:
+    """Raise `ValueError`, before weights are loaded, unless a folder or Hub id contains a DiffusionVMR model."""
+    from transformers import AutoConfig
+
+    from ..configuration_diffusionvmr import DiffusionVMRConfig
+
+    with loading(model):
+        found = AutoConfig.from_pretrained(model, **options).model_type
+        if found != DiffusionVMRConfig.model_type:
+            raise ValueError(f"{model}: a model of type {found}, not {DiffusionVMRConfig.model_type}")
 
 
 def load_model(arguments: argparse.Namespace):
@@ -211,14 +228,12 @@ def load_model(arguments: argparse.Namespace):
     """
     from transformers import AutoModel, AutoProcessor
 
-    from ..configuration_diffusionvmr import DiffusionVMRConfig
+    from ..weights import check_weights
 
     model = resolve_model(arguments.model)
     options = {"trust_remote_code": arguments.trust_remote_code or None}
+    check_model_type(model, **options)
     with loading(model):
         network = AutoModel.from_pretrained(model, **options)
-        if network.config.model_type != DiffusionVMRConfig.model_type:
-            raise ValueError(
-                f"{model}: a model of type {network.config.model_type}, not {DiffusionVMRConfig.model_type}"
-            )
+        check_weights(network, network.missing_weights, model)
         return network, AutoProcessor.from_pretrained(model, **options)

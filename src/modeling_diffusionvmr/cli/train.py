@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 from ..checks import check_positive, is_number
 from ..configuration_diffusionvmr import DiffusionVMRConfig
+from ..data.backbone_record import describe_backbones
 from ..training.arguments import DiffusionVMRTrainingArguments
-from .options import add_data_arguments, clip_seconds_of, loading, resolve_model
+from ..weights import check_weights
+from .options import add_data_arguments, check_model_type, clip_seconds_of, loading, resolve_model
 from .settings import SettingsParser
 
 USAGE = """diffusionvmr train [--preset NAME] --output_dir DIR --annotations PATH --video_features PATH [PATH ...]
@@ -74,7 +76,8 @@ def run(arguments: argparse.Namespace) -> None:
     training_arguments = make_training_arguments(arguments)
     checkpoint = find_checkpoint(arguments, training_arguments)
     if arguments.model is not None:
-        resolve_model(arguments.model)
+        arguments.model = resolve_model(arguments.model)
+        check_model_type(arguments.model)
 
     train_rows, eval_rows = load_rows(arguments)
     video = open_video_features(arguments.video_features)
@@ -86,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"feature sizes differ: {sizes} for training, {eval_sizes} for evaluation")
 
     set_seed(training_arguments.seed)
-    model = make_model(arguments, sizes)
+    model = make_model(arguments, sizes, video, text)
     if checkpoint is not None:
         with loading(checkpoint):
             check_shapes(checkpoint, model)
@@ -212,38 +215,48 @@ def feature_sizes(rows: Sequence[Mapping[str, Any]], video: Sequence[Mapping], t
     return FeatureSizes([feature_size(store, rows, "vid") for store in video], feature_size(text, rows, "qid"))
 
 
-def make_model(arguments: argparse.Namespace, sizes: FeatureSizes):
-    """Return a new model, or that of `--model`, with input layers that fit the features."""
+def make_model(arguments: argparse.Namespace, sizes: FeatureSizes, video: Sequence[Mapping], text: Mapping):
+    """Return a new model, or that of `--model`, that fits the features and knows the backbones that computed them."""
     from .. import DiffusionVMRForMomentRetrieval
 
     if arguments.model is None:
-        config = DiffusionVMRConfig(**arguments.config)
-        fit_to_features(config, sizes)
-        return DiffusionVMRForMomentRetrieval(config)
+        fields = dict(arguments.config)
+        known, clip_seconds = fields.get("backbones"), arguments.clip_seconds
+        fields["backbones"], sources = describe_backbones(video, text, *sizes, clip_seconds, known)
+        fields |= {"video_feature_size": sum(sizes.video), "text_feature_size": sizes.text}
+        model = DiffusionVMRForMomentRetrieval(DiffusionVMRConfig(**fields))
+        model.backbone_sources = sources
+        return model
+
     given = {name: value for name, value in arguments.config.items() if name in arguments.given}
     with loading(arguments.model):
         config = DiffusionVMRConfig.from_pretrained(arguments.model, **given)
-        fit_to_features(config, sizes)
+        sources = fit_to_features(config, sizes, video, text, arguments.clip_seconds)
         loaded: Any = DiffusionVMRForMomentRetrieval.from_pretrained(
             arguments.model, config=config, ignore_mismatched_sizes=True, output_loading_info=True
         )
     model, info = loaded
+    model.backbone_sources = sources
+    # With flags that change the architecture, some weights are new
+    check_weights(model, () if given else info["missing_keys"], arguments.model)
     new = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
     if new:
         print(f"newly initialized (not in {arguments.model}): {', '.join(new)}")
     return model
 
 
-def fit_to_features(config: DiffusionVMRConfig, sizes: FeatureSizes) -> None:
-    """Set the feature sizes of a configuration to those of the features, and print what changes."""
-    if (config.video_feature_size, config.text_feature_size) == (sum(sizes.video), sizes.text):
-        return
-    print(
-        f"feature sizes {sizes} instead of {config.video_feature_size} and {config.text_feature_size}: "
-        "the input layers are newly initialized" + (", `backbones` cleared" if config.backbones else "")
-    )
-    config.backbones = None
+def fit_to_features(
+    config: DiffusionVMRConfig, sizes: FeatureSizes, video: Sequence[Mapping], text: Mapping, clip_seconds: float | None
+) -> dict[str, str]:
+    """Set the feature sizes and backbones of a checkpoint's configuration. Return the model's `backbone_sources`."""
+    if (config.video_feature_size, config.text_feature_size) != (sum(sizes.video), sizes.text):
+        print(
+            f"feature sizes {sizes} instead of {config.video_feature_size} and {config.text_feature_size}: "
+            "the input layers are newly initialized"
+        )
+    config.backbones, sources = describe_backbones(video, text, *sizes, clip_seconds, config.backbones)
     config.video_feature_size, config.text_feature_size = sum(sizes.video), sizes.text
+    return sources
 
 
 def check_shapes(checkpoint: str, model) -> None:

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from ..backbones import ClipBackbone
 from ..video import open_video
+from .backbone_record import absolute
 from .feature_store import VIDEO_SUFFIXES
 from .features import METADATA_FILE, TEXT_KEY, VIDEO_KEY, open_features, write_features
 from .files import parse_json_object, save_json
@@ -102,8 +103,8 @@ def extract_videos(
     interrupted run can be resumed.
 
     Args:
-        name: the backbone's Hub id or folder. It is saved in the folder's `features.json`, with `clip_seconds` and
-            `dtype`.
+        name: the backbone's Hub id or folder. It is saved in the folder's `features.json`, folders as absolute paths,
+            with `clip_seconds` and `dtype`.
         videos: files by `vid`.
         skip_invalid: skip a video that is damaged or missing, instead of raising.
         backbone, folder, clip_seconds, batch_size, dtype: see `extract_video`.
@@ -120,7 +121,7 @@ def extract_videos(
     def extract(vid, video):
         extract_video(backbone, video, folder, vid, clip_seconds, batch_size, dtype)
 
-    made_with = {"backbone": name, "clip_seconds": clip_seconds, "dtype": dtype}
+    made_with = {"backbone": absolute(name), "clip_seconds": clip_seconds, "dtype": dtype}
     return _extract_missing(videos, extract, Path(folder), made_with, skip_invalid, "encoding videos")
 
 
@@ -137,7 +138,7 @@ def extract_sentences(
     def extract(qid, sentence):
         extract_sentence(backbone, sentence, folder, qid, dtype)
 
-    made_with = {"backbone": name, "dtype": dtype}
+    made_with = {"backbone": absolute(name), "dtype": dtype}
     return _extract_missing(sentences, extract, Path(folder), made_with, skip_invalid, "encoding sentences")
 
 
@@ -173,6 +174,8 @@ def _open_output(folder: Path, made_with: Mapping[str, Any]) -> Mapping:
         raise ValueError(f"{folder}: contains features, but no {METADATA_FILE} that records how they were made")
     features = open_features(folder)
     found = parse_json_object(path.read_bytes())
+    if isinstance(found.get("backbone"), str):  # a relative path in folders that earlier versions wrote
+        found["backbone"] = absolute(found["backbone"])
     for key, value in made_with.items():
         if found.get(key) != value:
             raise ValueError(

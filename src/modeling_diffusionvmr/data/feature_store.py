@@ -25,18 +25,28 @@ class FeatureStore(Mapping):
         path: the file or folder, for error messages.
         places: what `_read` needs to find each array, by name in the store.
         clip_seconds: length of a clip, if the files state it.
+        backbone: folder or Hub id of the backbone that computed the features, if the files state it.
 
     Raises:
-        ValueError: if there are no features, two names mean the same id, or `clip_seconds` is invalid.
+        ValueError: if there are no features, two names mean the same id, or `clip_seconds` or `backbone` is invalid.
     """
 
-    def __init__(self, path: Path, places: Mapping[str, Any], clip_seconds: float | None = None):
+    def __init__(
+        self,
+        path: Path,
+        places: Mapping[str, Any],
+        clip_seconds: float | None = None,
+        backbone: str | None = None,
+    ):
         if not places:
             raise ValueError(f"{path}: contains no features")
         if clip_seconds is not None:
             check_positive(clip_seconds, f"{path}: `clip_seconds`")
         self.path = path
+        if backbone is not None and not isinstance(backbone, str):
+            raise ValueError(f"{path}: `backbone` must be the folder or Hub id of a backbone, got {backbone!r}")
         self.clip_seconds = clip_seconds
+        self.backbone = backbone
         prefix = TEXT_PREFIX if all(name.startswith(TEXT_PREFIX) for name in places) else ""
         self._places: dict[str, Any] = {}
         for name, place in places.items():

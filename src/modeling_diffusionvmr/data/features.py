@@ -29,7 +29,8 @@ def open_features(path: str | os.PathLike, column: str | None = None) -> Feature
     Open the features of videos (by `vid`) or of queries (by `qid`).
 
     Arrays are read and checked on each access. The store can be used from several processes. Its `clip_seconds` is the
-    length of a clip if the files state it, else `None`.
+    length of a clip if the files state it, else `None`; in the same way, its `backbone` is the folder or Hub id of the
+    backbone that computed the features.
 
     Args:
         path: a folder of `.npz` files as officially released (`{vid}.npz` with `features`, or `qid{qid}.npz` with
@@ -122,7 +123,10 @@ def name_of(store: Mapping) -> str:
 
 
 class FolderFeatures(FeatureStore):
-    """A folder with one `.npz` or `.npy` file per id and, optionally, a `features.json` that states `clip_seconds`."""
+    """
+    A folder with one `.npz` or `.npy` file per id and, optionally, a `features.json` that states
+    `clip_seconds` and `backbone`.
+    """
 
     def __init__(self, path: Path):
         places, metadata = {}, {}
@@ -136,7 +140,7 @@ class FolderFeatures(FeatureStore):
                 if name in places:
                     raise ValueError(f"{path}: contains both {name}.npz and {name}.npy")
                 places[name] = file.path
-        super().__init__(path, dict(sorted(places.items())), metadata.get("clip_seconds"))
+        super().__init__(path, dict(sorted(places.items())), metadata.get("clip_seconds"), metadata.get("backbone"))
         self.metadata = metadata
 
     def _read(self, place):
