@@ -159,19 +159,12 @@ def write_model_card(model, folder: str | os.PathLike) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def hub_id_of(model) -> str | None:
-    """Return the Hub id that a model was loaded from, or `None` if it was not loaded from the Hub."""
-    name = model.config.name_or_path
-    from_hub = getattr(model.config, "_commit_hash", None) is not None and not os.path.isdir(name)
-    return name if from_hub else None
-
-
 def card_beside(model) -> str:
     """Return the text of the card in the folder or repository that a model was loaded from, or "" if there is none."""
     path: str | os.PathLike | None = Path(model.config.name_or_path, CARD_NAME)
-    if hub_id_of(model) is not None:
+    if model.hub_id is not None:
         path = cached_file(
-            model.config.name_or_path,
+            model.hub_id,
             CARD_NAME,
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_missing_entries=False,

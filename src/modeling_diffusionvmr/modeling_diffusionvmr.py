@@ -567,6 +567,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         self.model = DiffusionVMRModel(config)
         self.saliency_head = nn.Linear(config.d_model, 1)
         self.backbone_sources: dict[str, str] = {}  # see checkpoint.py
+        self.hub_id: str | None = None  # of the repository on the Hub that the model was loaded from
         self.hub_kwargs: dict[str, Any] = {}  # with which the model was loaded
         self.missing_weights: list[str] = []  # that the checkpoint lacked
         self.card_facts: dict[str, Any] | None = None  # of the training, see model_card.py
@@ -582,6 +583,8 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
             check_weight_index(pretrained_model_name_or_path)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model.missing_weights = missing_weights(info)
+        if pretrained_model_name_or_path is not None and not os.path.isdir(pretrained_model_name_or_path):
+            model.hub_id = str(pretrained_model_name_or_path)
         model.hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         if (commit := getattr(model.config, "_commit_hash", None)) is not None:
             model.hub_kwargs["revision"] = commit

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from ..model_card import card_beside, hub_id_of, parse_card
+from .. import DEFAULT_MODEL
+from ..model_card import card_beside, parse_card
 from .arguments import DiffusionVMRTrainingArguments
 from .dataset import MomentRetrievalDataset
 
@@ -42,8 +43,11 @@ class CardFacts(TrainerCallback):
         self._started: float | None = None  # `None` before training
         self._seconds = 0.0
         model = trainer.accelerator.unwrap_model(trainer.model)
-        self._base_model = hub_id_of(model)
+        self._base_model = model.hub_id
         self._is_new = not model.config.name_or_path
+        self._started_from = "random weights" if self._is_new else "a local checkpoint"
+        if model.config.name_or_path == DEFAULT_MODEL:
+            self._started_from = "the embedded model of modeling_diffusionvmr"
         try:
             self._base_card = parse_card("" if self._is_new else card_beside(model))
         except ValueError as error:
@@ -75,7 +79,7 @@ class CardFacts(TrainerCallback):
         known = base.facts | base.metadata  # a person may have changed the metadata
         data = facts_of_data(trainer.train_dataset)
         facts = {
-            "started_from": "random weights" if self._is_new else "a local checkpoint",
+            "started_from": self._started_from,
             "base_model": self._base_model or known.get("base_model"),
             "license": known.get("license"),
             "train_data": data,
