@@ -27,7 +27,7 @@ from test_video import write_video
 TOKEN = next(token for token, user in TOKENS.items() if user == "user")
 PUSHED = ["user/model", "user/saved", "user/pipeline", "user/command", "user/private"]
 PROCESSOR = {"threshold": 0.1, "top_k": 2, "max_clips": 20, "max_tokens": 8}
-HAND_WRITTEN = "Trained for my own holiday videos."
+HAND_WRITTEN = {"local": "Trained for my own holiday videos.", "remote": "Ask me before you use it."}
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,7 @@ def push_everything() -> dict:
     pipe.push_to_hub("user/pipeline")
     pipe.push_to_hub("user/private", private=True)
     main(["push", "checkpoint", "user/command"])
+    push_edited_card()
     pipe.processor.top_k = 1
     pipe.processor.push_to_hub("user/processor")
     pipe.processor.push_to_hub("user/pipeline_and_processor")
@@ -121,6 +122,26 @@ def push_everything() -> dict:
     main(["convert", "qvhighlights", "data", "--annotations", "release", *features, "--push_to_hub", "user/data"])
     found["data"] = read_data()
     return found
+
+
+def push_edited_card() -> None:
+    """Push a checkpoint twice to a repository whose card was edited, there and in the folder."""
+    from huggingface_hub import HfApi
+
+    from modeling_diffusionvmr.cli import main
+
+    DiffusionVMRForMomentRetrieval.from_pretrained("checkpoint").save_pretrained("edited")
+    card = Path("edited/README.md")
+    card.write_text(card.read_text() + HAND_WRITTEN["local"])
+    api = HfApi()
+    main(["push", "edited", "user/edited", "--message", "first"])
+    card = ModelCard.load("user/edited")
+    card.data["license"] = "mit"
+    card.text = f"{HAND_WRITTEN['remote']}\n{card.text}"
+    api.upload_file(path_or_fileobj=str(card).encode(), path_in_repo="README.md", repo_id="user/edited")
+    for name in ("model-00001-of-00002.safetensors", "assets/picture.png"):
+        api.upload_file(path_or_fileobj=b"old", path_in_repo=name, repo_id="user/edited")
+    main(["push", "edited", "user/edited", "--message", "second"])
 
 
 def push_a_training() -> list:
@@ -240,6 +261,22 @@ def test_every_card_is_ours(hub, pushed, name):
     assert f'model="{name}"' in card.text
     assert "automatically generated" not in card.text and "generated_from_trainer" not in card.content
     assert card.data.to_dict()["pipeline_tag"] == "video-text-to-text"
+
+
+def test_text_and_metadata_of_the_user_are_kept(hub, pushed):
+    repository = hub.model("user/edited")
+    assert (repository.log[1], repository.log[-1]) == ("first", "second")
+    card = card_of(repository)
+    before, _, rest = card.text.partition("<!-- begin generated text")
+    assert before.strip() == HAND_WRITTEN["remote"]
+    assert rest.rpartition("-->")[2].strip() == HAND_WRITTEN["local"]
+    assert card.data.license == "mit"
+    assert card.content.count("<!-- begin generated text") == 1
+
+
+def test_old_weights_are_removed_and_other_files_kept(hub, pushed):
+    names = hub.model("user/edited").files().keys()
+    assert "assets/picture.png" in names and "model-00001-of-00002.safetensors" not in names
 
 
 def test_branch_and_tags(hub, pushed):
