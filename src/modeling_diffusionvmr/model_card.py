@@ -387,7 +387,9 @@ def _described(data: Mapping[str, Any]) -> str:
 
 def _table(header: str, values: Mapping[str, Any]) -> str:
     lines = [f"| {header} | value |", "| --- | --- |"]
-    lines += [f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in values.items()]
+    for row in values.items():
+        cells = [str(cell).replace("|", "\\|") for cell in row]
+        lines.append(f"| {cells[0]} | {cells[1]} |")
     return "\n".join(lines)
 
 

@@ -115,8 +115,8 @@ def run(arguments: argparse.Namespace) -> None:
         if "metric_for_best_model" not in str(error):
             raise
         raise ValueError(error.args[0]) from None
+    metrics = trainer.evaluate() if eval_rows else None  # before saving, so that the card has the metrics
     trainer.save_model()
-    metrics = trainer.evaluate() if eval_rows else None
     if trainer.is_world_process_zero():
         if metrics is not None:
             print(json.dumps(metrics, indent=2))
