@@ -1,6 +1,5 @@
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ from PIL import Image
 from transformers import BertConfig, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from modeling_diffusionvmr.backbones import Backbones, ClipBackbone, load_backbone
-from modeling_diffusionvmr.checkpoint import load_backbones
 
 WORDS = ["a", "red", "dog", "runs", "fast"]
 
@@ -50,7 +48,8 @@ def frames() -> np.ndarray:
 
 
 def description(**changes) -> dict:
-    return {"name": "clip", "id": "clip", "feature_size": 12, "text_feature_size": 8, "clip_seconds": 2.0, **changes}
+    place = {} if "id" in changes else {"folder": "clip"}
+    return {"name": "clip", **place, "feature_size": 12, "text_feature_size": 8, "clip_seconds": 2.0, **changes}
 
 
 @pytest.mark.parametrize("height", [24, 3])  # three rows are not three color channels
@@ -165,9 +164,7 @@ def test_frozen_and_movable(clip, frames):
 
 def test_one_pass_for_all_backbones(clip, frames):
     other = tiny_clip(seed=1, projection_dim=6)
-    both = Backbones(
-        [description(), {"name": "other", "id": None, "feature_size": 6, "clip_seconds": 2.0}], [clip, other]
-    )
+    both = Backbones([description(), {"name": "other", "feature_size": 6, "clip_seconds": 2.0}], [clip, other])
     passes = []
 
     def counted():
@@ -182,7 +179,7 @@ def test_one_pass_for_all_backbones(clip, frames):
     texts = both.encode_text(["a dog", "a red dog"])
     assert [array.shape for array in texts] == [(4, 8), (5, 8)]  # of the first alone, the second reads no text
     assert both.clip_seconds == 2.0
-    two_texts = Backbones([{"name": name, "id": None, "text_feature_size": 8} for name in "ab"], [clip, other])
+    two_texts = Backbones([{"name": name, "text_feature_size": 8} for name in "ab"], [clip, other])
     assert two_texts.encode_text(["a dog"])[0].shape == (4, 16)
     assert two_texts.clip_seconds is None
 
@@ -194,52 +191,12 @@ def test_invalid_descriptions(clip):
         Backbones([description(), description(name="slow", clip_seconds=1.0)], [clip, clip])
 
 
-def test_saved_with_a_checkpoint(clip, frames, tmp_path):
-    descriptions = Backbones([description(id="some/hub-id")], [clip]).save_pretrained(tmp_path)
-    assert descriptions == [description(id="clip")]
-    loaded = load_backbones(SimpleNamespace(backbones=descriptions), tmp_path, device="cpu", dtype=torch.float32)
-    np.testing.assert_array_equal(loaded.encode_video(frames)[0], clip.encode_video(frames))
-    np.testing.assert_array_equal(loaded.encode_text(["a red dog"])[0], clip.encode_text(["a red dog"])[0])
-    assert type(loaded.models[0].image_processor) is CLIPImageProcessorPil
-
-
 def put_on_hub(clip, cache, name, subfolder=""):
     """Save a backbone as a Hub repository in the cache, where refs/main names the snapshot."""
     repository, commit = cache / f"models--{name.replace('/', '--')}", "0" * 40
     clip.save_pretrained(repository / "snapshots" / commit / subfolder)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-
-
-def test_folder_inside_a_checkpoint_on_the_hub(clip, tmp_path):
-    put_on_hub(clip, tmp_path, "someone/diffusionvmr", "clip")
-    config = SimpleNamespace(backbones=[description()])
-    loaded = load_backbones(config, "someone/diffusionvmr", cache_dir=str(tmp_path), local_files_only=True)
-    assert loaded.models[0].feature_size == 12
-
-
-def test_backbone_outside_the_checkpoint(clip, frames, tmp_path):
-    put_on_hub(clip, tmp_path / "cache", "someone/clip")
-    (tmp_path / "checkpoint").mkdir()
-    config = SimpleNamespace(backbones=[description(id="someone/clip")])
-    kwargs = {"cache_dir": str(tmp_path / "cache"), "local_files_only": True, "revision": "the-checkpoint's"}
-    for checkpoint in (tmp_path / "checkpoint", None):
-        loaded = load_backbones(config, checkpoint, **kwargs)
-        np.testing.assert_array_equal(loaded.encode_video(frames)[0], clip.encode_video(frames))
-
-
-def test_backbones_that_cannot_be_run_are_named(clip, tmp_path):
-    clip.save_pretrained(tmp_path / "clip")
-    BertConfig().save_pretrained(tmp_path / "bert")
-    backbones = [
-        {"name": "slowfast", "id": None, "feature_size": 2304, "clip_seconds": 2.0},
-        description(),
-        {"name": "bert", "id": "bert", "text_feature_size": 768},
-    ]
-    with pytest.raises(ValueError, match=r"cannot be run: slowfast \(no `id`\), bert \(bert\);"):
-        load_backbones(SimpleNamespace(backbones=backbones), tmp_path)
-    with pytest.raises(ValueError, match="has no `backbones`"):
-        load_backbones(SimpleNamespace(backbones=None), tmp_path)
 
 
 def test_one_backbone_alone(clip, frames, tmp_path):

@@ -125,6 +125,14 @@ def test_backbones():
         ([slowfast(clip_seconds="2"), clip()], r"backbones\[0\]"),
         # Each is saved in a folder of its name
         ([slowfast(name="clip"), clip()], r"`backbones\[1\]` repeats the name"),
+        ([slowfast(folder="clip", id="x/y"), clip()], r"`backbones\[0\]` must have a `folder` or an `id`, not both"),
+        ([slowfast(folder=".."), clip()], r"`backbones\[0\]`: `folder` must be the name of a folder inside the check"),
+        ([slowfast(folder="/etc"), clip()], r"`backbones\[0\]`: `folder` must be the name of a folder"),
+        ([slowfast(folder="a/b"), clip()], r"`backbones\[0\]`: `folder` must be the name of a folder"),
+        ([slowfast(id="../clip"), clip()], r"`backbones\[0\]`: `id` must be a model on the Hub, USER/NAME"),
+        ([slowfast(id="/home/clip"), clip()], r"`backbones\[0\]`: `id` must be a model on the Hub, USER/NAME"),
+        ([slowfast(id=3), clip()], r"`backbones\[0\]`: `id` must be a model on the Hub, USER/NAME"),
+        ([slowfast(feature_size=True), clip()], r"`backbones\[0\]`: `feature_size` must be an integer"),
     ],
 )
 def test_invalid_backbones(backbones, message):
@@ -165,3 +173,11 @@ def test_commands_report_invalid_fields_in_one_line(field, value):
         run_safely(lambda _: DiffusionVMRConfig(**{field: value}), None)
     assert exit_.value.code.startswith("error: ") and "\n" not in exit_.value.code
     assert field in exit_.value.code and str(value) in exit_.value.code
+
+
+def test_id_of_earlier_versions_is_a_folder():
+    config = DiffusionVMRConfig(backbones=[slowfast(id=None), clip(id="clip")])
+    assert "id" not in config.backbones[0] and "folder" not in config.backbones[0]
+    assert "id" not in config.backbones[1] and config.backbones[1]["folder"] == "clip"
+    (_, kept) = DiffusionVMRConfig(backbones=[slowfast(), clip(id="x/y")]).backbones
+    assert kept["id"] == "x/y" and "folder" not in kept

@@ -382,7 +382,7 @@ def test_checkpoint_holds_everything(checkpoint):
     assert config["custom_pipelines"][TASK]["pt"] == ["AutoModel"]
     assert config["custom_pipelines"][TASK]["impl"] == "pipeline_diffusionvmr.VideoMomentRetrievalPipeline"
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel"}
-    assert config["backbones"] == [description(id="clip")]
+    assert config["backbones"] == [description()]
     assert type(AutoModel.from_pretrained(checkpoint)) is DiffusionVMRForMomentRetrieval
     assert AutoProcessor.from_pretrained(checkpoint).max_tokens == 8
 

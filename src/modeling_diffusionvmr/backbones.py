@@ -46,7 +46,7 @@ class ClipBackbone:
             ValueError: if weights are missing or not finite, or the tokenizer does not fit the model.
         """
         options = {"subfolder": subfolder, **hub_kwargs}
-        where = os.path.join(path_or_id, subfolder)
+        where = os.path.join(path_or_id, subfolder) if subfolder else path_or_id
         if os.path.isdir(where):
             check_weight_index(where)
         loaded: Any = CLIPModel.from_pretrained(path_or_id, output_loading_info=True, **options)

@@ -590,7 +590,10 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
             model.hub_kwargs["revision"] = commit
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory, push_to_hub=False, backbones: Backbones | None = None, **kwargs):
+    # `transformers` always passes the other arguments by name
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory, push_to_hub: bool = False, backbones: Backbones | None = None, **kwargs
+    ):
         """
         Save the model with all that the pipeline needs: the processor, the backbones, and the code if it is saved too.
         Also write the model card.

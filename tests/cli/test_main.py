@@ -11,8 +11,9 @@ from importlib.metadata import version
 import pytest
 import torch
 
+from modeling_diffusionvmr import DEFAULT_MODEL
 from modeling_diffusionvmr.cli import COMMANDS, main
-from modeling_diffusionvmr.cli.options import HUB_ID, load_model, run_safely
+from modeling_diffusionvmr.cli.options import HUB_ID, load_model, resolve_model, run_safely
 
 CONSOLE = "import sys; from diffusionvmr_command import main"  # as the console script that pip installs
 ROW = '{"qid": 1, "query": "a dog", "vid": "v", "duration": 10}\n'
@@ -217,3 +218,10 @@ def test_not_a_hub_id(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="not a local folder or a valid Hub id"):
         load_model(argparse.Namespace(model=name, trust_remote_code=False))
+
+
+def test_embedded_model_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("embedded") == resolve_model(None) == DEFAULT_MODEL
+    (tmp_path / "embedded").mkdir()
+    assert resolve_model("embedded") == "embedded"

@@ -37,7 +37,7 @@ def test_not_a_checkpoint(checkpoint, tmp_path):
 def test_a_model_of_another_type(tmp_path):
     layers = {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8}
     CLIPModel(CLIPConfig(text_config={**layers, "vocab_size": 9}, vision_config=layers)).save_pretrained(tmp_path)
-    assert error_of(tmp_path, "user/model") == f"error: {tmp_path}: a model of type clip, not DiffusionVMR"
+    assert error_of(tmp_path, "user/model") == f"error: {tmp_path}: a model of type clip, not diffusionvmr"
 
 
 def test_weights_are_missing(checkpoint):

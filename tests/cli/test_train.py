@@ -77,11 +77,11 @@ def test_from_nothing(train, capsys):
     assert model.config.dropout == 0.1 and model.config.d_model == 32  # of the preset, and of the flags
     assert processor.video_feature_sizes == [8, 4] and processor.round_to == 2.0
     printed = capsys.readouterr().out
-    assert (
-        "feature sizes 8 + 4 (video) and 6 (text) instead of 2816 and 512: the input layers are newly initialized, "
-        "`backbones` cleared\n" in printed
-    )
-    assert model.config.backbones is None
+    assert model.config.backbones == [  # the features do not say what computed them
+        {"name": "slowfast", "feature_size": 8},
+        {"name": "clip", "feature_size": 4},
+        {"name": "text", "text_feature_size": 6},
+    ]
     metrics = json.loads(printed[printed.rindex("\n{\n") :])
     assert "eval_MR-full-mAP" in metrics and "eval_MR-mIoU" in metrics
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]

@@ -62,7 +62,10 @@ def _is_out_of_memory(error: Exception) -> bool:
 def loading(checkpoint: str) -> Iterator[None]:
     """Turn whatever `transformers` raises for an unusable checkpoint into a one-line `ValueError` that names it."""
     from safetensors import SafetensorError
+    from transformers.utils import logging
 
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # `transformers` lists missing weights in a long table. Commands refuse or print them
     try:
         yield
     except ImportError:  # a package is missing, which is not the checkpoint's fault
@@ -77,6 +80,8 @@ def loading(checkpoint: str) -> Iterator[None]:
         if not reason.startswith(str(checkpoint)):
             reason = f"{checkpoint}: cannot be loaded ({reason})"
         raise ValueError(reason) from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _unusable_json(checkpoint: str) -> str | None:
@@ -194,7 +199,7 @@ def resolve_model(model: str | None) -> str:
     """
     from .. import DEFAULT_MODEL
 
-    model = model or EMBEDDED
+    model = EMBEDDED if model is None else model
     return DEFAULT_MODEL if model == EMBEDDED and not os.path.isdir(model) else check_checkpoint(model)
 
 

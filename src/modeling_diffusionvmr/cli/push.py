@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .options import CommandParser, loading
+from .options import CommandParser, check_model_type, loading
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -24,21 +24,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     """Load the checkpoint, so that only a complete one is pushed, and push it."""
-    from .. import DiffusionVMRConfig, DiffusionVMRForMomentRetrieval
+    from .. import DiffusionVMRForMomentRetrieval
     from ..data.hub import HUB_ID
+    from ..weights import check_weights
 
     folder = Path(arguments.folder)
     if not HUB_ID.fullmatch(arguments.repository):
         raise ValueError(f"{arguments.repository}: a repository on the Hub is USER/NAME")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: not a checkpoint: no config.json")
+    check_model_type(str(folder))
     with loading(str(folder)):
-        config = DiffusionVMRConfig.get_config_dict(folder)[0]
-        if config.get("model_type") != DiffusionVMRConfig.model_type:
-            raise ValueError(
-                f"{folder}: a model of type {config.get('model_type')}, not {DiffusionVMRConfig.model_type}"
-            )
         model = DiffusionVMRForMomentRetrieval.from_pretrained(folder)
+        check_weights(model, model.missing_weights, folder)
     url = model.push_to_hub(
         arguments.repository,
         private=arguments.private or None,

@@ -49,9 +49,10 @@ def describe_backbones(
 
     parts = []  # where each backbone is, and the sizes of its features
     for index, (store, size) in enumerate(zip(video_features, video_sizes)):
-        seconds = getattr(store, "clip_seconds", None) or clip_seconds
+        known_entry = known_video[index] if known_video else {}
+        seconds = getattr(store, "clip_seconds", None) or clip_seconds or known_entry.get("clip_seconds")
         sizes = {"feature_size": size} | ({} if seconds is None else {"clip_seconds": seconds})
-        parts.append((_recorded(store) or (_place(known_video[index]) if known_video else _unknown(store)), sizes))
+        parts.append((_recorded(store) or _place(known_entry) or _unknown(store), sizes))
     if (recorded := _recorded(text_features)) is None and known_text:
         parts += [(_place(entry), {"text_feature_size": entry["text_feature_size"]}) for entry in known_text]
     else:

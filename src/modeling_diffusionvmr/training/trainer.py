@@ -11,6 +11,7 @@ from accelerate.utils import slice_tensors
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..data.backbone_record import describe_backbones
 from ..model_card import write_model_card
 from .arguments import DiffusionVMRTrainingArguments
 from .card_facts import CardFacts
@@ -82,6 +83,7 @@ class DiffusionVMRTrainer(TrainerInternals):
         self.processor = processing_class
         if processing_class is None:
             self.processor = getattr(self.train_dataset, "processor", None)
+        self._know_backbones()
         self.add_callback(SetEpochCallback())
         self.card = CardFacts(self)
         self.add_callback(self.card)
@@ -95,6 +97,17 @@ class DiffusionVMRTrainer(TrainerInternals):
         self._num_proposals = 0  # in the last step
         self._all_labeled = False  # whether every row of the evaluation has a label
         self._warned: set[str] = set()  # messages about rows that are not scored
+
+    def _know_backbones(self) -> None:
+        """Let a model that names no backbones know those that computed the features, so that it runs on videos."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        dataset: Any = self.train_dataset
+        video, text = getattr(dataset, "video_features", ()), getattr(dataset, "text_features", {})
+        if model.config.backbones is None and any(getattr(store, "backbone", None) for store in (*video, text)):
+            processor = self.processor
+            model.config.backbones, model.backbone_sources = describe_backbones(
+                video, text, processor.video_feature_sizes, processor.text_feature_size, dataset.clip_seconds
+            )
 
     def training_proposals(self) -> int:
         """Return the number of proposals at this step."""
@@ -226,7 +239,9 @@ class DiffusionVMRTrainer(TrainerInternals):
                 raise ValueError(f"{resume_from_checkpoint}: cannot resume from it: {fault}")
         if self.args.should_save:  # left behind if training was killed while saving
             shutil.rmtree(Path(str(self.args.output_dir), STAGING_FOLDER), ignore_errors=True)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        self.accelerator.unwrap_model(self.model).missing_weights = []  # they have been trained
+        return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`, but with the processor, and without `training_args.bin`, which is a pickle."""
