@@ -275,7 +275,7 @@ class DiffusionVMRDenoisingLayer(GradientCheckpointingLayer):
         return proposals, self.class_head(modulated), refine(spans, self.span_head(modulated).float())
 
 
-class DiffusionVMRPreTrainedModel(PushToHub, PreTrainedModel):
+class DiffusionVMRPreTrainedModel(PushToHub, PreTrainedModel):  # type: ignore[misc]  # `push_to_hub` is ours
     """Weight initialization, and attributes that `transformers` reads."""
 
     config: DiffusionVMRConfig

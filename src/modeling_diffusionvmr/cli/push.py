@@ -25,7 +25,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> None:
     """Load the checkpoint, so that only a complete one is pushed, and push it."""
     from .. import DiffusionVMRForMomentRetrieval
-    from ..data.hub import HUB_ID
+    from ..configuration_diffusionvmr import HUB_ID
     from ..weights import check_weights
 
     folder = Path(arguments.folder)

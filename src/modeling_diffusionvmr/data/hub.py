@@ -1,14 +1,13 @@
 """Data sets on the Hub: converted folders that `diffusionvmr convert --push_to_hub` uploaded."""
 
 import os
-import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from ..configuration_diffusionvmr import HUB_ID
 from .parquet import ANNOTATIONS_CONFIG, VIDEOS_CONFIG
 
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 FILE_SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".npz", ".npy", ".h5", ".hdf5")  # a file that was misspelled
 
 

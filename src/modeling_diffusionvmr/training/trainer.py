@@ -283,8 +283,9 @@ class DiffusionVMRTrainer(TrainerInternals):
             if value is not None:
                 is_list = name in ("language", "tags", "datasets")
                 self.card.given[name] = [value] if is_list and isinstance(value, str) else value
-        if dataset is not None and self.train_dataset is not None:
-            self.train_dataset.name = dataset if isinstance(dataset, str) else ", ".join(dataset)
+        train_dataset: Any = self.train_dataset
+        if dataset is not None and train_dataset is not None:
+            train_dataset.name = dataset if isinstance(dataset, str) else ", ".join(dataset)
         self.card.update()
         if self.is_world_process_zero():
             write_model_card(self.accelerator.unwrap_model(self.model), str(self.args.output_dir))

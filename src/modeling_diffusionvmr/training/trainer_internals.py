@@ -119,7 +119,7 @@ class TrainerInternals(Trainer):
         if busy:
             pushing.jobs.append(job)
         else:  # `Trainer` declares the attribute as None
-            self.push_in_progress = PushInProgress([job])  # type: ignore[assignment]
+            self.push_in_progress = PushInProgress([job])  # type: ignore[assignment, arg-type]
 
     # `Trainer` uploads all of its output folder, logs included, with a model card of its own. `_finish_current_push`
     # waits for pushes of checkpoints.
