@@ -146,9 +146,11 @@ def push_edited_card() -> None:
 
 def push_a_training() -> list:
     """Fine-tune a model from the Hub, which pushes its checkpoints, and push the result. Return what it finds."""
+    from huggingface_hub import snapshot_download
     from transformers import pipeline
 
     from modeling_diffusionvmr import DiffusionVMRTrainer, DiffusionVMRTrainingArguments
+    from modeling_diffusionvmr.training.checkpoints import find_fault
     from small_training import make_dataset
 
     model = DiffusionVMRForMomentRetrieval.from_pretrained("user/model")
@@ -162,6 +164,8 @@ def push_a_training() -> list:
     trainer.evaluate()
     Path("output/notes.json").write_text("{}")
     trainer.push_to_hub(dataset="Holidays", language="de")
+    snapshot = snapshot_download("user/trained", allow_patterns="last-checkpoint/*")
+    assert find_fault(f"{snapshot}/last-checkpoint") is None
     return pipeline(TASK, model="output")("video.mp4", QUERIES, return_saliency=True)
 
 
