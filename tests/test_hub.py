@@ -59,7 +59,11 @@ def pushed(hub, work) -> dict:
 @pytest.fixture(scope="module")
 def loaded(hub, work, pushed) -> dict:
     """What the process without the package returns."""
-    return run(hub, work, WITHOUT_PACKAGE + LOAD.format(task=TASK, token=TOKEN, queries=QUERIES, pushed=PUSHED))
+    return run(
+        hub,
+        work,
+        WITHOUT_PACKAGE + LOAD.format(task=TASK, token=TOKEN, queries=QUERIES, pushed=[*PUSHED, "user/apart"]),
+    )
 
 
 def start(hub, work: Path, code: str, **environment) -> subprocess.Popen:
@@ -110,6 +114,8 @@ def push_everything() -> dict:
     pipe.push_to_hub("user/private", private=True)
     main(["push", "checkpoint", "user/command"])
     push_edited_card()
+    push_backbone_apart()
+    pipe.push_to_hub("user/pipeline_and_processor")
     pipe.processor.top_k = 1
     pipe.processor.push_to_hub("user/processor")
     pipe.processor.push_to_hub("user/pipeline_and_processor")
@@ -122,6 +128,17 @@ def push_everything() -> dict:
     main(["convert", "qvhighlights", "data", "--annotations", "release", *features, "--push_to_hub", "user/data"])
     found["data"] = read_data()
     return found
+
+
+def push_backbone_apart() -> None:
+    """Push a model to a private repository, and its backbone to another one."""
+    from huggingface_hub import HfApi
+
+    HfApi().create_repo("user/clip", private=True)
+    HfApi().upload_folder(repo_id="user/clip", folder_path="checkpoint/clip")
+    model = DiffusionVMRForMomentRetrieval.from_pretrained("checkpoint")
+    model.config.backbones = [description(id="user/clip")]
+    model.push_to_hub("user/apart", private=True)
 
 
 def push_edited_card() -> None:
@@ -208,10 +225,10 @@ assert "HF_TOKEN" not in os.environ
 from transformers import pipeline
 found = {{"moments": {{}}}}
 for name in {pushed!r}:
-    token = {token!r} if name == "user/private" else None
+    token = {token!r} if name in ("user/private", "user/apart") else None
     retrieve = pipeline({task!r}, model=name, trust_remote_code=True, token=token)
     found["moments"][name] = retrieve("video.mp4", {queries!r}, return_saliency=True)
-retrieve.save_pretrained("again")  # the private one
+retrieve.save_pretrained("again")  # a private one
 found["trained"] = pipeline({task!r}, model="user/trained", trust_remote_code=True)(
     "video.mp4", {queries!r}, return_saliency=True
 )
@@ -248,7 +265,7 @@ def test_a_push_is_complete(hub, pushed, name):
     assert repository.private is (name == "user/private")
 
 
-@pytest.mark.parametrize("name", [*PUSHED, "user/trained"])
+@pytest.mark.parametrize("name", [*PUSHED, "user/apart", "user/trained"])
 def test_the_same_moments_without_the_package(pushed, loaded, name):
     """To the last digit."""
     if name == "user/trained":
@@ -293,6 +310,11 @@ def test_branch_and_tags(hub, pushed):
 def test_processor_and_config_alone(hub, pushed):
     assert visible(hub.model("user/processor")) == {"processor_config.json"}
     assert visible(hub.model("user/config")) == {"config.json"}
+    repository = hub.model("user/pipeline_and_processor")
+    *_, before, after = repository.commits.values()
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {"processor_config.json"} and before.keys() == after.keys()
+    assert json.loads(after["processor_config.json"])["top_k"] == 1
     assert "processing_diffusionvmr.py" in hub.model("user/processor").files()
 
 
@@ -318,6 +340,13 @@ def test_no_token_in_any_file(hub, work, pushed, loaded):
     assert [path for path in paths if TOKEN.encode() in path.read_bytes()] == []
     for repository in hub.repositories.values():
         assert not any(TOKEN.encode() in content for content in repository.files().values())
+
+
+def test_a_backbone_in_another_private_repository(hub, pushed, loaded):
+    (backbone,) = json.loads(hub.model("user/apart").files()["config.json"])["backbones"]
+    assert backbone["id"] == "user/clip" and "folder" not in backbone
+    assert visible(hub.model("user/apart")) == MODEL_FILES
+    assert loaded["moments"]["user/apart"] == pushed["moments"]
 
 
 def test_a_private_repository_needs_the_token(loaded):

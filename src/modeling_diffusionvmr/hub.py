@@ -23,7 +23,16 @@ PUSH_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", 
 
 
 class PushToHub:
-    """Adds `push_to_hub` to a class with `save_pretrained`."""
+    """Pushes with `upload`. Must come before the class of `transformers` among the bases."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """As in `transformers`. With `push_to_hub=True`, also upload the folder, see `upload` for the arguments."""
+        push_to_hub = kwargs.pop("push_to_hub", False)
+        options = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
+        saved = super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        if push_to_hub:
+            upload(save_directory, **{"repo_id": Path(save_directory).name, **options})
+        return saved
 
     def push_to_hub(
         self,
@@ -45,7 +54,7 @@ class PushToHub:
             save_options: arguments of `save_pretrained`.
         """
         with TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **save_options)  # type: ignore[attr-defined]
+            self.save_pretrained(folder, **save_options)
             return upload(
                 folder,
                 repo_id,
