@@ -287,10 +287,12 @@ def test_fine_tuning_from_a_folder(saved, tiny_config, tmp_path):
     assert str(tmp_path) not in tuned.content
 
 
-def test_evaluating_alone_keeps_the_facts_of_the_training(saved, tiny_config, tmp_path):
+def test_evaluating_alone_keeps_the_rest_of_the_card(saved, tiny_config, tmp_path):
+    edit(saved, ("<!-- begin", "Above.\n\n<!-- begin"))
     model = AutoModel.from_pretrained(saved)
     trainer = make_trainer(tmp_path / "run", model.config, model=model, eval_dataset=make_dataset(None))
     trainer.evaluate()
     trainer.save_model()
+    assert "Above." in card(tmp_path / "run").text
     assert "after step 7" in section(card(tmp_path / "run"), "Training")
     assert "8 queries on 4 videos" in section(card(tmp_path / "run"), "Results")

@@ -25,9 +25,8 @@ PUSH_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", 
 class PushToHub:
     """Pushes with `upload`. Must come before the class of `transformers` among the bases."""
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
-        """As in `transformers`. With `push_to_hub=True`, also upload the folder, see `upload` for the arguments."""
-        push_to_hub = kwargs.pop("push_to_hub", False)
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """As in `transformers`. With `push_to_hub`, also upload the folder, see `upload` for the arguments."""
         options = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
         saved = super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
         if push_to_hub:

@@ -142,16 +142,16 @@ def write_model_card(model, folder: str | os.PathLike) -> None:
     Write the card of a model that was saved in a folder. If the folder has a card that cannot be read, warn and
     keep it.
 
-    The facts are `model.card_facts`. If it is `None`, the model was not trained since it was loaded: the facts, and the
-    text that a person wrote, are those of the card that it was loaded beside.
+    The facts are `model.card_facts`. Without `train_data`, the model was not trained since it was loaded: it also keeps
+    the facts of the card that it was loaded beside, and the text that a person wrote there.
     """
     path = Path(folder, CARD_NAME)
     facts = model.card_facts
     try:
         existing = path.read_text(encoding="utf-8") if path.exists() else ""
-        if facts is None:
-            source = card_beside(model) if model.config.name_or_path else ""
-            facts, existing = parse_card(source).facts, existing or source
+        if "train_data" not in facts and model.config.name_or_path:
+            source = card_beside(model)
+            facts, existing = parse_card(source).facts | facts, existing or source
         text = make_card(folder, facts, [existing], tags=model.model_tags or ())
     except (ValueError, TypeError, KeyError, AttributeError) as error:  # facts that a person changed may lack values
         warnings.warn(f"{path}: not written ({error!r})", stacklevel=3)

@@ -570,7 +570,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         self.hub_id: str | None = None  # of the repository on the Hub that the model was loaded from
         self.hub_kwargs: dict[str, Any] = {}  # with which the model was loaded
         self.missing_weights: list[str] = []  # that the checkpoint lacked
-        self.card_facts: dict[str, Any] | None = None  # of the training, see model_card.py
+        self.card_facts: dict[str, Any] = {}  # what happened since the model was loaded, see model_card.py
         self.post_init()
 
     @classmethod

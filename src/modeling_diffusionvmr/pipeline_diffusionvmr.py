@@ -168,10 +168,10 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
             ]
         return results[0] if features["single"] else results
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """Save model, processor and backbones in one folder, with the code to load it without the package."""
         self.processor.save_pretrained(save_directory)
-        super().save_pretrained(save_directory, backbones=self.backbones, **kwargs)
+        super().save_pretrained(save_directory, push_to_hub, backbones=self.backbones, **kwargs)
 
 
 def _is_single_video(video: Any) -> bool:

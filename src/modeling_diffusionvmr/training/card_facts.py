@@ -70,7 +70,7 @@ class CardFacts(TrainerCallback):
         """Set `card_facts` of the model."""
         if self.in_training and self._started is not None:
             self._seconds = time.monotonic() - self._started
-        facts = dict(self._base_card.facts) if self._started is None else self._facts_of_training()
+        facts = {} if self._started is None else self._facts_of_training()
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         model.card_facts = facts | self._facts_of_evaluation(model.config) | self.given
 
@@ -161,5 +161,7 @@ def _hardware(args: TrainingArguments) -> str:
     count = args.world_size
     if args.device.type == "cuda":
         return f"{count} x {torch.cuda.get_device_name(args.device)}"
+    if args.device.type != "cpu":
+        return f"{count} x {args.device.type}"
     processes = f"{count} processes with " if count > 1 else ""
     return f"CPU ({platform.machine()}, {processes}{torch.get_num_threads()} of {os.cpu_count()} cores)"
