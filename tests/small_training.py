@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-from transformers import modeling_utils, set_seed
+from transformers import TrainerCallback, modeling_utils, set_seed
 
 from modeling_diffusionvmr import (
     DiffusionVMRConfig,
@@ -170,6 +170,18 @@ def train(folder: str, fields: dict, resume: str | bool | None = None, **argumen
     trainer.train(resume_from_checkpoint=resume)
     safetensors.torch.save_file(weights_of(trainer.model), "weights")
     Path("logs").write_text(json.dumps(trainer.state.log_history))
+
+
+def train_until_killed(folder: str, fields: dict, ready):
+    """Train with workers, and set the event `ready` in the first step, which does not end."""
+
+    class Wait(TrainerCallback):
+        def on_step_begin(self, *arguments, **options):
+            ready.set()
+            signal.pause()
+
+    workers = {"dataloader_num_workers": 2, "dataloader_multiprocessing_context": "fork"}
+    make_trainer(folder, DiffusionVMRConfig(**fields), use_cpu=True, callbacks=[Wait()], **workers).train()
 
 
 def resume_everywhere(folders: list[str], fields: dict, **arguments):

@@ -12,8 +12,10 @@ from transformers import AutoModel, AutoProcessor
 
 from modeling_diffusionvmr import DiffusionVMRTrainer
 from modeling_diffusionvmr.cli import main
+from modeling_diffusionvmr.cli import train as train_command
 from modeling_diffusionvmr.data.features import write_features
 from modeling_diffusionvmr.data.files import save_jsonl
+from modeling_diffusionvmr.training.checkpoints import LOCK, lock_training, write_manifest
 
 SMALL = "--d_model 32 --encoder_layers 1 --decoder_layers 1 --encoder_ffn_dim 32 --decoder_ffn_dim 32 --roi_bins 4 "
 SMALL += "--dynamic_size 4 --max_steps 4 --eval_steps 2 --save_steps 2 --logging_steps 1 --use_cpu --disable_tqdm "
@@ -103,6 +105,27 @@ def test_resume_ends_with_the_same_weights(train, fail, capsys):
     assert "stopped: not empty; use --resume to continue the training in it" in fail(output="stopped")
     (output.parent / "file").touch()
     assert "file: not a folder" in fail(output="file")
+
+
+def test_a_folder_in_which_another_training_runs(train, fail, tmp_path, monkeypatch):
+    """It is refused before the data are loaded. What a killed training left is no obstacle."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(train_command, "load_rows", None)
+    with lock_training(tmp_path / "out"):
+        for arguments in ((), ("--resume",)):
+            assert fail(*arguments) == f"error: {tmp_path}/out: another training is writing to this folder"
+    monkeypatch.undo()
+    (tmp_path / "out" / LOCK).touch()
+    assert not (train(small=SMALL.replace("max_steps 4", "max_steps 1")) / LOCK).exists()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_resume_with_states_of_something_else(train, fail, name):
+    """They are valid files with right digests."""
+    checkpoint = train() / "checkpoint-4"
+    torch.save({"weights": torch.zeros(3)}, checkpoint / name)
+    write_manifest(checkpoint)
+    assert f"checkpoint-4: cannot resume from it: {name[:9]}" in fail("--resume")
 
 
 def test_fine_tuning_on_other_features(train, capsys):

@@ -30,7 +30,7 @@ from modeling_diffusionvmr.cli import main
 from modeling_diffusionvmr.data import benchmarks, conversion, parquet
 from modeling_diffusionvmr.data.annotations import hold_out
 from modeling_diffusionvmr.data.features import open_text_features, open_video_features, write_features
-from modeling_diffusionvmr.data.files import load_jsonl, save_jsonl
+from modeling_diffusionvmr.data.files import load_jsonl, locked, save_jsonl
 from small_data import make_charades, make_qvhighlights, make_tacos
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "dataset_scripts"
@@ -531,6 +531,18 @@ def test_output_that_is_there(release, kind):
         release.output.mkdir()
     assert release.convert().code == f"error: {release.output}: already exists; remove it or choose another name"
     assert release.output.read_text() == "mine" if kind == "file" else not list(release.output.iterdir())
+
+
+def test_what_a_killed_conversion_left_is_removed_but_not_that_of_a_living_one(release):
+    parent = release.output.parent
+    (parent / ".output.partial" / "folder" / "videos").mkdir(parents=True)
+    with locked(parent / ".output.lock"):
+        assert release.convert().code == f"error: {release.output}: another process is writing it"
+        assert (parent / ".output.partial" / "folder" / "videos").exists()
+    (parent / ".output.lock").touch()
+    assert release.convert().code is None
+    assert {path.name for path in parent.iterdir()} == {"release", "output"}
+    assert {path.name for path in release.output.iterdir()} == {"README.md", "annotations", "videos"}
 
 
 def test_nothing_left_of_new_parents(release):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import threading
 import warnings
@@ -16,7 +17,13 @@ from transformers import AutoModel, AutoProcessor, TrainerCallback
 
 import small_training
 from modeling_diffusionvmr.training import trainer as trainer_module
-from modeling_diffusionvmr.training.checkpoints import STAGING_FOLDER, find_fault, last_complete_checkpoint
+from modeling_diffusionvmr.training.checkpoints import (
+    LOCK,
+    STAGING_FOLDER,
+    find_fault,
+    last_complete_checkpoint,
+    write_manifest,
+)
 from small_training import make_trainer, weights_of
 
 # An epoch has 5 micro-batches and 3 steps, so that most checkpoints are in the middle of one. Dropout is on.
@@ -138,13 +145,14 @@ def test_a_killed_training_resumes_to_the_same_weights(killed, uninterrupted, in
 
 
 def test_resumes_from_any_step_to_the_same_weights(uninterrupted, in_process, tmp_path):
-    """At the end and in the middle of an epoch, with dropout, with and without workers."""
+    """At the end and in the middle of an epoch, with dropout, with and without workers, which may be persistent."""
     logs = json.loads((uninterrupted / "logs").read_text())
     workers = {"dataloader_num_workers": 2, "dataloader_multiprocessing_context": "fork"}
-    for step, options in ((1, {}), (2, workers), (3, {}), (5, {})):
+    persistent = {**workers, "dataloader_persistent_workers": True}
+    for step, options in ((0, persistent), (1, persistent), (2, workers), (3, persistent), (4, {}), (5, {})):
         folder = tmp_path / str(step)
         folder.mkdir()
-        checkpoint = str(uninterrupted / f"run/checkpoint-{step}")
+        checkpoint = str(uninterrupted / f"run/checkpoint-{step}") if step else None
         in_process(small_training.train, str(folder), checkpoint, save_strategy="no", **options)
         assert_same_end(folder, uninterrupted)
         ours, theirs = (
@@ -162,6 +170,32 @@ def test_starts_over_without_a_checkpoint_only_if_asked_to(tiny_config, tmp_path
     (tmp_path / STAGING_FOLDER / "checkpoint-1").mkdir(parents=True)
     trainer.train()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+# Two at once
+
+
+def test_a_second_training_in_a_folder_is_refused(tiny_config, tmp_path):
+    """While the first one trains, with workers, but not after it was killed."""
+    folder = tmp_path / "run"
+    trainer = make_trainer(folder, tiny_config(), max_steps=1)
+    context = small_training.process_context()
+    ready = context.Event()
+    arguments = (str(folder), tiny_config().to_diff_dict(), ready)
+    process = context.Process(target=small_training.train_until_killed, args=arguments)
+    process.start()
+    try:
+        assert ready.wait(60)
+        (folder / STAGING_FOLDER).mkdir()
+        with pytest.raises(BlockingIOError, match=f"^{re.escape(str(folder))}: another training is writing to this"):
+            trainer.train()
+        assert (folder / STAGING_FOLDER).exists()  # it belongs to the other one
+    finally:
+        process.kill()
+        process.join()
+    assert (folder / LOCK).exists()
+    trainer.train()
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-1"]
 
 
 # Damaged
@@ -183,8 +217,19 @@ def replace(path: Path):
     path.write_bytes(b"?" * path.stat().st_size)
 
 
+def flip_a_bit(path: Path):
+    content = bytearray(path.read_bytes())
+    content[len(content) * 2 // 3] ^= 1
+    path.write_bytes(content)
+
+
+def zero_the_tail(path: Path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+
+
 FAULTS = {"model.safetensors": "weights|model.safetensors"}
-DAMAGES = (truncate, cut_off_the_end, empty, replace, Path.unlink)
+DAMAGES = (truncate, cut_off_the_end, empty, replace, flip_a_bit, zero_the_tail, Path.unlink)
 
 
 def test_files_of_a_checkpoint(uninterrupted):
@@ -200,6 +245,31 @@ def test_a_damaged_checkpoint_is_skipped(copied, name, damage):
     damage(copied / "run/checkpoint-4" / name)
     with pytest.warns(UserWarning, match=f"checkpoint-4: skipped, cannot resume from it: .*{FAULTS.get(name, name)}"):
         assert last_complete_checkpoint(copied / "run") == str(copied / "run/checkpoint-3")
+
+
+def test_digests_cover_folders_but_not_the_model_card(copied):
+    checkpoint = copied / "run/checkpoint-4"
+    (checkpoint / "clip").mkdir()
+    (checkpoint / "clip/model.safetensors").write_bytes(b"weights")
+    (checkpoint / "README.md").write_text("generated")
+    write_manifest(checkpoint)
+    (checkpoint / "README.md").write_text("edited by hand")
+    assert find_fault(checkpoint) is None
+    flip_a_bit(checkpoint / "clip/model.safetensors")
+    assert find_fault(checkpoint) == "clip/model.safetensors is damaged: its digest is not that in manifest.json"
+
+
+def test_a_manifest_without_digests_checks_sizes_and_says_so(copied):
+    checkpoint = copied / "run/checkpoint-4"
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    sizes = {name: entry["size"] for name, entry in manifest.items()}
+    (checkpoint / "manifest.json").write_text(json.dumps(sizes))
+    with pytest.warns(UserWarning, match="checkpoint-4: manifest.json has no digests, so only the sizes"):
+        assert find_fault(checkpoint) is None
+    (checkpoint / "manifest.json").write_text(json.dumps({**sizes, "config.json": 1}))
+    assert find_fault(checkpoint) == f"config.json has {sizes['config.json']} bytes instead of 1"
+    (checkpoint / "manifest.json").write_text(json.dumps({**manifest, "config.json": 1}))
+    assert find_fault(checkpoint) == "manifest.json: `config.json` must have a `size` and a `sha256`, got 1"
 
 
 def test_an_empty_folder_is_skipped(copied):
@@ -273,6 +343,78 @@ def test_a_state_of_other_fields_is_rejected_by_name(copied, tiny_config, name):
     with pytest.raises(ValueError) as error:
         trainer.train(resume_from_checkpoint=str(checkpoint))
     assert str(error.value) == f"{checkpoint}: cannot resume from it: trainer_state.json: {fault}"
+
+
+def other_optimizer(state):
+    state["state"][3]["exp_avg"] = torch.zeros(7)
+
+
+def other_kind_of_optimizer(state):
+    for group in state["param_groups"]:
+        del group["betas"]
+
+
+def fewer_parameters(state):
+    state["param_groups"][0]["params"].pop()
+
+
+def no_learning_rates(state):
+    state["base_lrs"].append(1.0)
+
+
+def no_scheduler(state):
+    state.pop("last_epoch")
+
+
+def no_generator(state):
+    state["cpu"] = torch.zeros(3)
+
+
+def no_random_state(state):
+    state.clear()
+
+
+UNFIT = {
+    "shapes": ("optimizer.pt", other_optimizer, r"`exp_avg` has shape \[7\] instead of \["),
+    "kind of optimizer": ("optimizer.pt", other_kind_of_optimizer, "no `betas` in its groups"),
+    "number of parameters": ("optimizer.pt", fewer_parameters, "size of optimizer's group"),
+    "number of groups": ("scheduler.pt", no_learning_rates, "`base_lrs` has 3 entries instead of 2"),
+    "scheduler": ("scheduler.pt", no_scheduler, "not the state of a scheduler"),
+    "generator": ("rng_state.pth", no_generator, "RNG state"),
+    "random state": ("rng_state.pth", no_random_state, "'python'"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_state_of_another_training_is_rejected_by_name(copied, tiny_config, name):
+    file, change, fault = UNFIT[name]
+    checkpoint = copied / "run/checkpoint-4"
+    state = torch.load(checkpoint / file, weights_only=False)
+    change(state)
+    torch.save(state, checkpoint / file)
+    write_manifest(checkpoint)
+    trainer = make_trainer(copied / "run", tiny_config(), use_cpu=True, **TRAINING)
+    with pytest.raises(ValueError) as error:
+        trainer.train(resume_from_checkpoint=True)
+    start = f"{checkpoint}: cannot resume from it: {file.replace('.pth', '*.pth')} does not fit this training ("
+    assert str(error.value).startswith(start) and "\n" not in str(error.value)
+    assert re.search(fault, str(error.value))
+    assert trainer.state.global_step in (0, 4)  # nothing was trained
+
+
+def test_weights_of_another_model_are_rejected_by_name(copied, tiny_config):
+    checkpoint = copied / "run/checkpoint-4"
+    trainer = make_trainer(copied / "run", tiny_config(encoder_ffn_dim=64), use_cpu=True, **TRAINING)
+    with pytest.raises(ValueError, match=r"checkpoint-4: `.*` has shape \[48.*\], but this training needs \[64.*\]; "):
+        trainer.train(resume_from_checkpoint=True)
+    weights = weights_in(checkpoint)
+    missing = sorted(weights)[5]
+    del weights[missing]
+    safetensors.torch.save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
+    write_manifest(checkpoint)
+    trainer = make_trainer(copied / "run", tiny_config(), use_cpu=True, **TRAINING)
+    with pytest.raises(ValueError, match=f"checkpoint-4: no `{re.escape(missing)}`, but this training needs"):
+        trainer.train(resume_from_checkpoint=True)
 
 
 class Hostile:

@@ -72,6 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from .. import DiffusionVMRProcessor, DiffusionVMRTrainer, MomentRetrievalDataset
     from ..data.features import open_text_features, open_video_features
+    from ..training.checkpoints import check_weights
 
     training_arguments = make_training_arguments(arguments)
     checkpoint = find_checkpoint(arguments, training_arguments)
@@ -92,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
     model = make_model(arguments, sizes, video, text)
     if checkpoint is not None:
         with loading(checkpoint):
-            check_shapes(checkpoint, model)
+            check_weights(checkpoint, model)
     fields = {"max_clips": model.config.max_clips, "max_tokens": model.config.max_tokens, **arguments.processor}
     fields |= {"video_feature_sizes": sizes.video, "text_feature_size": sizes.text}
     processor = DiffusionVMRProcessor(**fields)
@@ -157,17 +158,21 @@ def find_checkpoint(arguments: argparse.Namespace, training: DiffusionVMRTrainin
 
     Raises:
         ValueError: if a new training would write to a folder that is not empty.
+        BlockingIOError: if another training is writing to the output folder.
     """
-    from ..training.checkpoints import last_complete_checkpoint
+    from ..training.checkpoints import LOCK, last_complete_checkpoint, lock_training
 
     output_dir = Path(str(training.output_dir))
+    if output_dir.is_dir() and training.should_save:
+        with lock_training(output_dir):  # `DiffusionVMRTrainer.train` takes it again, once the data are loaded
+            pass
     if arguments.resume:
         return last_complete_checkpoint(output_dir)
     if training.resume_from_checkpoint:
         return training.resume_from_checkpoint
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"{output_dir}: not a folder")
-    if output_dir.exists() and any(output_dir.iterdir()):
+    if output_dir.exists() and any(path.name != LOCK for path in output_dir.iterdir()):
         raise ValueError(f"{output_dir}: not empty; use --resume to continue the training in it")
     return None
 
@@ -257,19 +262,3 @@ def fit_to_features(
     config.backbones, sources = describe_backbones(video, text, *sizes, clip_seconds, config.backbones)
     config.video_feature_size, config.text_feature_size = sum(sizes.video), sizes.text
     return sources
-
-
-def check_shapes(checkpoint: str, model) -> None:
-    """Raise `ValueError` if the model's weights have other shapes than those of the checkpoint to continue from."""
-    from safetensors import safe_open
-
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    for path in sorted(Path(checkpoint).glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                saved = file.get_slice(name).get_shape()
-                if saved != shapes.get(name, saved):
-                    raise ValueError(
-                        f"{checkpoint}: `{name}` has shape {saved}, but this training needs {shapes[name]}; "
-                        "resume with the same settings and features"
-                    )

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from .annotations import SKIP_HINT, hold_out, load_annotations
 from .benchmarks import Benchmark
 from .dataset_card import dataset_card
 from .features import feature_size
+from .files import move_into_place, staging
 from .parquet import ANNOTATIONS_CONFIG, TEXT_COLUMN, VIDEOS_CONFIG, annotation_columns, video_columns, write_split
 
 WRITER_BATCH = 64  # videos in memory at once
@@ -166,6 +166,7 @@ def convert(benchmark: Benchmark, source: Source, output: str | os.PathLike) -> 
 
     Raises:
         FileExistsError: if `output` exists.
+        BlockingIOError: if another process is writing `output`.
         ValueError: if features are unusable and not skipped, or if a split has no usable rows.
     """
     output = Path(output)
@@ -174,8 +175,8 @@ def convert(benchmark: Benchmark, source: Source, output: str | os.PathLike) -> 
     counts: dict[str, dict[str, int]] = {VIDEOS_CONFIG: {}, ANNOTATIONS_CONFIG: {}}
     files: dict[str, dict[str, list[str]]] = {VIDEOS_CONFIG: {}, ANNOTATIONS_CONFIG: {}}
     existing_parent = next(parent for parent in output.absolute().parents if parent.exists())
-    with TemporaryDirectory(dir=existing_parent, prefix=f".{output.name}.") as work:
-        folder = Path(work) / "folder"
+    with staging(existing_parent / output.name, f"{output}: another process is writing it") as work:
+        folder = work / "folder"
         for config_name in counts:
             for split in source.rows:
                 table = _generate(source, config_name, split, f"{work}/cache")
@@ -194,7 +195,7 @@ def convert(benchmark: Benchmark, source: Source, output: str | os.PathLike) -> 
         )
         card.save(folder / "README.md")
         output.parent.mkdir(parents=True, exist_ok=True)
-        folder.rename(output)
+        move_into_place(folder, output)
     if source.skipped:
         lines = "\n  ".join(f"{what}: {why}" for what, why in source.skipped.items())
         warnings.warn(f"skipped {len(source.skipped)} rows with unusable features:\n  {lines}", stacklevel=2)

@@ -1,34 +1,54 @@
 """Atomic training checkpoints: a checkpoint is complete, or it is recognized as damaged and skipped."""
 
+import hashlib
 import json
 import re
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 
 from ..checks import is_number
-from ..model_card import CARD_NAME
+from ..data.files import locked
 
 STAGING_FOLDER = "_saving"  # `Trainer` never uploads a name that begins with "_"
-MANIFEST = "manifest.json"  # the sizes of a checkpoint's files
+LOCK = ".training.lock"  # in an output folder while a training writes to it
+MANIFEST = "manifest.json"  # the sizes and digests of a checkpoint's files
 RESUME_FILES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")  # all of them, or none with `save_only_model`
 STATE_NUMBERS = ("epoch", "train_batch_size", "logging_steps", "save_steps", "eval_steps", "total_flos")  # to resume
 
 
+def lock_training(folder: str | Path) -> AbstractContextManager[bool]:
+    """
+    Keep other trainings from writing to an output folder. If this process is killed, the lock ends with it.
+
+    Raises:
+        BlockingIOError: on entering, if another training writes to the folder.
+    """
+    return locked(Path(folder, LOCK), f"{folder}: another training is writing to this folder")
+
+
 def write_manifest(checkpoint: str | Path) -> None:
     """
-    Save the names and sizes of a checkpoint's files in it, so that a missing or incomplete file is noticed. Its card is
-    left out, since people edit it.
+    Save the sizes and SHA-256 digests of a checkpoint's files in it, so that a missing or damaged file is noticed.
+
+    Markdown is left out: users may edit the model card.
     """
     checkpoint = Path(checkpoint)
-    paths = [path for path in sorted(checkpoint.iterdir()) if path.is_file() and path.name != CARD_NAME]
-    sizes = {path.name: path.stat().st_size for path in paths}
-    (checkpoint / MANIFEST).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
+    files = {
+        path.relative_to(checkpoint).as_posix(): {"size": path.stat().st_size, "sha256": _digest(path)}
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file() and path.suffix != ".md" and path != checkpoint / MANIFEST
+    }
+    (checkpoint / MANIFEST).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
@@ -112,11 +132,80 @@ def _fault_of_state(state: dict[str, Any]) -> str | None:
     return f"trainer_state.json: unknown field `{unknown[0]}`" if unknown else None
 
 
-def _fault_of_files(checkpoint: Path, sizes: dict[str, Any]) -> str | None:
-    """Compare a checkpoint's files with the sizes in its manifest."""
-    for name, size in sizes.items():
-        if not (checkpoint / name).is_file():
+def _fault_of_files(checkpoint: Path, files: dict[str, Any]) -> str | None:
+    """Compare a checkpoint's files with the sizes and digests in its manifest."""
+    only_sizes = all(isinstance(entry, int) for entry in files.values())  # written before there were digests
+    for name, entry in files.items():
+        path = checkpoint / name
+        if not only_sizes and not isinstance(entry, dict):
+            return f"{MANIFEST}: `{name}` must have a `size` and a `sha256`, got {entry!r}"
+        size = entry if only_sizes else entry.get("size")
+        if not path.is_file():
             return f"{name} is missing"
-        if (checkpoint / name).stat().st_size != size:
-            return f"{name} has {(checkpoint / name).stat().st_size} bytes instead of {size}"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if not only_sizes and _digest(path) != entry.get("sha256"):
+            return f"{name} is damaged: its digest is not that in {MANIFEST}"
+    if only_sizes:
+        warnings.warn(f"{checkpoint}: {MANIFEST} has no digests, so only the sizes of files are checked", stacklevel=2)
     return None
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Whether a complete checkpoint fits the training
+
+
+@contextmanager
+def resuming(checkpoint: str, names: str) -> Iterator[None]:
+    """Turn whatever PyTorch raises for a state that does not fit into a `ValueError` that names the files."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:  # a RuntimeError, which is not the checkpoint's fault
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, UnpicklingError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{checkpoint}: cannot resume from it: {names} does not fit this training ({reason}); "
+            "resume with the same settings and features"
+        ) from error
+
+
+def check_weights(checkpoint: str, model: torch.nn.Module) -> None:
+    """Raise `ValueError` if a checkpoint lacks weights of the model, or has them in other shapes."""
+    saved: dict[str, list[int]] = {}
+    for path in sorted(Path(checkpoint).glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            saved |= {name: file.get_slice(name).get_shape() for name in file.keys()}
+    for name, tensor in model.state_dict().items():
+        shape = list(tensor.shape)
+        if saved and saved.get(name) != shape:  # adapters are in files of other names
+            has = f"`{name}` has shape {saved[name]}" if name in saved else f"no `{name}`"
+            raise ValueError(
+                f"{checkpoint}: {has}, but this training needs {shape}; resume with the same settings and features"
+            )
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raise `ValueError` if the state that an optimizer has loaded, which it does not check, is not one of its own."""
+    for group in optimizer.param_groups:
+        missing = optimizer.defaults.keys() - group.keys()
+        if missing:
+            raise ValueError(f"no `{min(missing)}` in its groups of parameters")
+        for parameter in group["params"]:
+            for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+                average = optimizer.state[parameter].get(name) if parameter in optimizer.state else None
+                if average is not None and average.shape != parameter.shape:
+                    raise ValueError(f"`{name}` has shape {list(average.shape)} instead of {list(parameter.shape)}")
+
+
+def check_scheduler(saved: Any, scheduler: Any) -> None:
+    """Raise `ValueError` if a saved state is not one of a scheduler, which does not check it when it loads it."""
+    if not isinstance(saved, dict) or type(saved.get("last_epoch")) is not int:
+        raise ValueError("not the state of a scheduler")
+    for name, value in scheduler.state_dict().items():
+        if isinstance(value, list) and len(saved.get(name, value)) != len(value):
+            raise ValueError(f"`{name}` has {len(saved[name])} entries instead of {len(value)}")

@@ -2,6 +2,8 @@
 
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from ..data.backbone_record import describe_backbones
 from ..model_card import write_model_card
 from .arguments import DiffusionVMRTrainingArguments
 from .card_facts import CardFacts
-from .checkpoints import STAGING_FOLDER, find_fault, last_complete_checkpoint
+from .checkpoints import STAGING_FOLDER, check_weights, find_fault, last_complete_checkpoint, lock_training
 from .collator import DiffusionVMRDataCollator
 from .metrics import evaluate_predictions, scorable
 from .prediction import RowOutputs, official_predictions, row_outputs
@@ -227,8 +229,28 @@ class DiffusionVMRTrainer(TrainerInternals):
         As in `Trainer`, but `resume_from_checkpoint=True` resumes from the last complete checkpoint.
 
         Raises:
-            ValueError: if the checkpoint is incomplete or damaged, or if there is none.
+            ValueError: if the checkpoint is incomplete or damaged, if there is none, or if it does not fit the model.
+            BlockingIOError: if another training is writing to the output folder.
         """
+        folder = Path(str(self.args.output_dir))
+        with self._lock(folder):
+            output = super().train(self._checked(resume_from_checkpoint), *args, **kwargs)
+        self.accelerator.unwrap_model(self.model).missing_weights = []  # they have been trained
+        return output
+
+    @contextmanager
+    def _lock(self, folder: Path) -> Iterator[None]:
+        """Keep other trainings from writing to the output folder, and remove what a killed one left there."""
+        if not self.args.should_save:
+            yield
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock_training(folder):
+            shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)  # of a training that was killed while saving
+            yield
+
+    def _checked(self, resume_from_checkpoint: str | bool | None) -> str | bool | None:
+        """Return the checkpoint to resume from, if any. Raise `ValueError` if that is impossible."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
@@ -237,11 +259,9 @@ class DiffusionVMRTrainer(TrainerInternals):
             fault = find_fault(resume_from_checkpoint)
             if fault is not None:
                 raise ValueError(f"{resume_from_checkpoint}: cannot resume from it: {fault}")
-        if self.args.should_save:  # left behind if training was killed while saving
-            shutil.rmtree(Path(str(self.args.output_dir), STAGING_FOLDER), ignore_errors=True)
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
-        self.accelerator.unwrap_model(self.model).missing_weights = []  # they have been trained
-        return output
+        if resume_from_checkpoint:
+            check_weights(resume_from_checkpoint, self.accelerator.unwrap_model(self.model))
+        return resume_from_checkpoint
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`, but with the processor, and without `training_args.bin`, which is a pickle."""

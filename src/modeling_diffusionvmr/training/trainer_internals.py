@@ -1,24 +1,45 @@
 """The part of the trainer that relies on private methods of `transformers.Trainer`."""
 
-import os
 import shutil
 from concurrent.futures import Future
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi
+from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
 
+from ..data.files import move_into_place
 from ..hub import upload
-from .checkpoints import STAGING_FOLDER, write_manifest
+from .checkpoints import STAGING_FOLDER, check_optimizer, check_scheduler, resuming, write_manifest
+
+
+class OneDraw(Sampler):
+    """A sampler that draws one number from PyTorch's global generator per pass, and is otherwise the one it wraps."""
+
+    def __init__(self, sampler: Sampler):
+        self.sampler = sampler
+
+    def __iter__(self):
+        torch.empty((), dtype=torch.int64).random_()
+        yield from self.sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str):
+        if name == "sampler":  # not yet set, while unpickling
+            raise AttributeError(name)
+        return getattr(self.sampler, name)
 
 
 class TrainerInternals(Trainer):
     """
-    A `Trainer` that weights samples equally and saves checkpoints atomically.
+    A `Trainer` that weights samples equally, saves checkpoints atomically and resumes to the same weights.
 
     All overrides of private methods are in this class. The comment above each says what it relies on in `Trainer` and
     why no public hook is sufficient. Check these when the tested range of transformers grows.
@@ -49,6 +70,17 @@ class TrainerInternals(Trainer):
             total += in_round
         return total or None
 
+    # A data loader draws a seed for its workers from the global generator, which dropout uses too: once per pass, but
+    # only once in all with persistent workers. A resumed training would draw it once more, and end with other weights.
+    # Here that seed comes from a generator of its own, and every pass draws one number, as without persistent workers.
+    # The public `get_*_dataloader` do not say whether they return a new loader or one that they returned before.
+    def _get_dataloader(self, *args, **kwargs):
+        loader = super()._get_dataloader(*args, **kwargs)
+        loader.base_dataloader.generator = torch.Generator().manual_seed(self.args.seed)
+        batches = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler)  # inside that of a process
+        batches.sampler = OneDraw(batches.sampler)
+        return loader
+
     # `Trainer` writes into the final folder, pushes it and removes old checkpoints, all in this one method, and its
     # callbacks only run afterwards. Here it writes into a staging folder without pushing. The complete folder is then
     # moved to its place, and only after that are checkpoints pushed and removed.
@@ -74,7 +106,7 @@ class TrainerInternals(Trainer):
             self.state.save_to_json(staging / name / "trainer_state.json")
             write_manifest(staging / name)
             shutil.rmtree(run_folder / name, ignore_errors=True)  # from an earlier run that this one repeats
-            os.replace(staging / name, run_folder / name)
+            move_into_place(staging / name, run_folder / name)
             staging.rmdir()
         self.accelerator.wait_for_everyone()
         if push:
@@ -92,6 +124,21 @@ class TrainerInternals(Trainer):
     # more than the checkpoint, since it is read in other places too.
     def _get_output_dir(self, trial):
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    # `Trainer` does not compare these states with the model. They would fail, if at all, in the first step.
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        saved = Path(checkpoint or "", "scheduler.pt")
+        if checkpoint is not None and saved.is_file():
+            with resuming(checkpoint, saved.name):
+                check_scheduler(torch.load(saved, map_location="cpu", weights_only=True), self.lr_scheduler)
+        with resuming(checkpoint, "optimizer.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and not self.is_deepspeed_enabled:
+                check_optimizer(self.optimizer)
+
+    def _load_rng_state(self, checkpoint):
+        with resuming(checkpoint, "rng_state*.pth"):
+            super()._load_rng_state(checkpoint)
 
     # `Trainer` uploads its output folder with copies of the weights, but without the processor and the model's code,
     # and pickles its arguments. Here the checkpoint's own folder is uploaded. `PushInProgress` is what
