@@ -162,9 +162,13 @@ def test_a_card_that_cannot_be_read_is_left_alone(model, tmp_path, text):
     assert (tmp_path / "model.safetensors").is_file()
 
 
-def test_facts_that_were_changed(saved, tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [('<!-- facts: {"facts"', '<!-- facts: {"fa'), ('"results": [{', '"results": [7, {'), ('"hardware": "CPU", ', "")],
+)
+def test_facts_that_were_changed(saved, tmp_path, change):
     """They are the library's own record. Without them, the card has no facts."""
-    edit(saved, ('<!-- facts: {"facts"', '<!-- facts: {"fa'))
+    edit(saved, change)
     AutoModel.from_pretrained(saved).save_pretrained(tmp_path / "again")
     assert section(card(tmp_path / "again"), "Results") == "These weights were not evaluated."
 

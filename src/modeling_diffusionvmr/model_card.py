@@ -153,8 +153,8 @@ def write_model_card(model, folder: str | os.PathLike) -> None:
             source = card_beside(model)
             facts, existing = parse_card(source).facts | facts, existing or source
         text = make_card(folder, facts, [existing], tags=model.model_tags or ())
-    except (ValueError, TypeError, KeyError, AttributeError) as error:  # facts that a person changed may lack values
-        warnings.warn(f"{path}: not written ({error!r})", stacklevel=3)
+    except ValueError as error:
+        warnings.warn(f"{path}: not written: {error}", stacklevel=3)
         return
     path.write_text(text, encoding="utf-8")
 
@@ -226,7 +226,7 @@ def parse_card(text: str) -> Card:
         try:
             card = RepoCard(text)
         except Exception as error:  # `yaml` raises its own types
-            raise ValueError(f"the metadata cannot be read ({' '.join(str(error).split())})") from error
+            raise ValueError(f"the metadata of the card cannot be read ({' '.join(str(error).split())})") from error
         metadata, text = card.data.to_dict(), card.text
     found = GENERATED.search(text)
     if found is None:
@@ -243,11 +243,15 @@ def parse_card(text: str) -> Card:
 
 
 def _parse_facts(generated_text: str) -> dict[str, dict[str, Any]]:
+    """Return the facts and the digests of the generated metadata. Both are empty if a person changed their form."""
     found = FACTS.search(generated_text)
     try:
         record = json.loads(found[1]) if found else {}
-        return {name: dict(record.get(name, {})) for name in ("facts", "metadata")}
-    except (ValueError, TypeError, AttributeError):  # changed by a person
+        record = {name: dict(record.get(name, {})) for name in ("facts", "metadata")}
+        for section in (_training, _results, lambda facts: _limits({}, facts), lambda facts: _metadata(facts, "", ())):
+            section(record["facts"])
+        return record
+    except (ValueError, TypeError, KeyError, AttributeError):
         return {"facts": {}, "metadata": {}}
 
 
