@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from .checks import check_positive
+from .hub import PushToHub
 
 FOLDER_NAME = re.compile(r"\w[\w.-]*")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -44,7 +45,7 @@ NON_NEGATIVE_FIELDS = (
 
 
 @strict
-class DiffusionVMRConfig(PreTrainedConfig):
+class DiffusionVMRConfig(PushToHub, PreTrainedConfig):
     r"""
     Configuration of a DiffusionVMR model. The defaults follow the paper's QVHighlights setting with SlowFast and CLIP
     features (arXiv 2308.15109, section 4.1), and Moment-DETR (arXiv 2107.09609) where the paper gives no value.

@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "score a model with the official metrics",
     "simulate": "make features from annotations alone",
     "plot": "plot predictions beside the truth",
+    "push": "put a checkpoint on the Hub",
 }
 
 

@@ -125,7 +125,10 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add flags for annotations and features, in official files or a converted folder."""
     parser.add_argument(
-        "--annotations", required=True, metavar="PATH", help="official or JSONL file, or a converted folder"
+        "--annotations",
+        required=True,
+        metavar="PATH",
+        help="official or JSONL file, or a converted folder (also USER/NAME of one on the Hub)",
     )
     parser.add_argument("--split", help="split of a converted folder: train, val or test")
     parser.add_argument(

@@ -106,6 +106,7 @@ def run(arguments: argparse.Namespace) -> None:
         train_rows, video, text, processor, model.config, seed=training_arguments.seed, **options
     )
     eval_dataset = MomentRetrievalDataset(eval_rows, eval_video, eval_text, processor, **options) if eval_rows else None
+    name_data(arguments, train_dataset, eval_dataset)
     trainer = DiffusionVMRTrainer(
         model=model, args=training_arguments, train_dataset=train_dataset, eval_dataset=eval_dataset
     )
@@ -115,8 +116,8 @@ def run(arguments: argparse.Namespace) -> None:
         if "metric_for_best_model" not in str(error):
             raise
         raise ValueError(error.args[0]) from None
+    metrics = trainer.evaluate() if eval_rows else None  # before saving, so that the card has the metrics
     trainer.save_model()
-    metrics = trainer.evaluate() if eval_rows else None
     if trainer.is_world_process_zero():
         if metrics is not None:
             print(json.dumps(metrics, indent=2))
@@ -125,7 +126,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def evaluates(arguments: argparse.Namespace) -> bool:
     """Return whether there are rows to evaluate on."""
-    return bool(arguments.eval_annotations or Path(arguments.annotations).is_dir() or arguments.hold_out)
+    from ..data.hub import has_splits
+
+    return bool(arguments.eval_annotations or has_splits(arguments.annotations) or arguments.hold_out)
 
 
 def make_training_arguments(arguments: argparse.Namespace) -> DiffusionVMRTrainingArguments:
@@ -177,13 +180,14 @@ def find_checkpoint(arguments: argparse.Namespace, training: DiffusionVMRTrainin
 def load_rows(arguments: argparse.Namespace) -> tuple[list, list]:
     """Load the rows to train on and the rows to evaluate on. The latter may be empty."""
     from ..data.annotations import hold_out, load_annotations
+    from ..data.hub import has_splits
 
     skip = arguments.skip_invalid
-    is_folder = Path(arguments.annotations).is_dir()
+    is_folder = has_splits(arguments.annotations)
     train_rows = load_annotations(arguments.annotations, arguments.split or ("train" if is_folder else None), skip)
     if arguments.eval_annotations or is_folder:
         path = arguments.eval_annotations or arguments.annotations
-        split = arguments.eval_split or ("val" if Path(path).is_dir() else None)
+        split = arguments.eval_split or ("val" if has_splits(path) else None)
         return train_rows, load_annotations(path, split, skip)
     if arguments.hold_out:
         train_rows, eval_rows = hold_out(train_rows, arguments.hold_out)
@@ -192,6 +196,21 @@ def load_rows(arguments: argparse.Namespace) -> tuple[list, list]:
         return train_rows, eval_rows
     print("no --eval_annotations: nothing is evaluated, and the last checkpoint is kept")
     return train_rows, []
+
+
+def name_data(arguments: argparse.Namespace, train_dataset, eval_dataset) -> None:
+    """Name the datasets for the model's card: by their Hub id, or else without the path."""
+    from ..data.hub import has_splits, is_hub_id
+
+    for dataset, path, split, default in (
+        (train_dataset, arguments.annotations, arguments.split, "train"),
+        (eval_dataset, arguments.eval_annotations or arguments.annotations, arguments.eval_split, "val"),
+    ):
+        if dataset is not None:
+            dataset.name = path if is_hub_id(path) else Path(path).absolute().stem
+            dataset.split = split or (default if has_splits(path) else None)
+    if eval_dataset is not None and not (arguments.eval_annotations or has_splits(arguments.annotations)):
+        eval_dataset.split = "held out"
 
 
 def feature_sizes(rows: Sequence[Mapping[str, Any]], video: Sequence[Mapping], text: Mapping) -> FeatureSizes:

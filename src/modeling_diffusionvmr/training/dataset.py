@@ -42,10 +42,17 @@ class MomentRetrievalDataset(Dataset):
         seed: seed of the random part.
         skip_invalid: read all features once and skip rows with unusable features, with one warning that lists them.
 
+    Attributes:
+        name: a name for the model's card, or the Hub id of the data. Never a path of this machine.
+        split: the split for the model's card, if the data have several.
+
     Raises:
         ValueError: if `check_row` rejects a row, a window ends after its video, or features are missing. Reading a
             sample also raises it if the processor rejects the features. The message names the qid or vid.
     """
+
+    name = "unnamed data"
+    split: str | None = None
 
     def __init__(
         self,

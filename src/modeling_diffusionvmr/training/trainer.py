@@ -2,7 +2,8 @@
 
 import shutil
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.backbone_record import describe_backbones
+from ..model_card import write_model_card
 from .arguments import DiffusionVMRTrainingArguments
+from .card_facts import CardFacts
 from .checkpoints import STAGING_FOLDER, check_shapes, find_fault, last_complete_checkpoint, lock_training
 from .collator import DiffusionVMRDataCollator
 from .metrics import evaluate_predictions, scorable
@@ -84,6 +87,8 @@ class DiffusionVMRTrainer(TrainerInternals):
             self.processor = getattr(self.train_dataset, "processor", None)
         self._know_backbones()
         self.add_callback(SetEpochCallback())
+        self.card = CardFacts(self)
+        self.add_callback(self.card)
         defaults = DiffusionVMRTrainingArguments
         self.proposal_schedule: str = getattr(self.args, "proposal_schedule", defaults.proposal_schedule)
         self.proposal_growth: float = getattr(self.args, "proposal_growth", defaults.proposal_growth)
@@ -195,6 +200,7 @@ class DiffusionVMRTrainer(TrainerInternals):
         """
         dataset = dataloader.dataset
         epoch = dataset.epoch
+        self.card.evaluated[metric_key_prefix] = dataset
         # Processes gather their losses batch by batch, so either every batch has one or none has
         self._all_labeled = all("relevant_windows" in row for row in dataset.rows)
         output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
@@ -227,14 +233,21 @@ class DiffusionVMRTrainer(TrainerInternals):
             BlockingIOError: if another training is writing to the output folder.
         """
         folder = Path(str(self.args.output_dir))
-        if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-        with lock_training(folder) if self.args.should_save else nullcontext():
-            if self.args.should_save:
-                shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)  # of a training that was killed while saving
+        with self._lock(folder):
             output = super().train(self._checked(resume_from_checkpoint), *args, **kwargs)
         self.accelerator.unwrap_model(self.model).missing_weights = []  # they have been trained
         return output
+
+    @contextmanager
+    def _lock(self, folder: Path) -> Iterator[None]:
+        """Keep other trainings from writing to the output folder, and remove what a killed one left there."""
+        if not self.args.should_save:
+            yield
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock_training(folder):
+            shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)  # of a training that was killed while saving
+            yield
 
     def _checked(self, resume_from_checkpoint: str | bool | None) -> str | bool | None:
         """Return the checkpoint to resume from, if any. Raise `ValueError` if that is impossible."""
@@ -252,9 +265,47 @@ class DiffusionVMRTrainer(TrainerInternals):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`, but with the processor, and without `training_args.bin`, which is a pickle."""
+        self.card.update()
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             if self.processor is not None:
                 self.processor.save_pretrained(folder)
             (folder / "training_args.bin").unlink(missing_ok=True)
+
+    def create_model_card(
+        self,
+        language=None,
+        license=None,
+        tags=None,
+        model_name=None,
+        finetuned_from=None,
+        tasks=None,
+        dataset_tags=None,
+        dataset=None,
+        dataset_args=None,
+    ) -> None:
+        """
+        Write the model card to `output_dir`. Saving writes it too; here you can add what the trainer does not know.
+
+        Args:
+            language: languages of the queries. Default: English.
+            license: license of the model. Default: that of the model that was fine-tuned, or Apache-2.0.
+            tags: tags to add.
+            finetuned_from: Hub id of the model that was fine-tuned. Default: the model's own, if it is from the Hub.
+            dataset_tags: Hub ids of the training data.
+            dataset: name of the training data.
+            model_name, tasks, dataset_args: ignored; the library writes its own.
+        """
+        given = {"language": language, "license": license, "tags": tags, "base_model": finetuned_from}
+        given["datasets"] = dataset_tags
+        for name, value in given.items():
+            if value is not None:
+                is_list = name in ("language", "tags", "datasets")
+                self.card.given[name] = [value] if is_list and isinstance(value, str) else value
+        train_dataset: Any = self.train_dataset
+        if dataset is not None and train_dataset is not None:
+            train_dataset.name = dataset if isinstance(dataset, str) else ", ".join(dataset)
+        self.card.update()
+        if self.is_world_process_zero():
+            write_model_card(self.accelerator.unwrap_model(self.model), str(self.args.output_dir))
