@@ -131,7 +131,20 @@ class DiffusionVMRConfig(PreTrainedConfig):
         # `trust_remote_code`. Saving a model writes the entry again.
         if not __name__.startswith("transformers_modules."):
             kwargs.pop("custom_pipelines", None)
-        super().__post_init__(**kwargs)
+        # `hidden_size` and the other aliases set fields, so they are checked as fields
+        super().__post_init__(**{self.attribute_map.get(name, name): value for name, value in kwargs.items()})
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """
+        As in `PreTrainedConfig`, but fields in `kwargs` are checked as in the constructor. `PreTrainedConfig` sets them
+        after construction, here and in `from_pretrained`.
+        """
+        kwargs = {cls.attribute_map.get(name, name): value for name, value in kwargs.items()}
+        made = super().from_dict(config_dict, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made  # with `return_unused_kwargs`
+        config.validate()
+        return made
 
     def validate_architecture(self):
         """Raise ValueError, naming the field, if a value is invalid."""

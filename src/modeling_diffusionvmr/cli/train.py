@@ -1,7 +1,8 @@
 """
 Train a model with the settings of a preset, or fine-tune a checkpoint.
 
-Every setting is also a flag, which takes precedence over the preset. Run the same command with --resume to continue an
+The preset "default" is for your own data; those of benchmarks are asked for by name. Every setting is also a flag, which
+takes precedence over the preset. Run the same command with --resume to continue an
 interrupted training from its last complete checkpoint.
 """
 
@@ -12,22 +13,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checks import check_positive, is_number
+from ..checks import is_number
 from ..configuration_diffusionvmr import DiffusionVMRConfig
+from ..processing_diffusionvmr import DiffusionVMRProcessor
 from ..training.arguments import DiffusionVMRTrainingArguments
-from .options import add_data_arguments, clip_seconds_of, loading, resolve_model
+from ..training.presets import SECTIONS
+from .options import add_data_arguments, check_output, clip_seconds_of, loading, resolve_model
 from .settings import SettingsParser
 
 USAGE = """diffusionvmr train [--preset NAME] --output_dir DIR --annotations PATH --video_features PATH [PATH ...]
                           --text_features PATH [--eval_annotations PATH] [--FIELD VALUE ...]"""
-
-# `Trainer` divides by these
-POSITIVE = (
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "eval_accumulation_steps",
-)
 
 
 class FeatureSizes(NamedTuple):
@@ -44,7 +39,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments of `diffusionvmr train`. See `SettingsParser.parse_settings` for the result."""
     parser = SettingsParser("train", argv, description=__doc__, usage=USAGE)
     parser.add_argument(
-        "--model", help="checkpoint to fine-tune: folder or Hub id; flags override single fields of its configuration"
+        "--model",
+        help="checkpoint to fine-tune: folder or Hub id; it keeps its configuration and its processor's settings, which "
+        "flags override",
     )
     parser.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint, if any")
     add_data_arguments(parser)
@@ -68,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Train, save the model and the processor in `output_dir`, and print the final evaluation as JSON."""
     from transformers import set_seed
 
-    from .. import DiffusionVMRProcessor, DiffusionVMRTrainer, MomentRetrievalDataset
+    from .. import DiffusionVMRTrainer, MomentRetrievalDataset
     from ..data.features import open_text_features, open_video_features
 
     training_arguments = make_training_arguments(arguments)
@@ -86,13 +83,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"feature sizes differ: {sizes} for training, {eval_sizes} for evaluation")
 
     set_seed(training_arguments.seed)
-    model = make_model(arguments, sizes)
+    # Loading keeps the type in which a checkpoint is stored, but training in a smaller one loses small updates
+    model = make_model(arguments, sizes).float()
     if checkpoint is not None:
         with loading(checkpoint):
             check_shapes(checkpoint, model)
-    fields = {"max_clips": model.config.max_clips, "max_tokens": model.config.max_tokens, **arguments.processor}
-    fields |= {"video_feature_sizes": sizes.video, "text_feature_size": sizes.text}
-    processor = DiffusionVMRProcessor(**fields)
+    processor = make_processor(arguments, model.config, sizes)
 
     options = {
         "clip_seconds": clip_seconds_of(arguments, video, model.config),
@@ -137,12 +133,24 @@ def make_training_arguments(arguments: argparse.Namespace) -> DiffusionVMRTraini
             if isinstance(value, float) and not is_number(value):
                 raise ValueError(f"`{name}` must be a finite number, got {value}")
         training_arguments = DiffusionVMRTrainingArguments(**fields)
-        for name in POSITIVE:
-            if getattr(training_arguments, name) is not None:
-                check_positive(getattr(training_arguments, name), f"`{name}`")
+        check_reports(training_arguments.report_to)
         return training_arguments
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ValueError(f"training arguments: {error}") from error
+
+
+def check_reports(names: Sequence[str]) -> None:
+    """Raise `ValueError` if `Trainer` cannot report to a tool, because it is unknown or not installed."""
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(
+                f"`report_to` must be none, all or some of {', '.join(INTEGRATION_TO_CALLBACK)}, got {name!r}"
+            )
+        if name not in get_available_reporting_integrations():
+            raise ValueError(f"`report_to`: {name} is not installed")
 
 
 def find_checkpoint(arguments: argparse.Namespace, training: DiffusionVMRTrainingArguments) -> str | None:
@@ -150,17 +158,16 @@ def find_checkpoint(arguments: argparse.Namespace, training: DiffusionVMRTrainin
     Return the checkpoint to continue from, if any. With `--resume`, it is the last complete one in the output folder.
 
     Raises:
-        ValueError: if a new training would write to a folder that is not empty.
+        ValueError: if a new training would write to a folder that is not empty, or if nothing can be written.
     """
     from ..training.checkpoints import last_complete_checkpoint
 
     output_dir = Path(str(training.output_dir))
+    check_output(output_dir, "--output_dir")
     if arguments.resume:
         return last_complete_checkpoint(output_dir)
     if training.resume_from_checkpoint:
         return training.resume_from_checkpoint
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"{output_dir}: not a folder")
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ValueError(f"{output_dir}: not empty; use --resume to continue the training in it")
     return None
@@ -225,6 +232,20 @@ def fit_to_features(config: DiffusionVMRConfig, sizes: FeatureSizes) -> None:
     )
     config.backbones = None
     config.video_feature_size, config.text_feature_size = sum(sizes.video), sizes.text
+
+
+def make_processor(
+    arguments: argparse.Namespace, config: DiffusionVMRConfig, sizes: FeatureSizes
+) -> DiffusionVMRProcessor:
+    """Return a processor with the settings of the flags and the preset, else those of `--model`, else the defaults."""
+    fields = {"max_clips": config.max_clips, "max_tokens": config.max_tokens}
+    if arguments.model is not None:
+        with loading(arguments.model):
+            saved, _ = DiffusionVMRProcessor.get_processor_dict(arguments.model)  # empty if there is no processor
+            fields |= {name: saved[name] for name in SECTIONS["processor"] if name in saved}
+            DiffusionVMRProcessor(**fields)  # an error here names the checkpoint
+    fields |= {**arguments.processor, "video_feature_sizes": sizes.video, "text_feature_size": sizes.text}
+    return DiffusionVMRProcessor(**fields)
 
 
 def check_shapes(checkpoint: str, model) -> None:
