@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .options import DTYPES, CommandParser, add_device_argument, choose_device, loading, resolve_model
+from .options import DTYPES, CommandParser, add_device_argument, check_output, choose_device, loading, resolve_model
 
 MAX_NAMES = 10  # number of file names to list in a message
 
@@ -75,6 +75,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError("nothing to extract: pass --videos, --annotations, or both")
     check_positive(arguments.clip_seconds, "--clip_seconds")
     check_positive(arguments.batch_size, "--batch_size")
+    check_output(arguments.output_dir, "OUTPUT_DIR")
     name = arguments.name
     if name is not None and (name in ("", ".", "..") or Path(name).name != name):
         raise ValueError(f"--name must be a folder name, got {name!r}")

@@ -219,7 +219,7 @@ def check_output(path: str | os.PathLike, flag: str, is_folder: bool = True) -> 
     folder = path if is_folder else path.parent
     existing = next(part for part in (folder, *folder.absolute().parents) if os.path.lexists(part))
     if not existing.is_dir():
-        raise ValueError(f"{flag} {path}: {existing} is not a folder")
+        raise ValueError(f"{flag} {path}: {existing} is a file, not a folder")
     try:
         with tempfile.TemporaryFile(dir=existing):  # permissions alone do not tell, for example in /proc
             pass

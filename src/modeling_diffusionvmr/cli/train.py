@@ -1,9 +1,9 @@
 """
 Train a model with the settings of a preset, or fine-tune a checkpoint.
 
-The preset "default" is for your own data; those of benchmarks are asked for by name. Every setting is also a flag, which
-takes precedence over the preset. Run the same command with --resume to continue an
-interrupted training from its last complete checkpoint.
+The preset "default" is for your own data; name another one for a benchmark. Every setting is also a flag, which takes
+precedence over the preset. Run the same command with --resume to continue an interrupted training from its last
+complete checkpoint.
 """
 
 import argparse
@@ -40,8 +40,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = SettingsParser("train", argv, description=__doc__, usage=USAGE)
     parser.add_argument(
         "--model",
-        help="checkpoint to fine-tune: folder or Hub id; it keeps its configuration and its processor's settings, which "
-        "flags override",
+        help="checkpoint to fine-tune: folder or Hub id; flags override single settings of its configuration and its "
+        "processor",
     )
     parser.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint, if any")
     add_data_arguments(parser)
@@ -134,6 +134,7 @@ def make_training_arguments(arguments: argparse.Namespace) -> DiffusionVMRTraini
                 raise ValueError(f"`{name}` must be a finite number, got {value}")
         training_arguments = DiffusionVMRTrainingArguments(**fields)
         check_reports(training_arguments.report_to)
+        try_settings(training_arguments)
         return training_arguments
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ValueError(f"training arguments: {error}") from error
@@ -146,11 +147,27 @@ def check_reports(names: Sequence[str]) -> None:
 
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
-            raise ValueError(
-                f"`report_to` must be none, all or some of {', '.join(INTEGRATION_TO_CALLBACK)}, got {name!r}"
-            )
+            known = ", ".join(INTEGRATION_TO_CALLBACK)
+            raise ValueError(f"`report_to` must be none, all or some of {known}, got {name!r}")
         if name not in get_available_reporting_integrations():
             raise ValueError(f"`report_to`: {name} is not installed")
+
+
+def try_settings(training: DiffusionVMRTrainingArguments) -> None:
+    """Raise `ValueError` for invalid settings that PyTorch and `transformers` only check when training begins."""
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    try:
+        get_scheduler(training.lr_scheduler_type, optimizer, 1, 10, training.lr_scheduler_kwargs or None)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"`lr_scheduler_type` and `lr_scheduler_kwargs` do not fit ({error})") from error
+    if training.torch_compile:
+        try:
+            torch.compile(torch.nn.Identity(), backend=training.torch_compile_backend, mode=training.torch_compile_mode)
+        except RuntimeError as error:
+            raise ValueError(f"`torch_compile_backend` or `torch_compile_mode`: {error}") from error
 
 
 def find_checkpoint(arguments: argparse.Namespace, training: DiffusionVMRTrainingArguments) -> str | None:

@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import signal
+import threading
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -112,8 +114,11 @@ def _run(tasks: Sequence[Task], write: _Writer, workers: int) -> Iterator[bool]:
     if workers == 1:
         yield from map(write, tasks)
         return
-    with _one_thread_each(), multiprocessing.get_context("spawn").Pool(workers, _start_worker, [write]) as pool:
-        yield from pool.imap_unordered(_write, tasks, chunksize=16)
+    with _one_thread_each():
+        with _deaf_to_interrupts():
+            pool = multiprocessing.get_context("spawn").Pool(workers, _start_worker, [write])
+        with pool:
+            yield from pool.imap_unordered(_write, tasks, chunksize=16)
 
 
 @contextmanager
@@ -129,6 +134,22 @@ def _one_thread_each() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """
+    Let processes that are started inside the block ignore Ctrl-C, which goes to every process: only the main one should
+    report it. It ends the others.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set this
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 _writer: _Writer  # in a worker process; sent once, since it contains all annotations

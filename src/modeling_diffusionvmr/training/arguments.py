@@ -15,6 +15,7 @@ POSITIVE_FIELDS = (
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
 )
+POSITIVE_IF_SET = ("eval_accumulation_steps", "dataloader_prefetch_factor", "neftune_noise_alpha")
 
 
 @dataclass
@@ -52,10 +53,9 @@ class DiffusionVMRTrainingArguments(TrainingArguments):
             raise ValueError(f"`proposal_schedule` must be one of {known}, got {self.proposal_schedule!r}")
         if not is_number(self.proposal_growth) or not 0 < self.proposal_growth <= 1:
             raise ValueError(f"`proposal_growth` must be a number in (0, 1], got {self.proposal_growth!r}")
-        for name in POSITIVE_FIELDS:
-            check_positive(getattr(self, name), f"`{name}`")
-        if self.eval_accumulation_steps is not None:
-            check_positive(self.eval_accumulation_steps, "`eval_accumulation_steps`")
+        for name in (*POSITIVE_FIELDS, *POSITIVE_IF_SET):
+            if name in POSITIVE_FIELDS or getattr(self, name) is not None:
+                check_positive(getattr(self, name), f"`{name}`")
         if self.max_steps != -1 and self.max_steps <= 0:
             raise ValueError(
                 f"`max_steps` must be a number above 0, or -1 to train for `num_train_epochs`, got {self.max_steps}"

@@ -164,8 +164,8 @@ class DiffusionVMRTrainer(TrainerInternals):
         As in `Trainer`.
 
         Raises:
-            ValueError: if the weights to train are not float32, or if the dataset was built without the model's
-                configuration.
+            ValueError: if the weights to train are not float32, if the dataset was built without the model's
+                configuration, or if there is no batch.
         """
         model = self.accelerator.unwrap_model(self.model)
         for parameter in model.parameters():
@@ -176,7 +176,12 @@ class DiffusionVMRTrainer(TrainerInternals):
                 )
         for dataset in _moment_datasets(self.train_dataset):
             dataset.check_config(model.config)
-        return super().get_train_dataloader()
+        loader = super().get_train_dataloader()
+        if not len(loader):
+            raise ValueError(
+                "nothing to train on: the dataset has fewer samples than a batch, and `dataloader_drop_last` drops it"
+            )
+        return loader
 
     # Evaluation
 
