@@ -242,7 +242,7 @@ def test_interrupt(monkeypatch, capsys, command, stage):
 
 def test_interrupt_from_the_terminal(tmp_path):
     """Ctrl-C goes to the command and its workers, of which only the command speaks."""
-    rows = [{**json.loads(ROW), "qid": qid, "vid": f"v{qid}"} for qid in range(20_000)]
+    rows = [{**json.loads(ROW), "qid": qid, "vid": f"v{qid}"} for qid in range(5_000)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     arguments = "simulate --annotations rows.jsonl --output_dir out --workers 2".split()
     process = subprocess.Popen(
@@ -252,7 +252,7 @@ def test_interrupt_from_the_terminal(tmp_path):
         text=True,
         start_new_session=True,
     )
-    while process.poll() is None and not list(tmp_path.glob("out/clip/[!.]*")):
+    while process.poll() is None and not list(tmp_path.glob("out/clip/[!.]*.npz")):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate()[1]

@@ -68,7 +68,7 @@ def _describe(error: Exception, arguments: argparse.Namespace) -> str | None:
     from safetensors import SafetensorError
 
     if _is_full_disk(error):
-        where = getattr(error, "filename", None) or _output_of(arguments) or "the output"
+        where = _output_of(arguments) or "the output"
         return f"{where}: cannot be written, because the disk is full ({_one_line(error)})"
     if isinstance(error, SafetensorError):
         return f"{getattr(arguments, 'model', None)}: {DAMAGED_WEIGHTS} ({error})"

@@ -3,12 +3,12 @@
 import multiprocessing
 import os
 import signal
-import threading
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def _run(tasks: Sequence[Task], write: _Writer, workers: int) -> Iterator[bool]:
         yield from map(write, tasks)
         return
     with _one_thread_each():
-        with _deaf_to_interrupts():
+        with _without_interrupts():
             pool = multiprocessing.get_context("spawn").Pool(workers, _start_worker, [write])
         with pool:
             yield from pool.imap_unordered(_write, tasks, chunksize=16)
@@ -137,19 +137,20 @@ def _one_thread_each() -> Iterator[None]:
 
 
 @contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
+def _without_interrupts() -> Iterator[None]:
     """
-    Let processes that are started inside the block ignore Ctrl-C, which goes to every process: only the main one should
-    report it. It ends the others.
+    Let processes that are started inside the block not hear Ctrl-C, which goes to every process: the main process
+    reports it and ends them.
     """
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set this
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource_tracker.ensure_running()  # otherwise the first process starts it, which unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # which these processes inherit
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _writer: _Writer  # in a worker process; sent once, since it contains all annotations
