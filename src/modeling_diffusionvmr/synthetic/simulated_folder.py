@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -159,6 +160,8 @@ _writer: _Writer  # in a worker process; sent once, since it contains all annota
 def _start_worker(writer: _Writer) -> None:
     global _writer
     _writer = writer
+    # The main process ends workers with this signal, which by default leaves temporary files behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 
 
 def _write(task: Task) -> bool:
