@@ -81,7 +81,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="All other flags are those of `diffusionvmr train`. The preset is qvhighlights, unless --preset is given.",
+        epilog="All other flags are those of `diffusionvmr train`. The default preset is qvhighlights.",
         allow_abbrev=False,
     )
     parser.add_argument("--tables", type=int, nargs="+", default=[], choices=sorted(PAPER), metavar="N", help="1 to 6")

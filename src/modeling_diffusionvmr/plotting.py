@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -35,6 +36,24 @@ RANK, GAP = 0.16, 0.12  # height of one ranked window, and space above the windo
 TOP_K = 5  # default number of windows per source
 
 
+def check_picture(path: str | os.PathLike, name: str) -> None:
+    """
+    Raise `ValueError` unless `save_figure` can write to a path: its extension is a known format and its folder exists.
+    The message begins with `name`.
+    """
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if _format(path) not in formats:
+        raise ValueError(f"{name} {path}: the extension must be one of {', '.join(sorted(formats))}")
+    if Path(path).is_dir():
+        raise ValueError(f"{name} {path}: a folder, not a file")
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"{name} {path}: there is no folder {Path(path).parent}")
+
+
+def _format(path: str | os.PathLike) -> str:
+    return Path(path).suffix.lstrip(".").lower() or "png"
+
+
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
     """
     Save a figure, atomically, in the format of the path's extension.
@@ -45,7 +64,7 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> None:
     if max(figure.get_size_inches()) * DPI > MAX_PIXELS:
         raise ValueError(f"{path}: the figure exceeds {MAX_PIXELS} pixels; draw fewer windows or panels")
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "png", dpi=DPI, bbox_inches="tight")
+        figure.savefig(temporary, format=_format(path), dpi=DPI, bbox_inches="tight")
 
 
 def _drawable(text: str) -> str:

@@ -45,10 +45,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Save the picture."""
     from ..checks import check_positive
     from ..data.annotations import load_annotations
-    from ..plotting import plot_predictions, prediction_panels, save_figure
+    from ..plotting import check_picture, plot_predictions, prediction_panels, save_figure
     from ..training.metrics import rows_by_qid
 
     check_output(arguments.output, "--output", is_folder=False)
+    check_picture(arguments.output, "--output")
     check_positive(arguments.top_k, "--top_k")
     if arguments.clip_seconds is not None:
         check_positive(arguments.clip_seconds, "--clip_seconds")
