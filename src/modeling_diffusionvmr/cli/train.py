@@ -133,19 +133,19 @@ def make_training_arguments(arguments: argparse.Namespace) -> DiffusionVMRTraini
             if isinstance(value, float) and not is_number(value):
                 raise ValueError(f"`{name}` must be a finite number, got {value}")
         training_arguments = DiffusionVMRTrainingArguments(**fields)
-        check_reports(training_arguments.report_to)
+        check_reports(training_arguments)
         try_settings(training_arguments)
         return training_arguments
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ValueError(f"training arguments: {error}") from error
 
 
-def check_reports(names: Sequence[str]) -> None:
+def check_reports(training: DiffusionVMRTrainingArguments) -> None:
     """Raise `ValueError` if `Trainer` cannot report to a tool, because it is unknown or not installed."""
     from transformers.integrations import get_available_reporting_integrations
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-    for name in names:
+    for name in training.report_to or ():
         if name not in INTEGRATION_TO_CALLBACK:
             known = ", ".join(INTEGRATION_TO_CALLBACK)
             raise ValueError(f"`report_to` must be none, all or some of {known}, got {name!r}")
@@ -159,13 +159,15 @@ def try_settings(training: DiffusionVMRTrainingArguments) -> None:
     from transformers import get_scheduler
 
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    scheduler_options: Any = training.lr_scheduler_kwargs or None
+    backend: Any = training.torch_compile_backend
     try:
-        get_scheduler(training.lr_scheduler_type, optimizer, 1, 10, training.lr_scheduler_kwargs or None)
+        get_scheduler(training.lr_scheduler_type, optimizer, 1, 10, scheduler_options)
     except (ValueError, TypeError) as error:
         raise ValueError(f"`lr_scheduler_type` and `lr_scheduler_kwargs` do not fit ({error})") from error
     if training.torch_compile:
         try:
-            torch.compile(torch.nn.Identity(), backend=training.torch_compile_backend, mode=training.torch_compile_mode)
+            torch.compile(torch.nn.Identity(), backend=backend, mode=training.torch_compile_mode)
         except RuntimeError as error:
             raise ValueError(f"`torch_compile_backend` or `torch_compile_mode`: {error}") from error
 
@@ -255,7 +257,7 @@ def make_processor(
     arguments: argparse.Namespace, config: DiffusionVMRConfig, sizes: FeatureSizes
 ) -> DiffusionVMRProcessor:
     """Return a processor with the settings of the flags and the preset, else those of `--model`, else the defaults."""
-    fields = {"max_clips": config.max_clips, "max_tokens": config.max_tokens}
+    fields: dict[str, Any] = {"max_clips": config.max_clips, "max_tokens": config.max_tokens}
     if arguments.model is not None:
         with loading(arguments.model):
             saved, _ = DiffusionVMRProcessor.get_processor_dict(arguments.model)  # empty if there is no processor
