@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import sys
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -116,7 +115,8 @@ def _run(tasks: Sequence[Task], write: _Writer, workers: int) -> Iterator[bool]:
         yield from map(write, tasks)
         return
     with _one_thread_each():
-        with _without_interrupts():
+        resource_tracker.ensure_running()  # otherwise the first worker starts it, which unblocks the signal
+        with _without(signal.SIGINT):  # Ctrl-C goes to every process, but the main one reports it and ends the others
             pool = multiprocessing.get_context("spawn").Pool(workers, _start_worker, [write])
         with pool:
             yield from pool.imap_unordered(_write, tasks, chunksize=16)
@@ -138,16 +138,12 @@ def _one_thread_each() -> Iterator[None]:
 
 
 @contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """
-    Let processes that are started inside the block not hear Ctrl-C, which goes to every process: the main process
-    reports it and ends them.
-    """
+def _without(signal_number: int) -> Iterator[None]:
+    """Let this process, and processes that are started inside the block, not hear a signal until the block ends."""
     if not hasattr(signal, "pthread_sigmask"):  # on Windows
         yield
         return
-    resource_tracker.ensure_running()  # otherwise the first process starts it, which unblocks the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # which these processes inherit
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal_number])
     try:
         yield
     finally:
@@ -160,9 +156,8 @@ _writer: _Writer  # in a worker process; sent once, since it contains all annota
 def _start_worker(writer: _Writer) -> None:
     global _writer
     _writer = writer
-    # The main process ends workers with this signal, which by default leaves temporary files behind
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 
 
 def _write(task: Task) -> bool:
-    return _writer(task)
+    with _without(signal.SIGTERM):  # with which the main process ends workers: finish the file first
+        return _writer(task)
