@@ -1,8 +1,9 @@
 """
 Train a model with the settings of a preset, or fine-tune a checkpoint.
 
-Every setting is also a flag, which takes precedence over the preset. Run the same command with --resume to continue an
-interrupted training from its last complete checkpoint.
+The preset "default" is for your own data; name another one for a benchmark. Every setting is also a flag, which takes
+precedence over the preset. Run the same command with --resume to continue an interrupted training from its last
+complete checkpoint.
 """
 
 import argparse
@@ -12,24 +13,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checks import check_positive, is_number
+from ..checks import is_number
 from ..configuration_diffusionvmr import DiffusionVMRConfig
 from ..data.backbone_record import describe_backbones
+from ..processing_diffusionvmr import DiffusionVMRProcessor
 from ..training.arguments import DiffusionVMRTrainingArguments
+from ..training.presets import SECTIONS
 from ..weights import check_weights
-from .options import add_data_arguments, check_model_type, clip_seconds_of, loading, resolve_model
+from .options import add_data_arguments, check_model_type, check_output, clip_seconds_of, loading, resolve_model
 from .settings import SettingsParser
 
 USAGE = """diffusionvmr train [--preset NAME] --output_dir DIR --annotations PATH --video_features PATH [PATH ...]
                           --text_features PATH [--eval_annotations PATH] [--FIELD VALUE ...]"""
-
-# `Trainer` divides by these
-POSITIVE = (
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "eval_accumulation_steps",
-)
 
 
 class FeatureSizes(NamedTuple):
@@ -46,7 +41,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments of `diffusionvmr train`. See `SettingsParser.parse_settings` for the result."""
     parser = SettingsParser("train", argv, description=__doc__, usage=USAGE)
     parser.add_argument(
-        "--model", help="checkpoint to fine-tune: folder or Hub id; flags override single fields of its configuration"
+        "--model",
+        help="checkpoint to fine-tune: folder or Hub id; flags override single settings of its configuration and its "
+        "processor",
     )
     parser.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint, if any")
     add_data_arguments(parser)
@@ -70,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Train, save the model and the processor in `output_dir`, and print the final evaluation as JSON."""
     from transformers import set_seed
 
-    from .. import DiffusionVMRProcessor, DiffusionVMRTrainer, MomentRetrievalDataset
+    from .. import DiffusionVMRTrainer, MomentRetrievalDataset
     from ..data.features import open_text_features, open_video_features
     from ..training.checkpoints import check_shapes
 
@@ -90,13 +87,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"feature sizes differ: {sizes} for training, {eval_sizes} for evaluation")
 
     set_seed(training_arguments.seed)
-    model = make_model(arguments, sizes, video, text)
+    # Loading keeps the type in which a checkpoint is stored, but training in a smaller one loses small updates
+    model = make_model(arguments, sizes, video, text).float()
     if checkpoint is not None:
         with loading(checkpoint):
             check_shapes(checkpoint, model)
-    fields = {"max_clips": model.config.max_clips, "max_tokens": model.config.max_tokens, **arguments.processor}
-    fields |= {"video_feature_sizes": sizes.video, "text_feature_size": sizes.text}
-    processor = DiffusionVMRProcessor(**fields)
+    processor = make_processor(arguments, model.config, sizes)
 
     options = {
         "clip_seconds": clip_seconds_of(arguments, video, model.config),
@@ -144,12 +140,43 @@ def make_training_arguments(arguments: argparse.Namespace) -> DiffusionVMRTraini
             if isinstance(value, float) and not is_number(value):
                 raise ValueError(f"`{name}` must be a finite number, got {value}")
         training_arguments = DiffusionVMRTrainingArguments(**fields)
-        for name in POSITIVE:
-            if getattr(training_arguments, name) is not None:
-                check_positive(getattr(training_arguments, name), f"`{name}`")
+        check_reports(training_arguments)
+        try_settings(training_arguments)
         return training_arguments
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ValueError(f"training arguments: {error}") from error
+
+
+def check_reports(training: DiffusionVMRTrainingArguments) -> None:
+    """Raise `ValueError` if `Trainer` cannot report to a tool, because it is unknown or not installed."""
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in training.report_to or ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(INTEGRATION_TO_CALLBACK)
+            raise ValueError(f"`report_to` must be none, all or some of {known}, got {name!r}")
+        if name not in get_available_reporting_integrations():
+            raise ValueError(f"`report_to`: {name} is not installed")
+
+
+def try_settings(training: DiffusionVMRTrainingArguments) -> None:
+    """Raise `ValueError` for invalid settings that PyTorch and `transformers` only check when training begins."""
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    scheduler_options: Any = training.lr_scheduler_kwargs or None
+    backend: Any = training.torch_compile_backend
+    try:
+        get_scheduler(training.lr_scheduler_type, optimizer, 1, 10, scheduler_options)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"`lr_scheduler_type` and `lr_scheduler_kwargs` do not fit ({error})") from error
+    if training.torch_compile:
+        try:
+            torch.compile(torch.nn.Identity(), backend=backend, mode=training.torch_compile_mode)
+        except RuntimeError as error:
+            raise ValueError(f"`torch_compile_backend` or `torch_compile_mode`: {error}") from error
 
 
 def find_checkpoint(arguments: argparse.Namespace, training: DiffusionVMRTrainingArguments) -> str | None:
@@ -157,12 +184,13 @@ def find_checkpoint(arguments: argparse.Namespace, training: DiffusionVMRTrainin
     Return the checkpoint to continue from, if any. With `--resume`, it is the last complete one in the output folder.
 
     Raises:
-        ValueError: if a new training would write to a folder that is not empty.
+        ValueError: if a new training would write to a folder that is not empty, or if nothing can be written.
         BlockingIOError: if another training is writing to the output folder.
     """
     from ..training.checkpoints import LOCK, last_complete_checkpoint, lock_training
 
     output_dir = Path(str(training.output_dir))
+    check_output(output_dir, "--output_dir")
     if output_dir.is_dir() and training.should_save:
         with lock_training(output_dir):  # `DiffusionVMRTrainer.train` takes it again, once the data are loaded
             pass
@@ -170,8 +198,6 @@ def find_checkpoint(arguments: argparse.Namespace, training: DiffusionVMRTrainin
         return last_complete_checkpoint(output_dir)
     if training.resume_from_checkpoint:
         return training.resume_from_checkpoint
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"{output_dir}: not a folder")
     if output_dir.exists() and any(path.name != LOCK for path in output_dir.iterdir()):
         raise ValueError(f"{output_dir}: not empty; use --resume to continue the training in it")
     return None
@@ -262,3 +288,17 @@ def fit_to_features(
     config.backbones, sources = describe_backbones(video, text, *sizes, clip_seconds, config.backbones)
     config.video_feature_size, config.text_feature_size = sum(sizes.video), sizes.text
     return sources
+
+
+def make_processor(
+    arguments: argparse.Namespace, config: DiffusionVMRConfig, sizes: FeatureSizes
+) -> DiffusionVMRProcessor:
+    """Return a processor with the settings of the flags and the preset, else those of `--model`, else the defaults."""
+    fields: dict[str, Any] = {"max_clips": config.max_clips, "max_tokens": config.max_tokens}
+    if arguments.model is not None:
+        with loading(arguments.model):
+            saved, _ = DiffusionVMRProcessor.get_processor_dict(arguments.model)  # empty if there is no processor
+            fields |= {name: saved[name] for name in SECTIONS["processor"] if name in saved}
+            DiffusionVMRProcessor(**fields)  # an error here names the checkpoint
+    fields |= {**arguments.processor, "video_feature_sizes": sizes.video, "text_feature_size": sizes.text}
+    return DiffusionVMRProcessor(**fields)

@@ -21,6 +21,7 @@ from .hub import local_path
 from .parquet import TEXT_COLUMN, ParquetFeatures, is_converted, video_backbones
 
 VIDEO_KEY, TEXT_KEY = "features", "last_hidden_state"  # names of the arrays in the official npz files
+SENTENCE_KEY = "sentence"  # beside the features of a sentence, in files that the library extracts
 METADATA_FILE = "features.json"  # in folders that the library writes
 
 
@@ -195,7 +196,13 @@ class Hdf5Features(FeatureStore):
             return file[place][()]
 
 
-def write_features(folder: str | os.PathLike, identifier: int | str, array: np.ndarray, key: str = VIDEO_KEY) -> Path:
+def write_features(
+    folder: str | os.PathLike,
+    identifier: int | str,
+    array: np.ndarray,
+    key: str = VIDEO_KEY,
+    sentence: str | None = None,
+) -> Path:
     """
     Write one array in the official layout, atomically.
 
@@ -204,6 +211,7 @@ def write_features(folder: str | os.PathLike, identifier: int | str, array: np.n
         identifier: `vid` or `qid`.
         array: (length, size), written in its own type.
         key: `features` for a video, or `last_hidden_state` for a query, whose file is named `qid{identifier}.npz`.
+        sentence: the query, to record what the features are of. See `recorded_sentence`.
 
     Returns:
         The path of the file.
@@ -219,7 +227,13 @@ def write_features(folder: str | os.PathLike, identifier: int | str, array: np.n
         raise ValueError(f"{folder}: {identifier!r} cannot be part of a file name")
     check_features(array, f"{folder}, {identifier}")
     path = Path(folder) / name
-    arrays: dict[str, Any] = {key: array}
+    arrays: dict[str, Any] = {key: array} if sentence is None else {key: array, SENTENCE_KEY: np.array(sentence)}
     with atomic_write(path) as temporary:
         np.savez_compressed(temporary, **arrays)
     return path
+
+
+def recorded_sentence(folder: str | os.PathLike, qid: int | str) -> str | None:
+    """Return the sentence that an existing file of `write_features` records, or `None` if it records none."""
+    with np.load(Path(folder, f"{TEXT_PREFIX}{qid}.npz"), allow_pickle=False) as file:
+        return str(file[SENTENCE_KEY]) if SENTENCE_KEY in file else None

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import slice_tensors
+from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -19,6 +20,7 @@ from .arguments import DiffusionVMRTrainingArguments
 from .card_facts import CardFacts
 from .checkpoints import STAGING_FOLDER, check_shapes, find_fault, last_complete_checkpoint, lock_training
 from .collator import DiffusionVMRDataCollator
+from .dataset import MomentRetrievalDataset
 from .metrics import evaluate_predictions, scorable
 from .prediction import RowOutputs, official_predictions, row_outputs
 from .trainer_internals import TrainerInternals
@@ -38,6 +40,17 @@ class SetEpochCallback(TrainerCallback):
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if hasattr(train_dataloader.dataset, "set_epoch"):
             train_dataloader.dataset.set_epoch(int(round(state.epoch, 6)))
+
+
+def _moment_datasets(dataset: Dataset | None) -> Iterator[MomentRetrievalDataset]:
+    """Yield the dataset itself, or those that a `Subset` or a `ConcatDataset` consists of."""
+    if isinstance(dataset, MomentRetrievalDataset):
+        yield dataset
+    elif isinstance(dataset, Subset):
+        yield from _moment_datasets(dataset.dataset)
+    elif isinstance(dataset, ConcatDataset):
+        for part in dataset.datasets:
+            yield from _moment_datasets(part)
 
 
 class DiffusionVMRTrainer(TrainerInternals):
@@ -163,6 +176,30 @@ class DiffusionVMRTrainer(TrainerInternals):
             logs["num_proposals"] = self._num_proposals
             self._loss_terms, self._num_steps = {}, 0.0
         super().log(logs, start_time)
+
+    def get_train_dataloader(self):
+        """
+        As in `Trainer`.
+
+        Raises:
+            ValueError: if the weights to train are not float32, if the dataset was built without the model's
+                configuration, or if there is no batch.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dtype != torch.float32:
+                raise ValueError(
+                    f"the model's weights are {parameter.dtype}, in which training loses small updates: load the model "
+                    "with dtype=torch.float32; `bf16=True` (--bf16) then computes in bfloat16"
+                )
+        for dataset in _moment_datasets(self.train_dataset):
+            dataset.check_config(model.config)
+        loader = super().get_train_dataloader()
+        if not len(loader):
+            raise ValueError(
+                "nothing to train on: the dataset has fewer samples than a batch, and `dataloader_drop_last` drops it"
+            )
+        return loader
 
     # Evaluation
 
