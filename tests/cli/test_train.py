@@ -15,6 +15,7 @@ from modeling_diffusionvmr.cli import main
 from modeling_diffusionvmr.cli import train as train_command
 from modeling_diffusionvmr.data.features import write_features
 from modeling_diffusionvmr.data.files import save_jsonl
+from modeling_diffusionvmr.training import moment_quality
 from modeling_diffusionvmr.training.checkpoints import LOCK, lock_training, write_manifest
 
 SMALL = "--d_model 32 --encoder_layers 1 --decoder_layers 1 --encoder_ffn_dim 32 --decoder_ffn_dim 32 --roi_bins 4 "
@@ -92,6 +93,16 @@ def test_from_nothing(train, capsys):
     assert all(torch.equal(tensor, saved[name]) for name, tensor in load_file(f"{best}/model.safetensors").items())
 
 
+def test_moments_for_people_are_chosen(train, monkeypatch):
+    chosen = {"threshold": 0.4, "nms_threshold": 0.3, "top_k": 2}
+    monkeypatch.setattr(moment_quality, "choose", lambda rows: chosen)
+    processor = AutoProcessor.from_pretrained(train(output="few"))  # twelve sentences are too few
+    assert (processor.threshold, processor.nms_threshold, processor.top_k) == (0.0, 0.5, 5)
+    monkeypatch.setattr(moment_quality, "MIN_SENTENCES", 12)
+    processor = AutoProcessor.from_pretrained(train("--top_k", "null", output="enough"))  # a flag takes precedence
+    assert (processor.threshold, processor.nms_threshold, processor.top_k) == (0.4, 0.3, None)
+
+
 def test_resume_ends_with_the_same_weights(train, fail, capsys):
     whole = load_file(train(output="whole") / "model.safetensors")
     output = train(output="stopped")
@@ -165,7 +176,7 @@ def test_fine_tuning_keeps_the_settings_of_the_processor(train):
     assert settings(preset) == ([None, 0.1, 9, 0.7, 12, 4], [8, 4])
     (first / "processor_config.json").unlink()
     alone = train("--model", first, small=small, output="alone")
-    assert settings(alone) == ([None, 0.0, None, None, 12, 4], [8, 4])
+    assert settings(alone) == ([None, 0.0, 5, 0.5, 12, 4], [8, 4])
 
 
 def test_fine_tuning_a_checkpoint_in_bfloat16(train):

@@ -26,6 +26,9 @@ from .settings import SettingsParser
 USAGE = """diffusionvmr train [--preset NAME] --output_dir DIR --annotations PATH --video_features PATH [PATH ...]
                           --text_features PATH [--eval_annotations PATH] [--FIELD VALUE ...]"""
 
+# Until a choice is made on validation data: no near-identical moments. Evaluation sees every proposal.
+DISTINCT = {"nms_threshold": 0.5, "top_k": 5}
+
 
 class FeatureSizes(NamedTuple):
     """The size of a clip's vector for each video backbone, and of a token's vector."""
@@ -64,12 +67,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train, save the model and the processor in `output_dir`, and print the final evaluation as JSON."""
+    """
+    Train, choose which moments people get, save the model and the processor in `output_dir`, and print the final
+    evaluation as JSON.
+    """
     from transformers import set_seed
 
     from .. import DiffusionVMRTrainer, MomentRetrievalDataset
     from ..data.features import open_text_features, open_video_features
     from ..training.checkpoints import check_shapes
+    from ..training.moment_quality import choose_for_people
 
     training_arguments = make_training_arguments(arguments)
     checkpoint = find_checkpoint(arguments, training_arguments)
@@ -113,6 +120,10 @@ def run(arguments: argparse.Namespace) -> None:
             raise
         raise ValueError(error.args[0]) from None
     metrics = trainer.evaluate() if eval_rows else None  # before saving, so that the card has the metrics
+    if trainer.is_world_process_zero():
+        for name, value in choose_for_people(model, processor, eval_dataset).items():
+            if name not in arguments.given:
+                setattr(processor, name, value)
     trainer.save_model()
     if trainer.is_world_process_zero():
         if metrics is not None:
@@ -294,7 +305,7 @@ def make_processor(
     arguments: argparse.Namespace, config: DiffusionVMRConfig, sizes: FeatureSizes
 ) -> DiffusionVMRProcessor:
     """Return a processor with the settings of the flags and the preset, else those of `--model`, else the defaults."""
-    fields: dict[str, Any] = {"max_clips": config.max_clips, "max_tokens": config.max_tokens}
+    fields: dict[str, Any] = {"max_clips": config.max_clips, "max_tokens": config.max_tokens, **DISTINCT}
     if arguments.model is not None:
         with loading(arguments.model):
             saved, _ = DiffusionVMRProcessor.get_processor_dict(arguments.model)  # empty if there is no processor
