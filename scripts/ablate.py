@@ -82,7 +82,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="All other flags are those of `diffusionvmr train`.",
+        epilog="All other flags are those of `diffusionvmr train`. The default preset is qvhighlights.",
         allow_abbrev=False,
     )
     parser.add_argument("--tables", type=int, nargs="+", default=[], choices=sorted(PAPER), metavar="N", help="1 to 6")
@@ -114,7 +114,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     known, flags = parser.parse_known_args(arguments)
     if not known.tables and not known.figures:
         parser.error("pass --tables, --figures or both")
-    known.flags = flags
+    known.flags = ["--preset", "qvhighlights", *flags]  # a --preset among the flags overrides this one
     return known
 
 

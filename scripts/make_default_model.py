@@ -239,8 +239,8 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def drop_code(checkpoint: Path) -> None:
-    """Remove the remote code from a checkpoint, and the fields that refer to it."""
-    for path in checkpoint.glob("*.py"):
+    """Remove the remote code from a checkpoint, the fields that refer to it, and the card: docs/ has a longer one."""
+    for path in [*checkpoint.glob("*.py"), *checkpoint.glob("README.md")]:
         path.unlink()
     for name in ("config.json", "processor_config.json"):
         content = json.loads((checkpoint / name).read_text(encoding="utf-8"))

@@ -73,9 +73,13 @@ def make_trainer(
     train_dataset=None,
     eval_dataset=None,
     callbacks: list | None = None,
+    model: DiffusionVMRForMomentRetrieval | None = None,
     **arguments,
 ) -> DiffusionVMRTrainer:
-    """Make a trainer with a new model, the same each time; `arguments` are those of `DiffusionVMRTrainingArguments`."""
+    """
+    Make a trainer, by default with a new model, the same each time. `arguments` are those of
+    `DiffusionVMRTrainingArguments`.
+    """
     set_seed(0)
     options = {
         "max_steps": 12,
@@ -90,7 +94,7 @@ def make_trainer(
         "proposal_growth": proposal_growth,
     }
     return DiffusionVMRTrainer(
-        model=DiffusionVMRForMomentRetrieval(config),
+        model=DiffusionVMRForMomentRetrieval(config) if model is None else model,
         args=DiffusionVMRTrainingArguments(str(folder), **{**options, **arguments}),
         train_dataset=make_dataset(config, num_rows) if train_dataset is None else train_dataset,
         eval_dataset=make_dataset(None) if eval_dataset is None else eval_dataset,

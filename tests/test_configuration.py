@@ -1,11 +1,12 @@
 import json
 import math
+from functools import partial
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from modeling_diffusionvmr import DiffusionVMRConfig
+from modeling_diffusionvmr import DiffusionVMRConfig, DiffusionVMRForMomentRetrieval
 from modeling_diffusionvmr.cli.options import run_safely
 
 # The paper's QVHighlights setting, and Moment-DETR's where the paper gives no value. The RoI fields are our own.
@@ -96,6 +97,46 @@ def test_integers_for_float_fields():
 def test_invalid_values_name_the_field(field, value):
     with pytest.raises(StrictDataclassError, match=field):
         DiffusionVMRConfig(**{field: value})
+
+
+OVERRIDES = [
+    ("d_model", 33),
+    ("d_model", True),
+    ("hidden_size", 33),
+    ("num_hidden_layers", 2.5),
+    ("num_attention_heads", "8"),
+    ("dropout", 2),
+    ("num_sampling_steps", 5000),
+    ("backbones", []),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), OVERRIDES)
+def test_overridden_fields_are_checked(tmp_path, field, value):
+    """As the constructor checks them, wherever they are given and by whatever name."""
+    DiffusionVMRConfig().save_pretrained(tmp_path)
+    messages = set()
+    for make in (
+        DiffusionVMRConfig,
+        partial(DiffusionVMRConfig.from_dict, {}),
+        partial(DiffusionVMRConfig.from_dict, {}, return_unused_kwargs=True),
+        partial(DiffusionVMRConfig.from_pretrained, tmp_path),
+        partial(AutoConfig.from_pretrained, tmp_path),
+        partial(DiffusionVMRForMomentRetrieval.from_pretrained, tmp_path),
+    ):
+        with pytest.raises(StrictDataclassError) as error:
+            make(**{field: value})
+        messages.add(str(error.value))
+    assert len(messages) == 1
+
+
+def test_overridden_fields(tmp_path):
+    DiffusionVMRConfig(d_model=64).save_pretrained(tmp_path)
+    config, unused = DiffusionVMRConfig.from_pretrained(
+        tmp_path, hidden_size=128, dropout=0, other=1, return_unused_kwargs=True
+    )
+    assert (config.d_model, config.dropout, unused) == (128, 0, {"other": 1})
+    assert DiffusionVMRConfig.from_dict(config.to_dict(), d_model=32).d_model == 32
 
 
 def test_odd_size():

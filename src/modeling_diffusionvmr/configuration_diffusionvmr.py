@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from .checks import check_positive
+from .hub import PushToHub
 
 FOLDER_NAME = re.compile(r"\w[\w.-]*")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -44,7 +45,7 @@ NON_NEGATIVE_FIELDS = (
 
 
 @strict
-class DiffusionVMRConfig(PreTrainedConfig):
+class DiffusionVMRConfig(PushToHub, PreTrainedConfig):
     r"""
     Configuration of a DiffusionVMR model. The defaults follow the paper's QVHighlights setting with SlowFast and CLIP
     features (arXiv 2308.15109, section 4.1), and Moment-DETR (arXiv 2107.09609) where the paper gives no value.
@@ -138,7 +139,20 @@ class DiffusionVMRConfig(PreTrainedConfig):
             kwargs.pop("custom_pipelines", None)
         if isinstance(self.backbones, list):
             self.backbones = [_with_folder(entry) for entry in self.backbones]
-        super().__post_init__(**kwargs)
+        # `hidden_size` and the other aliases set fields, so they are checked as fields
+        super().__post_init__(**{self.attribute_map.get(name, name): value for name, value in kwargs.items()})
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """
+        As in `PreTrainedConfig`, but fields in `kwargs` are checked as in the constructor. `PreTrainedConfig` sets them
+        after construction, here and in `from_pretrained`.
+        """
+        kwargs = {cls.attribute_map.get(name, name): value for name, value in kwargs.items()}
+        made = super().from_dict(config_dict, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made  # with `return_unused_kwargs`
+        config.validate()
+        return made
 
     def validate_architecture(self):
         """Raise ValueError, naming the field, if a value is invalid."""

@@ -9,6 +9,7 @@ import math
 import os
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ from .checkpoint import HUB_ARGUMENTS, save_backbones, save_processor
 from .checks import check_whole
 from .configuration_diffusionvmr import DiffusionVMRConfig
 from .diffusion import DiffusionSchedule, check_num_sampling_steps, sampling_timesteps, signal_to_spans, spans_to_signal
+from .hub import PUSH_ARGUMENTS, PushToHub, upload
 from .loss_diffusionvmr import Targets, diffusionvmr_loss
+from .model_card import write_model_card
 from .spans import keep_inside, refine, roi_align
 from .weights import check_weight_index, missing_weights
 
@@ -273,7 +276,7 @@ class DiffusionVMRDenoisingLayer(GradientCheckpointingLayer):
         return proposals, self.class_head(modulated), refine(spans, self.span_head(modulated).float())
 
 
-class DiffusionVMRPreTrainedModel(PreTrainedModel):
+class DiffusionVMRPreTrainedModel(PushToHub, PreTrainedModel):  # type: ignore[misc]  # `push_to_hub` is ours
     """Weight initialization, and attributes that `transformers` reads."""
 
     config: DiffusionVMRConfig
@@ -564,8 +567,10 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         self.model = DiffusionVMRModel(config)
         self.saliency_head = nn.Linear(config.d_model, 1)
         self.backbone_sources: dict[str, str] = {}  # see checkpoint.py
+        self.hub_id: str | None = None  # of the repository on the Hub that the model was loaded from
         self.hub_kwargs: dict[str, Any] = {}  # with which the model was loaded
         self.missing_weights: list[str] = []  # that the checkpoint lacked
+        self.card_facts: dict[str, Any] = {}  # what happened since the model was loaded, see model_card.py
         self.post_init()
 
     @classmethod
@@ -578,6 +583,8 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
             check_weight_index(pretrained_model_name_or_path)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model.missing_weights = missing_weights(info)
+        if pretrained_model_name_or_path is not None and not os.path.isdir(pretrained_model_name_or_path):
+            model.hub_id = str(pretrained_model_name_or_path)
         model.hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         if (commit := getattr(model.config, "_commit_hash", None)) is not None:
             model.hub_kwargs["revision"] = commit
@@ -585,16 +592,19 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
 
     # `transformers` always passes the other arguments by name
     def save_pretrained(  # type: ignore[override]
-        self, save_directory, backbones: Backbones | None = None, **kwargs
+        self, save_directory, push_to_hub: bool = False, backbones: Backbones | None = None, **kwargs
     ):
         """
         Save the model with all that the pipeline needs: the processor, the backbones, and the code if it is saved too.
+        Also write the model card.
 
         Args:
             save_directory: the folder to write.
+            push_to_hub: also push the folder, see `hub.upload` for the arguments.
             backbones: loaded backbones to save. Default: those of the configuration, except larger ones on the Hub.
             kwargs: as in `transformers`.
         """
+        push_options = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
         if self._auto_class is not None:
             # `transformers` follows relative imports, so this import adds the pipeline's files to the checkpoint
             from .pipeline_diffusionvmr import VideoMomentRetrievalPipeline as pipeline_class
@@ -610,6 +620,10 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
             super().save_pretrained(save_directory, **kwargs)
         finally:
             self.config.backbones = in_memory
+        if kwargs.get("is_main_process", True):
+            write_model_card(self, save_directory)
+            if push_to_hub:
+                upload(save_directory, **{"repo_id": Path(save_directory).name, **push_options})
 
     # Compile the modules that this function calls, but not the function: it would recompile for every shape of labels
     @partial(torch.compiler.disable, recursive=False)

@@ -15,6 +15,7 @@ from .checkpoint import load_backbones
 from .checks import check_sentence, check_whole
 from .configuration_diffusionvmr import DiffusionVMRConfig
 from .diffusion import check_num_sampling_steps
+from .hub import PushToHub
 from .processing_diffusionvmr import DiffusionVMRProcessor, check_post_processing
 from .video import open_video
 from .weights import check_weights
@@ -26,7 +27,7 @@ PROCESSOR_OPTIONS = ("top_k", "threshold", "nms_threshold", "round_to")
 POSTPROCESS_OPTIONS = (*PROCESSOR_OPTIONS, "return_saliency")
 
 
-class VideoMomentRetrievalPipeline(Pipeline):
+class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
     """
     Finds the moments of a video that a sentence describes.
 
@@ -195,10 +196,10 @@ class VideoMomentRetrievalPipeline(Pipeline):
             ]
         return results[0] if features["single"] else results
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """Save model, processor and backbones in one folder, with the code to load it without the package."""
         self.processor.save_pretrained(save_directory)
-        super().save_pretrained(save_directory, backbones=self.backbones, **kwargs)
+        super().save_pretrained(save_directory, push_to_hub, backbones=self.backbones, **kwargs)
 
 
 class Rows(Dataset):

@@ -14,6 +14,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from .checks import check_positive, check_whole, is_number
+from .hub import PushToHub
 from .spans import nms, span_to_window
 
 MAX_LENGTH_GAP = 2  # released features of two backbones differ by up to 2 clips for the same video
@@ -112,7 +113,7 @@ def check_durations(durations: Any, name: str, count: int) -> list[float]:
     return values
 
 
-class DiffusionVMRProcessor(ProcessorMixin):
+class DiffusionVMRProcessor(PushToHub, ProcessorMixin):
     """
     Prepares features for the model and turns its outputs into moments. It does not contain the backbones.
 

@@ -20,7 +20,7 @@ from modeling_diffusionvmr import (
 )
 from modeling_diffusionvmr.cli import main
 from modeling_diffusionvmr.data.extraction import find_videos
-from modeling_diffusionvmr.data.features import METADATA_FILE, TEXT_KEY, VIDEO_KEY
+from modeling_diffusionvmr.data.features import METADATA_FILE, TEXT_KEY, VIDEO_KEY, write_features
 from modeling_diffusionvmr.data.files import save_jsonl
 from modeling_diffusionvmr.synthetic.rendered_world import annotation_rows, plan_video, write_video
 from modeling_diffusionvmr.training.prediction import every_proposal
@@ -107,7 +107,7 @@ def test_features_are_those_of_the_pipeline(world, extract, retrieve, monkeypatc
     assert {str(path.relative_to(output)) for path in output.rglob("*.npz")} == expected.keys()
     for name, (key, array) in expected.items():
         with np.load(output / name) as file:
-            assert file.files == [key] and file[key].dtype == dtype
+            assert file.files == [key, *(["sentence"] if key == TEXT_KEY else [])] and file[key].dtype == dtype
             np.testing.assert_allclose(file[key], array, rtol=np.finfo(dtype).eps, atol=1e-5)
 
 
@@ -217,6 +217,24 @@ def test_finished_files_are_skipped(world, extract):
     assert {name for name in before if before[name] != after[name]} == {cut, absent, sentence}
     assert {name: (clip / name).read_bytes() for name in times(clip)} == contents
     open_features(text)[world.rows[0]["qid"]]
+
+
+def test_sentences_that_changed(world, extract, tmp_path, capsys):
+    """They are encoded again, and so is a sentence whose file does not say what it is of."""
+    changed, unknown, *same = world.rows
+    output = extract("--annotations", world.annotations) / "clip_text"
+    assert "replaced" not in capsys.readouterr().err
+    with np.load(output / f"qid{unknown['qid']}.npz") as file:
+        write_features(output, unknown["qid"], 0 * file[TEXT_KEY], TEXT_KEY)
+    before = times(output)
+    save_jsonl([{**changed, "query": same[0]["query"]}, unknown, *same], tmp_path / "rows.jsonl")
+    extract("--annotations", tmp_path / "rows.jsonl")
+    assert f"replaced features of other sentences with the same qid: {changed['qid']}\n" in capsys.readouterr().err
+    after, written = times(output), {f"qid{row['qid']}.npz" for row in (changed, unknown)}
+    assert {name for name in before if before[name] != after[name]} == written
+    features = open_features(output)
+    np.testing.assert_array_equal(features[changed["qid"]], features[same[0]["qid"]])
+    assert features[unknown["qid"]].any()
 
 
 def test_features_made_with_other_settings(world, extract, extract_error):

@@ -1,19 +1,25 @@
 """The `diffusionvmr` command: wrong arguments, its entry points, and how errors are reported."""
 
 import argparse
+import errno
+import importlib
+import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from importlib.metadata import version
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from modeling_diffusionvmr import DEFAULT_MODEL
 from modeling_diffusionvmr.cli import COMMANDS, main
-from modeling_diffusionvmr.cli.options import HUB_ID, load_model, resolve_model, run_safely
+from modeling_diffusionvmr.cli.options import HUB_ID, check_output, load_model, resolve_model, run_safely
 
 CONSOLE = "import sys; from diffusionvmr_command import main"  # as the console script that pip installs
 ROW = '{"qid": 1, "query": "a dog", "vid": "v", "duration": 10}\n'
@@ -199,6 +205,115 @@ def test_faults_of_the_code_keep_their_traceback(error):
 
     with pytest.raises(type(error)):
         run_safely(run, argparse.Namespace())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        # As safetensors and `torch.save` raise them where the disk is full
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+    ],
+)
+def test_full_disk(error):
+    def run(arguments):
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_safely(run, argparse.Namespace(output_dir="runs/a", model="m"))
+    assert caught.value.code == f"error: runs/a: cannot be written, because the disk is full ({error})"
+
+
+@pytest.mark.parametrize("stage", ["parse", "run"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_interrupt(monkeypatch, capsys, command, stage):
+    """Also while the command's module is loaded."""
+
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    module = importlib.import_module(f"modeling_diffusionvmr.cli.{command}")
+    monkeypatch.setattr(module, "parse", lambda argv: argparse.Namespace())
+    monkeypatch.setattr(module, stage, interrupt)
+    assert exit_of(command).code == 130
+    printed = capsys.readouterr()
+    assert printed.err == "interrupted\n" and printed.out == ""
+
+
+def test_interrupt_from_the_terminal(tmp_path):
+    """Ctrl-C goes to the command and its workers, of which only the command speaks."""
+    rows = [{**json.loads(ROW), "qid": qid, "vid": f"v{qid}"} for qid in range(5_000)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = "simulate --annotations rows.jsonl --output_dir out --workers 2".split()
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{CONSOLE}\nmain()", *arguments],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while process.poll() is None and not list(tmp_path.glob("out/clip/[!.]*.npz")):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate()[1]
+    assert process.returncode == 130, said
+    assert said.splitlines()[-1] == "interrupted" and "Traceback" not in said
+    assert not list(tmp_path.glob("out/**/.*"))
+
+
+# Outputs
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_outputs_that_can_be_written(tmp_path, is_folder):
+    for path in (tmp_path / "new", tmp_path / "new" / "below"):
+        check_output(path, "--output", is_folder)
+    assert not list(tmp_path.iterdir())
+    check_output(tmp_path, "--output")
+
+
+@pytest.mark.parametrize(
+    "path, is_folder, message",
+    [
+        ("file", True, "--output {0}/file: {0}/file is a file, not a folder"),
+        ("file/below", True, "--output {0}/file/below: {0}/file is a file, not a folder"),
+        ("file/below/it", False, "--output {0}/file/below/it: {0}/file is a file, not a folder"),
+        ("link", True, "--output {0}/link: {0}/link is a file, not a folder"),
+        ("folder", False, "--output {0}/folder: a folder, not a file"),
+    ],
+)
+def test_outputs_that_cannot_be_written(tmp_path, path, is_folder, message):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(ValueError) as error:
+        check_output(tmp_path / path, "--output", is_folder)
+    assert str(error.value) == message.format(tmp_path)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs a folder in which nobody can write")
+def test_output_in_a_folder_that_is_not_writable():
+    with pytest.raises(ValueError, match="--output /proc/out: cannot write to /proc"):
+        check_output("/proc/out", "--output")
+
+
+@pytest.mark.parametrize(
+    "command, flag",
+    [
+        ("train --annotations a --video_features b --text_features c --output_dir {}", "--output_dir"),
+        ("extract --annotations a --backbone b {}", "OUTPUT_DIR"),
+        ("simulate --annotations a --output_dir {}", "--output_dir"),
+        ("convert tacos {} --annotations a --video_features b --text_features c", "OUTPUT"),
+        ("evaluate --annotations a --video_features b --text_features c --output_dir {}", "--output_dir"),
+        ("plot --annotations a --predictions b --qid 1 --output {}/out.png", "--output"),
+    ],
+)
+def test_outputs_are_checked_before_the_inputs(tmp_path, command, flag):
+    (tmp_path / "file").touch()
+    line = exit_of(*command.format(tmp_path / "file" / "below").split()).code
+    assert line.startswith(f"error: {flag} {tmp_path}/file/below")
+    assert line.endswith(f": {tmp_path}/file is a file, not a folder")
 
 
 def test_warnings_are_one_line_and_only_inside(capsys):

@@ -202,7 +202,16 @@ def test_any_text_of_a_user(folder):
             "out.png: the figure exceeds",
         ),
         (["--predictions", "ours.jsonl", "--qid", "7", "--clip_seconds", "0"], "clip_seconds must be a number above 0"),
-        (["--predictions", "ours.jsonl", "--qid", "7", "--output", "out.doc"], "doc"),
+        (
+            ["--predictions", "absent.jsonl", "--qid", "7", "--output", "out.doc"],
+            "--output out.doc: the extension must be",
+        ),
+        (["--predictions", "absent.jsonl", "--qid", "7", "--top_k", "0"], "--top_k must be a number above 0, got 0"),
+        (
+            ["--predictions", "absent.jsonl", "--qid", "7", "--clip_seconds", "nan"],
+            "--clip_seconds must be a number abo",
+        ),
+        (["--predictions", "absent.jsonl", "--qid", "7", "--output", "none/out.png"], "there is no folder none"),
         (["--predictions", "ours.jsonl", "--qid", "7", "--output", "ours.jsonl/out.png"], "ours.jsonl"),
         (["--predictions", "ours.jsonl", "--qid", "7", "--output", "folder"], "folder"),
     ],

@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -87,6 +90,14 @@ def test_workers_do_not_change_the_environment(monkeypatch):
     with simulated_folder._one_thread_each():
         assert os.environ["OMP_NUM_THREADS"] == os.environ["MKL_NUM_THREADS"] == "1"
     assert dict(os.environ) == before
+
+
+def test_workers_do_not_hear_interrupts():
+    code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    with simulated_folder._without(signal.SIGINT):
+        inside = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    outside = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert (inside, outside) == ("True\n", "False\n")
 
 
 def test_flags_list_the_noise_levels_and_the_size_of_the_library():

@@ -15,6 +15,7 @@ from modeling_diffusionvmr.cli import main
 from modeling_diffusionvmr.cli import train as train_command
 from modeling_diffusionvmr.data.features import write_features
 from modeling_diffusionvmr.data.files import save_jsonl
+from modeling_diffusionvmr.training import moment_quality
 from modeling_diffusionvmr.training.checkpoints import LOCK, lock_training, write_manifest
 
 SMALL = "--d_model 32 --encoder_layers 1 --decoder_layers 1 --encoder_ffn_dim 32 --decoder_ffn_dim 32 --roi_bins 4 "
@@ -77,7 +78,7 @@ def test_from_nothing(train, capsys):
     model, processor = AutoModel.from_pretrained(output), AutoProcessor.from_pretrained(output)
     assert (model.config.video_feature_size, model.config.text_feature_size) == (12, 6)
     assert model.config.dropout == 0.1 and model.config.d_model == 32  # of the preset, and of the flags
-    assert processor.video_feature_sizes == [8, 4] and processor.round_to == 2.0
+    assert processor.video_feature_sizes == [8, 4] and processor.round_to is None
     printed = capsys.readouterr().out
     assert model.config.backbones == [  # the features do not say what computed them
         {"name": "slowfast", "feature_size": 8},
@@ -92,6 +93,16 @@ def test_from_nothing(train, capsys):
     assert all(torch.equal(tensor, saved[name]) for name, tensor in load_file(f"{best}/model.safetensors").items())
 
 
+def test_moments_for_people_are_chosen(train, monkeypatch):
+    chosen = {"threshold": 0.4, "nms_threshold": 0.3, "top_k": 2}
+    monkeypatch.setattr(moment_quality, "choose", lambda rows: chosen)
+    processor = AutoProcessor.from_pretrained(train(output="few"))  # twelve sentences are too few
+    assert (processor.threshold, processor.nms_threshold, processor.top_k) == (0.0, 0.5, 5)
+    monkeypatch.setattr(moment_quality, "MIN_SENTENCES", 12)
+    processor = AutoProcessor.from_pretrained(train("--top_k", "null", output="enough"))  # a flag takes precedence
+    assert (processor.threshold, processor.nms_threshold, processor.top_k) == (0.4, 0.3, None)
+
+
 def test_resume_ends_with_the_same_weights(train, fail, capsys):
     whole = load_file(train(output="whole") / "model.safetensors")
     output = train(output="stopped")
@@ -104,7 +115,7 @@ def test_resume_ends_with_the_same_weights(train, fail, capsys):
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
     assert "stopped: not empty; use --resume to continue the training in it" in fail(output="stopped")
     (output.parent / "file").touch()
-    assert "file: not a folder" in fail(output="file")
+    assert "file is a file, not a folder" in fail(output="file")
 
 
 def test_a_folder_in_which_another_training_runs(train, fail, tmp_path, monkeypatch):
@@ -144,6 +155,37 @@ def test_fine_tuning_on_other_features(train, capsys):
     changed = [name for name in new if new[name].shape != old[name].shape]
     assert changed and all(name in line for name in changed)
     assert len(line.split(": ")[1].split(", ")) == len(changed)
+
+
+def test_fine_tuning_keeps_the_settings_of_the_processor(train):
+    own = "--round_to 0.5 --threshold 0.1 --top_k 9 --nms_threshold 0.7 --max_clips 12 --max_tokens 4"
+    first = train(*own.split())
+
+    def settings(output):
+        processor = AutoProcessor.from_pretrained(output)
+        names = "round_to threshold top_k nms_threshold max_clips max_tokens".split()
+        return [getattr(processor, name) for name in names], processor.video_feature_sizes
+
+    small = "--max_steps 1 --use_cpu --disable_tqdm"
+    kept = train("--model", first, small=small, video=("clip",), output="kept")
+    assert settings(kept) == ([0.5, 0.1, 9, 0.7, 12, 4], [4])
+    flags = train("--model", first, "--top_k", "null", "--max_clips", 13, small=small, output="flags")
+    assert settings(flags) == ([0.5, 0.1, None, 0.7, 13, 4], [8, 4])
+    assert AutoModel.from_pretrained(flags).config.max_clips == 13
+    preset = train("--model", first, "--preset", "charades_sta", small=small, output="preset")
+    assert settings(preset) == ([None, 0.1, 9, 0.7, 12, 4], [8, 4])
+    (first / "processor_config.json").unlink()
+    alone = train("--model", first, small=small, output="alone")
+    assert settings(alone) == ([None, 0.0, 5, 0.5, 12, 4], [8, 4])
+
+
+def test_fine_tuning_a_checkpoint_in_bfloat16(train):
+    """It is trained in float32, since a step of 1e-4 is lost in bfloat16."""
+    first = train()
+    AutoModel.from_pretrained(first, dtype=torch.bfloat16).save_pretrained(first)
+    assert load_file(first / "model.safetensors")["model.video_projection.2.weight"].dtype == torch.bfloat16
+    second = train("--model", first, small="--max_steps 1 --use_cpu --disable_tqdm", output="second")
+    assert {tensor.dtype for tensor in load_file(second / "model.safetensors").values()} == {torch.float32}
 
 
 def test_validation_rows_are_held_out(train, capsys):
@@ -186,6 +228,20 @@ def test_without_validation_rows(train, capsys):
         (["--eval_accumulation_steps", 0], "`eval_accumulation_steps` must be a number above 0, got 0"),
         (["--num_train_epochs", "inf"], "training arguments: `num_train_epochs` must be a finite number, got inf"),
         (["--weight_decay", "nan"], "training arguments: `weight_decay` must be a finite number, got nan"),
+        (
+            ["--max_steps", -5, "--num_train_epochs", 0],
+            "training arguments: `num_train_epochs` must be a number above 0",
+        ),
+        (["--max_steps", 0], "training arguments: `max_steps` must be a number above 0, or -1 to train for"),
+        (["--report_to", "clearml"], "training arguments: `report_to`: clearml is not installed"),
+        (["--report_to", "paper"], "training arguments: `report_to` must be none, all or some of azure_ml, comet_ml,"),
+        (["--torch_compile_mode", "foo"], "training arguments: `torch_compile_backend` or `torch_compile_mode`: Unrec"),
+        (["--lr_scheduler_kwargs", '{"foo": 1}'], "`lr_scheduler_type` and `lr_scheduler_kwargs` do not fit (get_cos"),
+        (
+            ["--lr_scheduler_type", "warmup_stable_decay"],
+            "do not fit (get_wsd_schedule() missing 1 required positional",
+        ),
+        (["--lr_scheduler_kwargs", "3"], "`lr_scheduler_type` and `lr_scheduler_kwargs` do not fit ("),
         (["--preset", "tacoz"], "tacoz: not a preset"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all: not a local folder or a valid Hub id"),
         (["--output_dir", ""], "the following arguments are required: --output_dir"),

@@ -498,9 +498,9 @@ def test_rejected_releases(release, broken):
         (["vid=clip"], [], "'vid' is not a valid column name for features; pass NAME=PATH"),
         (["text_features=clip"], [], "'text_features' is not a valid column name"),
         (["clip-b32"], [], r"clip-b32: no such file or folder"),
-        (["clip"], ["--clip_seconds", "0"], "`clip_seconds` must be a number above 0, got 0"),
-        (["clip"], ["--clip_seconds", "-1"], "`clip_seconds` must be"),
-        (["clip"], ["--clip_seconds", "nan"], "`clip_seconds` must be"),
+        (["clip"], ["--clip_seconds", "0"], "--clip_seconds must be a number above 0, got 0"),
+        (["clip"], ["--clip_seconds", "-1"], "--clip_seconds must be"),
+        (["clip"], ["--clip_seconds", "nan"], "--clip_seconds must be"),
         (["highlight_train_release.jsonl"], [], "neither a folder of features nor an HDF5 file"),
         (["clip"], ["--text_features", "nowhere"], "nowhere: no such file or folder of features"),
         (["clip"], ["--text_features", "nowhere.txt"], r"nowhere\.txt"),
@@ -565,8 +565,7 @@ def test_nothing_left_where_it_is_interrupted(release, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(conversion.Source, "_annotation", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        release.convert()
+    assert release.convert().code == 130
     assert [path.name for path in release.output.parent.iterdir()] == ["release"]
 
 

@@ -6,14 +6,13 @@ import re
 import shutil
 import threading
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoModel, AutoProcessor, TrainerCallback
 
 import small_training
@@ -236,7 +235,7 @@ DAMAGES = (truncate, cut_off_the_end, empty, replace, flip_a_bit, zero_the_tail,
 def test_files_of_a_checkpoint(uninterrupted):
     """Those that are damaged below, and the code, but nothing that only unpickling could read."""
     found = {name for name in contents(uninterrupted / "run/checkpoint-4") if not name.endswith(".py")}
-    assert found == {*FILES, "manifest.json"}
+    assert found == {*FILES, "manifest.json", "README.md"}
     assert not list(uninterrupted.rglob("training_args.bin"))
 
 
@@ -536,7 +535,7 @@ def test_saved_model(tiny_config, tmp_path):
     trainer.save_model(str(tmp_path / "other"))
     for folder in (tmp_path / "run", tmp_path / "other"):
         names = {path.name for path in folder.iterdir() if path.suffix != ".py"}
-        assert names - {"manifest.json"} == {"config.json", "model.safetensors", "processor_config.json"}
+        assert names == {"config.json", "model.safetensors", "processor_config.json", "README.md"}
         AutoProcessor.from_pretrained(folder)
         saved = AutoModel.from_pretrained(folder)
         assert all(torch.equal(saved.get_parameter(name), w) for name, w in weights_of(trainer.model).items())
@@ -547,21 +546,27 @@ def test_saved_model(tiny_config, tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Replace the Hub; return the uploads as `(paths of the files, commit message)`."""
-    uploads = []
+    """Replace the Hub; return the commits as `(paths of the files, commit message)`."""
+    commits = []
 
-    def upload(self, *, repo_id, folder_path, path_in_repo=None, ignore_patterns=None, run_as_future=False, **options):
+    def commit(self, repo_id, operations, *, commit_message, **options):
         assert repo_id == "somebody/model"
-        names = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
-        names = filter_repo_objects(names, ignore_patterns=ignore_patterns)
-        uploads.append(({str(Path(path_in_repo or "", name)) for name in names}, options["commit_message"]))
-        future = Future()
-        future.set_result(None)
-        return future if run_as_future else future.result()
+        commits.append(({operation.path_in_repo for operation in operations}, commit_message))
 
-    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    replace_hub(monkeypatch, commit)
+    return commits
+
+
+def replace_hub(monkeypatch, create_commit):
+    """Replace the Hub by an empty repository and a function for commits."""
     monkeypatch.setattr(HfApi, "create_repo", lambda *arguments, **options: FakeUrl())
-    return uploads
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda *arguments, **options: [])
+    monkeypatch.setattr(HfApi, "hf_hub_download", raise_not_found)
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+
+
+def raise_not_found(*arguments, **options):
+    raise EntryNotFoundError("no such file")
 
 
 class FakeUrl(str):
@@ -586,22 +591,22 @@ def test_what_is_pushed(hub, tiny_config, tmp_path, strategy, folders):
     trainer = make_trainer(tmp_path, tiny_config(), **PUSHED, hub_strategy=strategy, save_total_limit=1)
     trainer.train()
     code = {f"{part}_diffusionvmr.py" for part in ("configuration", "modeling", "processing", "pipeline")}
-    models = [files for files, _ in hub if "model.safetensors" in files]
-    assert len(models) == (0 if strategy == "end" else 2)
-    for files in models:
-        assert files >= MODEL_FILES | code
-        assert not files & (TRAINING_FILES | {"training_args.bin"})
-        assert not any("checkpoint" in name or name.startswith("_") for name in files)
-    checkpoints = [files for files, _ in hub if "model.safetensors" not in files]
-    for files, folder in zip(checkpoints, folders, strict=True):
-        assert files >= {f"{folder}/{name}" for name in MODEL_FILES | TRAINING_FILES}
-        assert f"{folder}/training_args.bin" not in files
+    assert len(hub) == (0 if strategy == "end" else 2)  # each checkpoint in one commit
+    for (files, _), folder in zip(hub, folders or [None] * len(hub), strict=True):
+        model = {name for name in files if folder is None or not name.startswith(f"{folder}/")}
+        assert model >= MODEL_FILES | code | {"README.md"}
+        assert not model & TRAINING_FILES
+        assert not any("/" in name or name.startswith("_") for name in model)
+        if folder is not None:
+            assert files >= {f"{folder}/{name}" for name in MODEL_FILES | TRAINING_FILES}
+        assert not any(name.endswith("training_args.bin") for name in files)
     hub.clear()
+    for name in ("events.out.tfevents.1", ".hidden", "training_args.bin", "notes.json"):
+        (tmp_path / name).touch()
     trainer.push_to_hub(commit_message="done")
     ((files, message),) = hub
     assert message == "done"
-    assert files >= MODEL_FILES | code | {"README.md"}
-    assert not any("checkpoint" in name or name in TRAINING_FILES | {"training_args.bin"} for name in files)
+    assert {name for name in files if not name.endswith(".py")} == MODEL_FILES | {"README.md"}
 
 
 def test_a_checkpoint_is_not_removed_while_it_is_pushed(monkeypatch, tiny_config, tmp_path):
@@ -609,20 +614,18 @@ def test_a_checkpoint_is_not_removed_while_it_is_pushed(monkeypatch, tiny_config
     goes_on = threading.Event()
     pushes = []
 
-    def upload(self, *, folder_path, run_as_future, **options):
-        def read():
-            goes_on.wait(60)
-            return {path.name for path in Path(folder_path).iterdir()}
+    def commit(self, repo_id, operations, **options):
+        goes_on.wait(60)
+        pushes.append({Path(operation.path_or_fileobj).name for operation in operations if is_file(operation)})
 
-        pushes.append(ThreadPoolExecutor(1).submit(read))
-        return pushes[-1]
+    def is_file(operation):
+        return isinstance(operation.path_or_fileobj, str) and Path(operation.path_or_fileobj).is_file()
 
     class GoOn(TrainerCallback):
         def on_train_end(self, *arguments, **options):
             goes_on.set()
 
-    monkeypatch.setattr(HfApi, "upload_folder", upload)
-    monkeypatch.setattr(HfApi, "create_repo", lambda *arguments, **options: FakeUrl())
+    replace_hub(monkeypatch, commit)
     in_time = threading.Timer(2, goes_on.set)  # a trainer may wait for the push, too
     in_time.start()
     options = {**PUSHED, "max_steps": 3, "hub_strategy": "every_save", "save_total_limit": 1}
@@ -630,5 +633,5 @@ def test_a_checkpoint_is_not_removed_while_it_is_pushed(monkeypatch, tiny_config
     in_time.cancel()
     assert pushes
     for push in pushes:
-        assert push.result(60) >= MODEL_FILES
+        assert push >= MODEL_FILES
     assert (tmp_path / "checkpoint-3").is_dir()

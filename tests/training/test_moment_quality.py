@@ -1,10 +1,11 @@
 """Judging moments, by hand and against the pipeline."""
 
+import numpy as np
 import pytest
-from transformers import pipeline
+from transformers import AutoModel, AutoProcessor, pipeline
 
 from make_default_model import retrieve_all
-from modeling_diffusionvmr import DEFAULT_MODEL
+from modeling_diffusionvmr import DEFAULT_MODEL, MomentRetrievalDataset
 from modeling_diffusionvmr.modeling_diffusionvmr import TASK
 from modeling_diffusionvmr.synthetic.rendered_world import annotation_rows, plan_video, write_video
 from modeling_diffusionvmr.training import moment_quality
@@ -66,3 +67,32 @@ def test_the_pipeline_returns_what_is_measured(tmp_path):
     assert {len(row["pred_relevant_windows"]) for row in every} == {20}
     assert 0 < sum(len(row["pred_relevant_windows"]) for row in by_default) < 5 * len(rows)
     assert moment_quality.measure(by_default, **EVERY_PROPOSAL) == moment_quality.measure(every, **defaults)
+
+
+def test_sentences_with_other_videos():
+    rows = [{"qid": qid, "query": "a", "vid": vid, "duration": 10 + vid} for qid, vid in enumerate((3, 3, 1, 2))]
+    paired = moment_quality.with_other_videos(rows)
+    found = [(row["qid"], row["vid"], row["duration"]) for row in paired]
+    assert found == [(0, 1, 11), (1, 1, 11), (2, 2, 12), (3, 3, 13)]
+    assert all(row["relevant_windows"] == [] for row in paired)
+    assert moment_quality.with_other_videos(rows[:2]) == []
+
+
+def test_choice_on_validation_data(tmp_path, monkeypatch):
+    """What is chosen for a model are the values that are best on its own sentences and on absent ones."""
+    model, processor = AutoModel.from_pretrained(DEFAULT_MODEL), AutoProcessor.from_pretrained(DEFAULT_MODEL)
+    rng = np.random.default_rng(0)
+    rows = [
+        {"qid": i, "query": "a", "vid": f"v{i % 4}", "duration": 40, "relevant_windows": [[4, 16]]} for i in range(20)
+    ]
+    videos = {f"v{i}": rng.normal(size=(20, 192)) for i in range(4)}
+    texts = {i: rng.normal(size=(5, 192)) for i in range(20)}
+    seen = []
+    monkeypatch.setattr(moment_quality, "choose", lambda judged: seen.extend(judged) or {"threshold": 0.3})
+    dataset = MomentRetrievalDataset(rows, videos, texts, processor, clip_seconds=2.0)
+    assert moment_quality.choose_for_people(model, processor, dataset) == {"threshold": 0.3}
+    assert len(seen) == 40 and all(len(row["pred_relevant_windows"]) == 20 for row in seen)  # every proposal
+    assert [row["relevant_windows"] for row in seen] == [[[4, 16]]] * 20 + [[]] * 20
+    few = MomentRetrievalDataset(rows[:19], videos, texts, processor, clip_seconds=2.0)
+    assert moment_quality.choose_for_people(model, processor, few) == {}
+    assert moment_quality.choose_for_people(model, processor, None) == {}

@@ -17,12 +17,155 @@ EXPLICIT = ("learning_rate", "weight_decay", "num_train_epochs", "per_device_tra
 EXPLICIT += ("max_grad_norm", "warmup_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon")
 
 
+# What the benchmarks' presets resolve to. They share settings with the neutral preset, which must not change them
+QVHIGHLIGHTS = {
+    "config": {
+        "d_model": 512,
+        "encoder_layers": 6,
+        "decoder_layers": 6,
+        "encoder_attention_heads": 8,
+        "decoder_attention_heads": 8,
+        "encoder_ffn_dim": 2048,
+        "decoder_ffn_dim": 2048,
+        "dropout": 0.1,
+        "input_dropout": 0.5,
+        "video_feature_size": 2816,
+        "text_feature_size": 512,
+        "max_clips": 75,
+        "max_tokens": 32,
+        "num_diffusion_steps": 1000,
+        "max_training_proposals": 20,
+        "num_proposals": 20,
+        "num_sampling_steps": 1,
+        "l1_loss_coefficient": 10,
+        "iou_loss_coefficient": 2,
+        "class_loss_coefficient": 4,
+        "hinge_loss_coefficient": 1,
+        "contrastive_loss_coefficient": 1,
+        "background_coefficient": 0.1,
+        "saliency_margin": 0.2,
+        "backbones": [
+            {"name": "slowfast", "feature_size": 2304, "clip_seconds": 2.0},
+            {
+                "name": "clip",
+                "id": "openai/clip-vit-base-patch32",
+                "feature_size": 512,
+                "text_feature_size": 512,
+                "clip_seconds": 2.0,
+            },
+        ],
+    },
+    "processor": {"round_to": 2.0},
+    "training": {
+        "num_train_epochs": 400,
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 100,
+        "optim": "adamw_torch",
+        "learning_rate": 0.0001,
+        "weight_decay": 0.0001,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-08,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "max_grad_norm": 0.1,
+        "gradient_accumulation_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 0.02,
+        "save_strategy": "steps",
+        "save_steps": 0.02,
+        "save_total_limit": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "MR-full-mAP",
+        "greater_is_better": True,
+        "logging_steps": 50,
+        "report_to": "none",
+        "proposal_schedule": "progress",
+        "proposal_growth": 1.0,
+    },
+    "data": {},
+}
+WORD_VECTORS = {"name": "glove", "text_feature_size": 300}
+CHARADES_STA = {
+    "processor": {"round_to": None},
+    "training": {"metric_for_best_model": "MR-full-R1@0.5"},
+    "data": {"hold_out": 0.05},
+}
+CHANGES = {
+    "qvhighlights": {},
+    "charades_sta": {
+        **CHARADES_STA,
+        "config": {"backbones": [{**entry, "clip_seconds": 1.0} for entry in QVHIGHLIGHTS["config"]["backbones"]]},
+    },
+    "charades_sta_vgg": {
+        **CHARADES_STA,
+        "config": {
+            "video_feature_size": 4096,
+            "text_feature_size": 300,
+            "backbones": [{"name": "vgg", "feature_size": 4096}, WORD_VECTORS],
+        },
+    },
+    "tacos": {
+        **CHARADES_STA,
+        "config": {
+            "video_feature_size": 4096,
+            "text_feature_size": 300,
+            "backbones": [{"name": "c3d", "feature_size": 4096}, WORD_VECTORS],
+        },
+        "data": {},
+    },
+    "qvhighlights_small": {
+        "config": {
+            "d_model": 128,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_ffn_dim": 512,
+            "decoder_ffn_dim": 512,
+            "dropout": 0.0,
+            "input_dropout": 0.1,
+            "video_feature_size": 128,
+            "text_feature_size": 128,
+            "backbones": [{"name": "clip", "feature_size": 128, "text_feature_size": 128, "clip_seconds": 2.0}],
+        },
+        "training": {
+            "learning_rate": 0.0005,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 100,
+            "eval_steps": 0.2,
+            "save_steps": 0.2,
+            "max_steps": 1500,
+        },
+    },
+}
+
+
 def parse(*argv: str):
     return SettingsParser("train", argv).parse_settings()
 
 
-def test_there_is_one_for_each_setting_of_the_paper():
-    assert PRESETS == ["charades_sta", "charades_sta_vgg", "qvhighlights", "qvhighlights_small", "tacos"]
+def test_there_is_one_for_own_data_and_for_each_setting_of_the_paper():
+    assert PRESETS == ["charades_sta", "charades_sta_vgg", "default", "qvhighlights", "qvhighlights_small", "tacos"]
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_benchmarks_keep_their_settings(name):
+    expected = {section: {**fields, **CHANGES[name].get(section, {})} for section, fields in QVHIGHLIGHTS.items()}
+    assert load_preset(name) == expected
+
+
+def test_own_data_gets_nothing_of_a_benchmark(tmp_path):
+    settings = parse()
+    assert settings.preset == "default" and settings.given == set()
+    assert settings.processor == {} and settings.hold_out is None
+    assert not {"backbones", "video_feature_size", "text_feature_size"} & settings.config.keys()
+    assert DiffusionVMRProcessor(**settings.processor).round_to is None
+    config = DiffusionVMRConfig(**settings.config)
+    assert (config.d_model, config.encoder_layers, config.decoder_layers, config.backbones) == (128, 2, 2, None)
+    arguments = DiffusionVMRTrainingArguments(str(tmp_path), **settings.training)
+    assert (arguments.num_train_epochs, arguments.per_device_train_batch_size) == (100, 16)
+    assert (arguments.learning_rate, arguments.lr_scheduler_type) == (5e-4, "cosine")
+    assert arguments.get_warmup_steps(1000) == 50 and arguments.eval_steps == arguments.save_steps == 0.1
+    assert (arguments.proposal_schedule, arguments.report_to) == ("stable", [])
 
 
 @pytest.mark.parametrize(
@@ -149,31 +292,31 @@ def test_file_with_a_value_of_another_type(tmp_path, capsys, text, message):
 
 
 def test_flags():
-    before = load_preset("qvhighlights")
-    flags = "--learning_rate 5e-4 --bf16 --max_clips=50 --round_to null --lr_scheduler_type=cosine --disable_tqdm "
-    flags += "--proposal_schedule stable --hold_out 0.1 --eval_strategy no --use_cpu=false --save_total_limit null "
+    before = load_preset("default")
+    flags = "--learning_rate 5e-4 --bf16 --max_clips=50 --round_to null --lr_scheduler_type=linear --disable_tqdm "
+    flags += "--proposal_schedule progress --hold_out 0.1 --eval_strategy no --use_cpu=false --save_total_limit null "
     settings = parse(*flags.split())
     assert settings.training == {
         **before["training"],
         "learning_rate": 5e-4,
         "bf16": True,
-        "lr_scheduler_type": "cosine",
+        "lr_scheduler_type": "linear",
         "use_cpu": False,
         "eval_strategy": "no",
         "disable_tqdm": True,
         "save_total_limit": None,
-        "proposal_schedule": "stable",
+        "proposal_schedule": "progress",
     }
     assert settings.config == {**before["config"], "max_clips": 50}  # also a field of the processor
     assert settings.processor == {"round_to": None, "max_clips": 50}
     assert settings.hold_out == 0.1
     assert settings.given == {re.sub("=.*", "", flag)[2:] for flag in flags.split() if flag.startswith("--")}
-    assert before == load_preset("qvhighlights")
+    assert before == load_preset("default")
 
 
 def test_flag_with_the_value_of_the_preset_is_given():
     """A fine-tuning keeps the configuration of its checkpoint but for the flags that are given."""
-    assert parse("--d_model", "512").given == {"d_model"}
+    assert parse("--d_model", "128").given == {"d_model"}
 
 
 @pytest.mark.parametrize(
@@ -225,6 +368,14 @@ def test_help_lists_every_field_with_its_default(capsys):
         ({"proposal_growth": 0}, "`proposal_growth` must be a number in (0, 1], got 0"),
         ({"proposal_growth": 1.5}, "`proposal_growth` must be a number in (0, 1], got 1.5"),
         ({"proposal_growth": float("nan")}, "`proposal_growth` must be a number in (0, 1], got nan"),
+        ({"max_steps": 0}, "`max_steps` must be a number above 0, or -1 to train for `num_train_epochs`, got 0"),
+        ({"max_steps": -5}, "`max_steps` must be a number above 0, or -1 to train for `num_train_epochs`, got -5"),
+        ({"num_train_epochs": 0}, "`num_train_epochs` must be a number above 0, got 0"),
+        ({"num_train_epochs": -1.0}, "`num_train_epochs` must be a number above 0, got -1.0"),
+        ({"learning_rate": 0.0}, "`learning_rate` must be a number above 0, got 0.0"),
+        ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` must be a number above 0, got 0"),
+        ({"dataloader_prefetch_factor": 0}, "`dataloader_prefetch_factor` must be a number above 0, got 0"),
+        ({"neftune_noise_alpha": -1.0}, "`neftune_noise_alpha` must be a number above 0, got -1.0"),
         ({"proposal_growth": "1"}, "`proposal_growth` must be a number in (0, 1], got '1'"),
     ],
 )

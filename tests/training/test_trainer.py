@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.utils.data import ConcatDataset, Subset
 from transformers import AutoModel, AutoProcessor, EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 import small_training
@@ -422,6 +423,50 @@ def test_arguments_by_position(make_dataset, tiny_config, tmp_path):
     assert trainer.train(None, None).global_step == 1
     trainer = DiffusionVMRTrainer(model, arguments, None, make_dataset())
     assert type(trainer.data_collator) is DiffusionVMRDataCollator
+
+
+# What cannot be trained
+
+
+@pytest.mark.parametrize("wrap", [list, lambda rows: Subset(rows, [0, 1]), lambda rows: ConcatDataset([rows])])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (None, "the training dataset was built without `config`"),
+        ({"num_diffusion_steps": 50}, "the training dataset was built with num_diffusion_steps=50, the model has 100"),
+        ({"signal_scale": 1.0}, "the training dataset was built with signal_scale=1.0, the model has 2.0"),
+        ({"max_training_proposals": 3}, "the training dataset was built with max_training_proposals=3, the model has"),
+    ],
+)
+def test_dataset_of_another_configuration(make_trainer, tiny_config, tmp_path, wrap, changes, message):
+    """Without the model's configuration, terms of the loss would be 0, or its noise would not fit."""
+    dataset = small_training.make_dataset(None if changes is None else tiny_config(**changes))
+    trainer = make_trainer(tmp_path, train_dataset=dataset if wrap is list else wrap(dataset))
+    with pytest.raises(ValueError, match=f"^{message}.*: pass config=model.config to MomentRetrievalDataset$"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_fields_that_do_not_concern_the_dataset_may_differ(make_trainer, tiny_config, tmp_path):
+    dataset = small_training.make_dataset(tiny_config(dropout=0, num_proposals=3))
+    trainer = make_trainer(tmp_path, train_dataset=Subset(dataset, range(4)), max_steps=1, save_strategy="no")
+    assert trainer.train().global_step == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_that_lose_updates(make_trainer, tmp_path, dtype):
+    trainer = make_trainer(tmp_path, max_steps=1, save_strategy="no")
+    trainer.model.to(dtype)
+    with pytest.raises(ValueError, match=f"weights are {dtype}, .* load the model with dtype=torch.float32; .*--bf16"):
+        trainer.train()
+    trainer.model.float()
+    assert trainer.train().global_step == 1
+
+
+def test_no_batch(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=9, dataloader_drop_last=True)
+    with pytest.raises(ValueError, match="fewer samples than a batch, and `dataloader_drop_last` drops it"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("field, value", [("eval_do_concat_batches", False), ("batch_eval_metrics", True)])

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
-from .options import CommandParser, run_safely
+from .options import CommandParser, ending_on_interrupt, run_safely
 
 COMMANDS = {
     "retrieve": "find the moments of a video that sentences describe",
@@ -21,12 +21,14 @@ COMMANDS = {
     "evaluate": "score a model with the official metrics",
     "simulate": "make features from annotations alone",
     "plot": "plot predictions beside the truth",
+    "push": "put a checkpoint on the Hub",
 }
 
 
+@ending_on_interrupt()
 def main(argv: Sequence[str] | None = None, load_library: Callable[[], None] | None = None) -> None:
     """
-    Run a subcommand. Bad input ends with one line on stderr and a non-zero exit status.
+    Run a subcommand. Bad input and Ctrl-C end with one line on stderr and a non-zero exit status.
 
     Args:
         argv: the arguments. Default: those of this process.

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..data.benchmarks import BENCHMARKS
-from .options import DTYPES, CommandParser, add_skip_invalid
+from .options import DTYPES, CommandParser, add_skip_invalid, check_output
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -53,10 +53,15 @@ def _describe(name: str) -> str:
 
 def run(arguments: argparse.Namespace) -> None:
     """Convert the release, and upload the result with `--push_to_hub`."""
-    from ..data.conversion import Source, convert, load_splits, push_folder
+    from ..checks import check_positive
+    from ..data.conversion import Source, check_new, convert, load_splits, push_folder
     from ..data.features import common_clip_seconds, open_text_features
     from ..data.parquet import ANNOTATIONS_CONFIG, VIDEOS_CONFIG
 
+    check_new(arguments.output)
+    check_output(arguments.output, "OUTPUT")
+    if arguments.clip_seconds is not None:
+        check_positive(arguments.clip_seconds, "--clip_seconds")
     benchmark = BENCHMARKS[arguments.benchmark]
     rows = load_splits(benchmark, arguments.annotations, arguments.skip_invalid)
     video_features = _open_backbones(arguments.video_features)

@@ -13,6 +13,7 @@ from .options import (
     add_device_argument,
     add_model_arguments,
     add_retrieval_arguments,
+    check_output,
     check_retrieval_arguments,
     choose_device,
     clip_seconds_of,
@@ -107,9 +108,7 @@ def _check(arguments: argparse.Namespace) -> None:
     check_positive(arguments.batch_size, "--batch_size")
     if arguments.clip_seconds is not None:
         check_positive(arguments.clip_seconds, "--clip_seconds")
-    for path in (arguments.output_dir, *arguments.output_dir.parents):
-        if path.is_file():
-            raise NotADirectoryError(f"--output_dir {arguments.output_dir}: {path} is a file")
+    check_output(arguments.output_dir, "--output_dir")
 
 
 def _open_dataset(arguments: argparse.Namespace, config, processor):

@@ -12,6 +12,7 @@ from .options import (
     add_device_argument,
     check_checkpoint,
     check_model_type,
+    check_output,
     choose_device,
     loading,
     resolve_model,
@@ -88,6 +89,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.clip_seconds is not None:
         check_positive(arguments.clip_seconds, "--clip_seconds")
     check_positive(arguments.batch_size, "--batch_size")
+    check_output(arguments.output_dir, "OUTPUT_DIR")
     name = arguments.name
     if name is not None and (name in ("", ".", "..") or Path(name).name != name):
         raise ValueError(f"--name must be a folder name, got {name!r}")

@@ -1,19 +1,25 @@
 """Code that subcommands share: the parser, one-line errors, and options for models and data."""
 
 import argparse
+import errno
 import os
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 DTYPES = ("float16", "float32")  # of written features
 TRAIN_MODULES = ("accelerate", "datasets", "evaluate", "h5py", "matplotlib", "pyarrow", "yaml")  # of the extra `train`
 DAMAGED_WEIGHTS = "weights are damaged or cut off"
 EMBEDDED = "embedded"  # as a value of --model
 POST_PROCESSING = ("threshold", "top_k", "nms_threshold", "round_to")  # the processor's choice of moments
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+# Neither safetensors nor `torch.save` raises OSError, and the latter does not say why it cannot write
+SIGNS_OF_FULL_DISK = ("(os error 28)", "(os error 122)", "PytorchStreamWriter failed", "unexpected pos")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -30,26 +36,61 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (`{self.prog} --help` lists all arguments)\n")
 
 
-def run_safely(run: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
-    """Run a command. Bad input ends with one line on stderr and exit status 1; warnings are printed as one line."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
+@contextmanager
+def ending_on_interrupt() -> Iterator[None]:
+    """End the process with one line and exit status 130 on Ctrl-C, as shells expect."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
+
+@ending_on_interrupt()
+def run_safely(run: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
+    """
+    Run a command. Bad input ends with one line on stderr and exit status 1, and so does a full disk; warnings are
+    printed as one line. See also `ending_on_interrupt`.
+    """
     with warnings.catch_warnings():
         # Python's default format includes a line of code, which means nothing to the user of a command
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         try:
             run(arguments)
-        except SafetensorError as error:
-            sys.exit(f"error: {getattr(arguments, 'model', None)}: {DAMAGED_WEIGHTS} ({error})")
-        except (ValueError, OSError, ImportError, StrictDataclassError) as error:
-            in_extra = isinstance(error, ModuleNotFoundError) and error.name in TRAIN_MODULES
-            hint = "; install it with: pip install 'modeling_diffusionvmr[train]'" if in_extra else ""
-            sys.exit(f"error: {_cause(error)}{hint}")
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+        except Exception as error:
+            line = _describe(error, arguments)
+            if line is None:
                 raise
-            sys.exit(f"error: not enough memory; use smaller sizes or batches ({_one_line(error)})")
+            sys.exit(f"error: {line}")
+
+
+def _describe(error: Exception, arguments: argparse.Namespace) -> str | None:
+    """Return the line that tells the user of a command about an error, or `None` for a fault of the code."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    if _is_full_disk(error):
+        where = _output_of(arguments) or "the output"
+        return f"{where}: cannot be written, because the disk is full ({_one_line(error)})"
+    if isinstance(error, SafetensorError):
+        return f"{getattr(arguments, 'model', None)}: {DAMAGED_WEIGHTS} ({error})"
+    if isinstance(error, (ValueError, OSError, ImportError, StrictDataclassError)):
+        in_extra = isinstance(error, ModuleNotFoundError) and error.name in TRAIN_MODULES
+        hint = "; install it with: pip install 'modeling_diffusionvmr[train]'" if in_extra else ""
+        return f"{_cause(error)}{hint}"
+    if _is_out_of_memory(error):
+        return f"not enough memory; use smaller sizes or batches ({_one_line(error)})"
+    return None
+
+
+def _is_full_disk(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in FULL_DISK
+    return any(sign in str(error) for sign in SIGNS_OF_FULL_DISK)
+
+
+def _output_of(arguments: argparse.Namespace) -> Any:
+    return getattr(arguments, "output_dir", None) or getattr(arguments, "output", None)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -125,7 +166,10 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add flags for annotations and features, in official files or a converted folder."""
     parser.add_argument(
-        "--annotations", required=True, metavar="PATH", help="official or JSONL file, or a converted folder"
+        "--annotations",
+        required=True,
+        metavar="PATH",
+        help="official or JSONL file, or a converted folder (also USER/NAME of one on the Hub)",
     )
     parser.add_argument("--split", help="split of a converted folder: train, val or test")
     parser.add_argument(
@@ -181,6 +225,25 @@ def clip_seconds_of(arguments: argparse.Namespace, video_features: Sequence[Mapp
     seconds = [common_clip_seconds(video_features)]
     seconds += [backbone.get("clip_seconds") for backbone in config.backbones or []]
     return next((length for length in seconds if length is not None), None)
+
+
+def check_output(path: str | os.PathLike, flag: str, is_folder: bool = True) -> None:
+    """
+    Raise `ValueError` unless a folder, or a file, can be written. It and its parents may be missing. Commands call this
+    before the work, since a result that cannot be saved is lost.
+    """
+    path = Path(path)
+    if not is_folder and path.is_dir():
+        raise ValueError(f"{flag} {path}: a folder, not a file")
+    folder = path if is_folder else path.parent
+    existing = next(part for part in (folder, *folder.absolute().parents) if os.path.lexists(part))
+    if not existing.is_dir():
+        raise ValueError(f"{flag} {path}: {existing} is a file, not a folder")
+    try:
+        with tempfile.TemporaryFile(dir=existing):  # permissions alone do not tell, for example in /proc
+            pass
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: cannot write to {existing} ({error.strerror})") from None
 
 
 def check_device(device: str) -> None:

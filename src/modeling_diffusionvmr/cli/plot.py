@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .options import CommandParser, add_skip_invalid
+from .options import CommandParser, add_skip_invalid, check_output
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -43,10 +43,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     """Save the picture."""
+    from ..checks import check_positive
     from ..data.annotations import load_annotations
-    from ..plotting import plot_predictions, prediction_panels, save_figure
+    from ..plotting import check_picture, plot_predictions, prediction_panels, save_figure
     from ..training.metrics import rows_by_qid
 
+    check_output(arguments.output, "--output", is_folder=False)
+    check_picture(arguments.output, "--output")
+    check_positive(arguments.top_k, "--top_k")
+    if arguments.clip_seconds is not None:
+        check_positive(arguments.clip_seconds, "--clip_seconds")
     paths = arguments.predictions
     names = _names(arguments)
     truth = rows_by_qid(load_annotations(arguments.annotations, arguments.split, arguments.skip_invalid), "annotation")

@@ -19,7 +19,7 @@ from ..training.arguments import DiffusionVMRTrainingArguments
 from ..training.presets import PRESETS, SECTIONS, load_preset, suggest
 from .options import CommandParser
 
-DEFAULT_PRESET = "qvhighlights"
+DEFAULT_PRESET = "default"
 # Feature sizes come from the data and backbones from the preset, and the model always has an encoder and a decoder
 NO_FLAGS = ("backbones", "is_encoder_decoder", "video_feature_size", "video_feature_sizes", "text_feature_size")
 TYPE_NAMES = {float: "a number", int: "a whole number", bool: "true or false", NoneType: "null"}

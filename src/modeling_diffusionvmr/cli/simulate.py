@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .options import CommandParser, add_skip_invalid
+from .options import CommandParser, add_skip_invalid, check_output
 
 # The same as in `synthetic/simulated_features.py`, which is slow to import; a test compares them
 NOISE_LEVELS = ("real", "easy")
@@ -64,6 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_positive(arguments.workers, "--workers")
     if arguments.motion_size is not None:
         check_positive(arguments.motion_size, "--motion_size")
+    check_output(arguments.output_dir, "--output_dir")
     rows = [
         row for path in arguments.annotations for row in load_annotations(path, skip_invalid=arguments.skip_invalid)
     ]

@@ -1,8 +1,9 @@
 """
 Train a model with the settings of a preset, or fine-tune a checkpoint.
 
-Every setting is also a flag, which takes precedence over the preset. Run the same command with --resume to continue an
-interrupted training from its last complete checkpoint.
+The preset "default" is for your own data; name another one for a benchmark. Every setting is also a flag, which takes
+precedence over the preset. Run the same command with --resume to continue an interrupted training from its last
+complete checkpoint.
 """
 
 import argparse
@@ -12,24 +13,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checks import check_positive, is_number
+from ..checks import is_number
 from ..configuration_diffusionvmr import DiffusionVMRConfig
 from ..data.backbone_record import describe_backbones
+from ..processing_diffusionvmr import DiffusionVMRProcessor
 from ..training.arguments import DiffusionVMRTrainingArguments
+from ..training.presets import SECTIONS
 from ..weights import check_weights
-from .options import add_data_arguments, check_model_type, clip_seconds_of, loading, resolve_model
+from .options import add_data_arguments, check_model_type, check_output, clip_seconds_of, loading, resolve_model
 from .settings import SettingsParser
 
 USAGE = """diffusionvmr train [--preset NAME] --output_dir DIR --annotations PATH --video_features PATH [PATH ...]
                           --text_features PATH [--eval_annotations PATH] [--FIELD VALUE ...]"""
 
-# `Trainer` divides by these
-POSITIVE = (
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "eval_accumulation_steps",
-)
+# Until a choice is made on validation data: no near-identical moments. Evaluation sees every proposal.
+DISTINCT = {"nms_threshold": 0.5, "top_k": 5}
 
 
 class FeatureSizes(NamedTuple):
@@ -46,7 +44,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments of `diffusionvmr train`. See `SettingsParser.parse_settings` for the result."""
     parser = SettingsParser("train", argv, description=__doc__, usage=USAGE)
     parser.add_argument(
-        "--model", help="checkpoint to fine-tune: folder or Hub id; flags override single fields of its configuration"
+        "--model",
+        help="checkpoint to fine-tune: folder or Hub id; flags override single settings of its configuration and its "
+        "processor",
     )
     parser.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint, if any")
     add_data_arguments(parser)
@@ -67,12 +67,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train, save the model and the processor in `output_dir`, and print the final evaluation as JSON."""
+    """
+    Train, choose which moments people get, save the model and the processor in `output_dir`, and print the final
+    evaluation as JSON.
+    """
     from transformers import set_seed
 
-    from .. import DiffusionVMRProcessor, DiffusionVMRTrainer, MomentRetrievalDataset
+    from .. import DiffusionVMRTrainer, MomentRetrievalDataset
     from ..data.features import open_text_features, open_video_features
     from ..training.checkpoints import check_shapes
+    from ..training.moment_quality import choose_for_people
 
     training_arguments = make_training_arguments(arguments)
     checkpoint = find_checkpoint(arguments, training_arguments)
@@ -90,13 +94,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"feature sizes differ: {sizes} for training, {eval_sizes} for evaluation")
 
     set_seed(training_arguments.seed)
-    model = make_model(arguments, sizes, video, text)
+    # Loading keeps the type in which a checkpoint is stored, but training in a smaller one loses small updates
+    model = make_model(arguments, sizes, video, text).float()
     if checkpoint is not None:
         with loading(checkpoint):
             check_shapes(checkpoint, model)
-    fields = {"max_clips": model.config.max_clips, "max_tokens": model.config.max_tokens, **arguments.processor}
-    fields |= {"video_feature_sizes": sizes.video, "text_feature_size": sizes.text}
-    processor = DiffusionVMRProcessor(**fields)
+    processor = make_processor(arguments, model.config, sizes)
 
     options = {
         "clip_seconds": clip_seconds_of(arguments, video, model.config),
@@ -106,6 +109,7 @@ def run(arguments: argparse.Namespace) -> None:
         train_rows, video, text, processor, model.config, seed=training_arguments.seed, **options
     )
     eval_dataset = MomentRetrievalDataset(eval_rows, eval_video, eval_text, processor, **options) if eval_rows else None
+    name_data(arguments, train_dataset, eval_dataset)
     trainer = DiffusionVMRTrainer(
         model=model, args=training_arguments, train_dataset=train_dataset, eval_dataset=eval_dataset
     )
@@ -115,8 +119,12 @@ def run(arguments: argparse.Namespace) -> None:
         if "metric_for_best_model" not in str(error):
             raise
         raise ValueError(error.args[0]) from None
+    metrics = trainer.evaluate() if eval_rows else None  # before saving, so that the card has the metrics
+    if trainer.is_world_process_zero():
+        for name, value in choose_for_people(model, processor, eval_dataset).items():
+            if name not in arguments.given:
+                setattr(processor, name, value)
     trainer.save_model()
-    metrics = trainer.evaluate() if eval_rows else None
     if trainer.is_world_process_zero():
         if metrics is not None:
             print(json.dumps(metrics, indent=2))
@@ -125,7 +133,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def evaluates(arguments: argparse.Namespace) -> bool:
     """Return whether there are rows to evaluate on."""
-    return bool(arguments.eval_annotations or Path(arguments.annotations).is_dir() or arguments.hold_out)
+    from ..data.hub import has_splits
+
+    return bool(arguments.eval_annotations or has_splits(arguments.annotations) or arguments.hold_out)
 
 
 def make_training_arguments(arguments: argparse.Namespace) -> DiffusionVMRTrainingArguments:
@@ -141,12 +151,43 @@ def make_training_arguments(arguments: argparse.Namespace) -> DiffusionVMRTraini
             if isinstance(value, float) and not is_number(value):
                 raise ValueError(f"`{name}` must be a finite number, got {value}")
         training_arguments = DiffusionVMRTrainingArguments(**fields)
-        for name in POSITIVE:
-            if getattr(training_arguments, name) is not None:
-                check_positive(getattr(training_arguments, name), f"`{name}`")
+        check_reports(training_arguments)
+        try_settings(training_arguments)
         return training_arguments
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ValueError(f"training arguments: {error}") from error
+
+
+def check_reports(training: DiffusionVMRTrainingArguments) -> None:
+    """Raise `ValueError` if `Trainer` cannot report to a tool, because it is unknown or not installed."""
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in training.report_to or ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(INTEGRATION_TO_CALLBACK)
+            raise ValueError(f"`report_to` must be none, all or some of {known}, got {name!r}")
+        if name not in get_available_reporting_integrations():
+            raise ValueError(f"`report_to`: {name} is not installed")
+
+
+def try_settings(training: DiffusionVMRTrainingArguments) -> None:
+    """Raise `ValueError` for invalid settings that PyTorch and `transformers` only check when training begins."""
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    scheduler_options: Any = training.lr_scheduler_kwargs or None
+    backend: Any = training.torch_compile_backend
+    try:
+        get_scheduler(training.lr_scheduler_type, optimizer, 1, 10, scheduler_options)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"`lr_scheduler_type` and `lr_scheduler_kwargs` do not fit ({error})") from error
+    if training.torch_compile:
+        try:
+            torch.compile(torch.nn.Identity(), backend=backend, mode=training.torch_compile_mode)
+        except RuntimeError as error:
+            raise ValueError(f"`torch_compile_backend` or `torch_compile_mode`: {error}") from error
 
 
 def find_checkpoint(arguments: argparse.Namespace, training: DiffusionVMRTrainingArguments) -> str | None:
@@ -154,12 +195,13 @@ def find_checkpoint(arguments: argparse.Namespace, training: DiffusionVMRTrainin
     Return the checkpoint to continue from, if any. With `--resume`, it is the last complete one in the output folder.
 
     Raises:
-        ValueError: if a new training would write to a folder that is not empty.
+        ValueError: if a new training would write to a folder that is not empty, or if nothing can be written.
         BlockingIOError: if another training is writing to the output folder.
     """
     from ..training.checkpoints import LOCK, last_complete_checkpoint, lock_training
 
     output_dir = Path(str(training.output_dir))
+    check_output(output_dir, "--output_dir")
     if output_dir.is_dir() and training.should_save:
         with lock_training(output_dir):  # `DiffusionVMRTrainer.train` takes it again, once the data are loaded
             pass
@@ -167,8 +209,6 @@ def find_checkpoint(arguments: argparse.Namespace, training: DiffusionVMRTrainin
         return last_complete_checkpoint(output_dir)
     if training.resume_from_checkpoint:
         return training.resume_from_checkpoint
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"{output_dir}: not a folder")
     if output_dir.exists() and any(path.name != LOCK for path in output_dir.iterdir()):
         raise ValueError(f"{output_dir}: not empty; use --resume to continue the training in it")
     return None
@@ -177,13 +217,14 @@ def find_checkpoint(arguments: argparse.Namespace, training: DiffusionVMRTrainin
 def load_rows(arguments: argparse.Namespace) -> tuple[list, list]:
     """Load the rows to train on and the rows to evaluate on. The latter may be empty."""
     from ..data.annotations import hold_out, load_annotations
+    from ..data.hub import has_splits
 
     skip = arguments.skip_invalid
-    is_folder = Path(arguments.annotations).is_dir()
+    is_folder = has_splits(arguments.annotations)
     train_rows = load_annotations(arguments.annotations, arguments.split or ("train" if is_folder else None), skip)
     if arguments.eval_annotations or is_folder:
         path = arguments.eval_annotations or arguments.annotations
-        split = arguments.eval_split or ("val" if Path(path).is_dir() else None)
+        split = arguments.eval_split or ("val" if has_splits(path) else None)
         return train_rows, load_annotations(path, split, skip)
     if arguments.hold_out:
         train_rows, eval_rows = hold_out(train_rows, arguments.hold_out)
@@ -192,6 +233,21 @@ def load_rows(arguments: argparse.Namespace) -> tuple[list, list]:
         return train_rows, eval_rows
     print("no --eval_annotations: nothing is evaluated, and the last checkpoint is kept")
     return train_rows, []
+
+
+def name_data(arguments: argparse.Namespace, train_dataset, eval_dataset) -> None:
+    """Name the datasets for the model's card: by their Hub id, or else without the path."""
+    from ..data.hub import has_splits, is_hub_id
+
+    for dataset, path, split, default in (
+        (train_dataset, arguments.annotations, arguments.split, "train"),
+        (eval_dataset, arguments.eval_annotations or arguments.annotations, arguments.eval_split, "val"),
+    ):
+        if dataset is not None:
+            dataset.name = path if is_hub_id(path) else Path(path).absolute().stem
+            dataset.split = split or (default if has_splits(path) else None)
+    if eval_dataset is not None and not (arguments.eval_annotations or has_splits(arguments.annotations)):
+        eval_dataset.split = "held out"
 
 
 def feature_sizes(rows: Sequence[Mapping[str, Any]], video: Sequence[Mapping], text: Mapping) -> FeatureSizes:
@@ -243,3 +299,17 @@ def fit_to_features(
     config.backbones, sources = describe_backbones(video, text, *sizes, clip_seconds, config.backbones)
     config.video_feature_size, config.text_feature_size = sum(sizes.video), sizes.text
     return sources
+
+
+def make_processor(
+    arguments: argparse.Namespace, config: DiffusionVMRConfig, sizes: FeatureSizes
+) -> DiffusionVMRProcessor:
+    """Return a processor with the settings of the flags and the preset, else those of `--model`, else the defaults."""
+    fields: dict[str, Any] = {"max_clips": config.max_clips, "max_tokens": config.max_tokens, **DISTINCT}
+    if arguments.model is not None:
+        with loading(arguments.model):
+            saved, _ = DiffusionVMRProcessor.get_processor_dict(arguments.model)  # empty if there is no processor
+            fields |= {name: saved[name] for name in SECTIONS["processor"] if name in saved}
+            DiffusionVMRProcessor(**fields)  # an error here names the checkpoint
+    fields |= {**arguments.processor, "video_feature_sizes": sizes.video, "text_feature_size": sizes.text}
+    return DiffusionVMRProcessor(**fields)

@@ -18,7 +18,8 @@ import numpy as np
 
 from ..checks import check_positive, check_sentence, is_number
 from .files import numbered_lines, parse_json_object
-from .parquet import read_annotations
+from .hub import local_path
+from .parquet import ANNOTATIONS_CONFIG, read_annotations
 
 SALIENCY_CLIP_SECONDS = 2  # the clips that QVHighlights' annotators scored
 NUM_SALIENCY_ANNOTATORS = 3
@@ -34,7 +35,7 @@ def load_annotations(
 ) -> list[dict[str, Any]]:
     """
     Load an annotation file: JSONL in the QVHighlights shape, Charades-STA's `.txt` (with `Charades_v1_*.csv` beside
-    it), TACoS' `.json` as released with 2D-TAN, or a folder written by `diffusionvmr convert`.
+    it), TACoS' `.json` as released with 2D-TAN, or a folder written by `diffusionvmr convert`, also on the Hub.
 
     Charades-STA and TACoS get the qids of their released sentence features. Charades-STA's are line numbers that do not
     count windows that end before they start; the test file continues where the training file ends. TACoS' are
@@ -44,7 +45,7 @@ def load_annotations(
     warning counts these rows. Unknown fields are kept.
 
     Args:
-        path: the file or folder.
+        path: the file or folder, or `USER/NAME` of a data set on the Hub.
         split: for a converted folder, "train", "val" or "test".
         skip_invalid: skip unusable rows and list them in one warning.
 
@@ -53,7 +54,7 @@ def load_annotations(
         ValueError: if the file has another format or no rows, or if `check_row` rejects a row. The message is one line
             that names the file, the line and the field.
     """
-    path = Path(path)
+    path = local_path(path, (ANNOTATIONS_CONFIG,))
     rows: list[dict[str, Any]] = []
     seen: dict[str, str] = {}  # where each qid was found
     skipped: list[str] = []

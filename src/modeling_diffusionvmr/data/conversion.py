@@ -157,6 +157,12 @@ class Source:
         return converted
 
 
+def check_new(output: str | os.PathLike) -> None:
+    """Raise `FileExistsError` if the folder to write exists."""
+    if os.path.lexists(output):
+        raise FileExistsError(f"{output}: already exists; remove it or choose another name")
+
+
 def convert(benchmark: Benchmark, source: Source, output: str | os.PathLike) -> dict[str, dict[str, int]]:
     """
     Write the converted folder, atomically.
@@ -170,8 +176,7 @@ def convert(benchmark: Benchmark, source: Source, output: str | os.PathLike) -> 
         ValueError: if features are unusable and not skipped, or if a split has no usable rows.
     """
     output = Path(output)
-    if output.exists():
-        raise FileExistsError(f"{output}: already exists; remove it or choose another name")
+    check_new(output)
     counts: dict[str, dict[str, int]] = {VIDEOS_CONFIG: {}, ANNOTATIONS_CONFIG: {}}
     files: dict[str, dict[str, list[str]]] = {VIDEOS_CONFIG: {}, ANNOTATIONS_CONFIG: {}}
     existing_parent = next(parent for parent in output.absolute().parents if parent.exists())

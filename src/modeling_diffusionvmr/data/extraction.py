@@ -1,6 +1,7 @@
 """Encode videos and sentences with one frozen backbone, and write feature files in the official layout."""
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from ..backbones import ClipBackbone
 from ..video import open_video
 from .backbone_record import absolute
 from .feature_store import VIDEO_SUFFIXES
-from .features import METADATA_FILE, TEXT_KEY, VIDEO_KEY, open_features, write_features
+from .features import METADATA_FILE, TEXT_KEY, VIDEO_KEY, open_features, recorded_sentence, write_features
 from .files import parse_json_object, save_json
 
 # Folders of videos often contain other files too
@@ -52,13 +53,14 @@ def extract_sentence(
     backbone: ClipBackbone, sentence: str, folder: str | os.PathLike, qid: int | str, dtype: str = "float32"
 ) -> Path:
     """
-    Write the features (tokens, size) of one sentence to `folder/qid{qid}.npz`. See `extract_video`.
+    Write the features (tokens, size) of one sentence, and the sentence itself, to `folder/qid{qid}.npz`. See
+    `extract_video`.
 
     Raises:
         ValueError: if `check_sentence` rejects the sentence.
     """
     (tokens,) = backbone.encode_text([sentence])
-    return write_features(folder, qid, tokens.astype(dtype), TEXT_KEY)
+    return write_features(folder, qid, tokens.astype(dtype), TEXT_KEY, sentence)
 
 
 def find_videos(folder: str | os.PathLike) -> tuple[dict[str, Path], list[str]]:
@@ -121,8 +123,11 @@ def extract_videos(
     def extract(vid, video):
         extract_video(backbone, video, folder, vid, clip_seconds, batch_size, dtype)
 
+    def is_done(present, vid, video):
+        return _can_be_read(present, vid)
+
     made_with = {"backbone": absolute(name), "clip_seconds": clip_seconds, "dtype": dtype}
-    return _extract_missing(videos, extract, Path(folder), made_with, skip_invalid, "encoding videos")
+    return _extract_missing(videos, extract, is_done, Path(folder), made_with, skip_invalid, "encoding videos")
 
 
 def extract_sentences(
@@ -133,18 +138,33 @@ def extract_sentences(
     dtype: str = "float32",
     skip_invalid: bool = False,
 ) -> dict[int | str, str]:
-    """Write the features of many sentences, given by `qid`. See `extract_videos`."""
+    """
+    Write the features of many sentences, given by `qid`. See `extract_videos`. If a file holds the features of another
+    sentence, replace it; one warning lists these.
+    """
+    changed = []
 
     def extract(qid, sentence):
         extract_sentence(backbone, sentence, folder, qid, dtype)
 
+    def is_done(present, qid, sentence):
+        recorded = recorded_sentence(folder, qid) if _can_be_read(present, qid) else None
+        if recorded not in (None, sentence):
+            changed.append(qid)
+        return recorded == sentence
+
     made_with = {"backbone": absolute(name), "dtype": dtype}
-    return _extract_missing(sentences, extract, Path(folder), made_with, skip_invalid, "encoding sentences")
+    skipped = _extract_missing(sentences, extract, is_done, Path(folder), made_with, skip_invalid, "encoding sentences")
+    if changed:
+        qids = ", ".join(map(str, changed))
+        warnings.warn(f"{folder}: replaced features of other sentences with the same qid: {qids}", stacklevel=2)
+    return skipped
 
 
 def _extract_missing(
     items: Mapping[Any, Any],
     extract: Callable[[Any, Any], None],
+    is_done: Callable[[Mapping, Any, Any], bool],
     folder: Path,
     made_with: Mapping[str, Any],
     skip_invalid: bool,
@@ -153,7 +173,7 @@ def _extract_missing(
     present = _open_output(folder, made_with)
     skipped = {}
     for identifier, item in tqdm(items.items(), desc=description):
-        if _can_be_read(present, identifier):
+        if is_done(present, identifier, item):
             continue
         try:
             extract(identifier, item)

@@ -17,9 +17,11 @@ import numpy as np
 from .feature_store import TEXT_PREFIX, FeatureStore, check_features
 from .files import atomic_write, parse_json_object
 from .glove import GloveFeatures
+from .hub import local_path
 from .parquet import TEXT_COLUMN, ParquetFeatures, is_converted, video_backbones
 
 VIDEO_KEY, TEXT_KEY = "features", "last_hidden_state"  # names of the arrays in the official npz files
+SENTENCE_KEY = "sentence"  # beside the features of a sentence, in files that the library extracts
 METADATA_FILE = "features.json"  # in folders that the library writes
 
 
@@ -34,7 +36,7 @@ def open_features(path: str | os.PathLike, column: str | None = None) -> Feature
     Args:
         path: a folder of `.npz` files as officially released (`{vid}.npz` with `features`, or `qid{qid}.npz` with
             `last_hidden_state`), a folder of `.npy` files with the same names, an HDF5 file with one dataset per id, or
-            a folder written by `diffusionvmr convert`.
+            a folder written by `diffusionvmr convert`, or `USER/NAME` of such a folder on the Hub.
         column: for a converted folder, the name of a video backbone, or `text_features`. Optional if there is only one
             video backbone.
 
@@ -48,7 +50,7 @@ def open_features(path: str | os.PathLike, column: str | None = None) -> Feature
             size) real numbers, or contains NaN or infinity. The message names the file and the id.
         KeyError: on access, if an id has no features. The message names the file and the id.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder of features")
     if is_converted(path):
@@ -64,7 +66,7 @@ def open_video_features(paths: Iterable[str | os.PathLike]) -> list[FeatureStore
     errors as `open_features`.
     """
     stores = []
-    for path in map(Path, paths):
+    for path in map(local_path, paths):
         columns = video_backbones(path) if is_converted(path) else [None]
         stores += [open_features(path, column) for column in columns]
     return stores
@@ -75,7 +77,8 @@ def open_text_features(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]
     Open the features of queries: any path that `open_features` accepts, or a GloVe `.txt` file, whose word vectors are
     looked up for the queries of `rows`. Raise the same errors as `open_features` and `GloveFeatures`.
     """
-    if Path(path).suffix == ".txt":
+    path = local_path(path)
+    if path.suffix == ".txt":
         return GloveFeatures(path, rows)
     return open_features(path, TEXT_COLUMN if is_converted(path) else None)
 
@@ -139,6 +142,7 @@ class FolderFeatures(FeatureStore):
                     raise ValueError(f"{path}: contains both {name}.npz and {name}.npy")
                 places[name] = file.path
         super().__init__(path, dict(sorted(places.items())), metadata.get("clip_seconds"), metadata.get("backbone"))
+        self.metadata = metadata
 
     def _read(self, place):
         loaded = np.load(place, allow_pickle=False)  # unpickling would run code from the file
@@ -192,7 +196,13 @@ class Hdf5Features(FeatureStore):
             return file[place][()]
 
 
-def write_features(folder: str | os.PathLike, identifier: int | str, array: np.ndarray, key: str = VIDEO_KEY) -> Path:
+def write_features(
+    folder: str | os.PathLike,
+    identifier: int | str,
+    array: np.ndarray,
+    key: str = VIDEO_KEY,
+    sentence: str | None = None,
+) -> Path:
     """
     Write one array in the official layout, atomically.
 
@@ -201,6 +211,7 @@ def write_features(folder: str | os.PathLike, identifier: int | str, array: np.n
         identifier: `vid` or `qid`.
         array: (length, size), written in its own type.
         key: `features` for a video, or `last_hidden_state` for a query, whose file is named `qid{identifier}.npz`.
+        sentence: the query, to record what the features are of. See `recorded_sentence`.
 
     Returns:
         The path of the file.
@@ -216,7 +227,13 @@ def write_features(folder: str | os.PathLike, identifier: int | str, array: np.n
         raise ValueError(f"{folder}: {identifier!r} cannot be part of a file name")
     check_features(array, f"{folder}, {identifier}")
     path = Path(folder) / name
-    arrays: dict[str, Any] = {key: array}
+    arrays: dict[str, Any] = {key: array} if sentence is None else {key: array, SENTENCE_KEY: np.array(sentence)}
     with atomic_write(path) as temporary:
         np.savez_compressed(temporary, **arrays)
     return path
+
+
+def recorded_sentence(folder: str | os.PathLike, qid: int | str) -> str | None:
+    """Return the sentence that an existing file of `write_features` records, or `None` if it records none."""
+    with np.load(Path(folder, f"{TEXT_PREFIX}{qid}.npz"), allow_pickle=False) as file:
+        return str(file[SENTENCE_KEY]) if SENTENCE_KEY in file else None

@@ -2,11 +2,13 @@
 
 import multiprocessing
 import os
+import signal
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +114,12 @@ def _run(tasks: Sequence[Task], write: _Writer, workers: int) -> Iterator[bool]:
     if workers == 1:
         yield from map(write, tasks)
         return
-    with _one_thread_each(), multiprocessing.get_context("spawn").Pool(workers, _start_worker, [write]) as pool:
-        yield from pool.imap_unordered(_write, tasks, chunksize=16)
+    with _one_thread_each():
+        resource_tracker.ensure_running()  # otherwise the first worker starts it, which unblocks the signal
+        with _without(signal.SIGINT):  # Ctrl-C goes to every process, but the main one reports it and ends the others
+            pool = multiprocessing.get_context("spawn").Pool(workers, _start_worker, [write])
+        with pool:
+            yield from pool.imap_unordered(_write, tasks, chunksize=16)
 
 
 @contextmanager
@@ -131,6 +137,19 @@ def _one_thread_each() -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextmanager
+def _without(signal_number: int) -> Iterator[None]:
+    """Let this process, and processes that are started inside the block, not hear a signal until the block ends."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal_number])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _writer: _Writer  # in a worker process; sent once, since it contains all annotations
 
 
@@ -140,4 +159,5 @@ def _start_worker(writer: _Writer) -> None:
 
 
 def _write(task: Task) -> bool:
-    return _writer(task)
+    with _without(signal.SIGTERM):  # with which the main process ends workers: finish the file first
+        return _writer(task)

@@ -19,6 +19,7 @@ from ..diffusion import DiffusionSchedule
 from ..processing_diffusionvmr import DiffusionVMRProcessor
 from .supervision import clip_scores, draw_saliency_pairs, true_spans
 
+DRAWING_FIELDS = ("max_training_proposals", "num_diffusion_steps", "signal_scale")  # of the config, for random draws
 MAX_AVERAGED_VIDEOS = 256  # kept in memory: 1.2 MB each with features of VGG or C3D
 
 
@@ -42,10 +43,17 @@ class MomentRetrievalDataset(Dataset):
         seed: seed of the random part.
         skip_invalid: read all features once and skip rows with unusable features, with one warning that lists them.
 
+    Attributes:
+        name: a name for the model's card, or the Hub id of the data. Never a path of this machine.
+        split: the split for the model's card, if the data have several.
+
     Raises:
         ValueError: if `check_row` rejects a row, a window ends after its video, or features are missing. Reading a
             sample also raises it if the processor rejects the features. The message names the qid or vid.
     """
+
+    name = "unnamed data"
+    split: str | None = None
 
     def __init__(
         self,
@@ -143,6 +151,19 @@ class MomentRetrievalDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def check_config(self, config: DiffusionVMRConfig) -> None:
+        """
+        Raise `ValueError` unless a model with this configuration can be trained on the dataset. Without a `config`,
+        samples have no negative sentences and saliency pairs, and their loss terms would be 0.
+        """
+        advice = "pass config=model.config to MomentRetrievalDataset"
+        if self.config is None:
+            raise ValueError(f"the training dataset was built without `config`: {advice}")
+        for field in DRAWING_FIELDS:
+            own, needed = getattr(self.config, field), getattr(config, field)
+            if own != needed:
+                raise ValueError(f"the training dataset was built with {field}={own}, the model has {needed}: {advice}")
 
     @property
     def epoch(self) -> int:

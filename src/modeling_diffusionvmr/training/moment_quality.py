@@ -14,9 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..processing_diffusionvmr import DiffusionVMRProcessor
 from ..spans import iou_and_generalized_iou, nms, window_to_span
+from .dataset import MomentRetrievalDataset
+from .prediction import predict_moments
 
 MIN_IOU = 0.5
+MIN_SENTENCES = 20  # with fewer, a choice would be chance
 THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(20))
 NMS_THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 TOP_K = (1, 2, 3, 4, 5, 7, 10, 20)
@@ -88,3 +92,44 @@ def choose(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 best_f1 = f1
                 best = {"threshold": threshold, "nms_threshold": nms_threshold, "top_k": top_k}
     return best
+
+
+def choose_for_people(
+    model, processor: DiffusionVMRProcessor, dataset: MomentRetrievalDataset | None
+) -> dict[str, Any]:
+    """
+    Choose the processor's `threshold`, `nms_threshold` and `top_k` for the moments that people get, on the sentences of
+    a validation dataset: half of them with their own video, half with another one, where they should give nothing.
+
+    Returns:
+        The values, or nothing if there are fewer than `MIN_SENTENCES` labeled sentences or only one video.
+    """
+    rows = [] if dataset is None else [row for row in dataset.rows if "relevant_windows" in row]
+    absent = with_other_videos(rows)
+    if dataset is None or len(rows) < MIN_SENTENCES or not absent:
+        return {}
+    judged = []
+    for part in (rows, absent):
+        own = MomentRetrievalDataset(
+            part, dataset.video_features, dataset.text_features, processor, clip_seconds=dataset.clip_seconds
+        )
+        predictions = predict_moments(model, own, progress=False)
+        judged += [{**row, **prediction} for row, prediction in zip(own.rows, predictions)]
+    return choose(judged)
+
+
+def with_other_videos(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """
+    Return each row with a video of another row and no windows: a sentence that is most likely not true there. Empty if
+    all rows have the same video.
+    """
+    videos = {row["vid"]: row["duration"] for row in rows}
+    if len(videos) < 2:
+        return []
+    vids = list(videos)
+    after = dict(zip(vids, (*vids[1:], vids[0])))
+    return [
+        {"qid": row["qid"], "query": row["query"], "vid": vid, "duration": videos[vid], "relevant_windows": []}
+        for row in rows
+        for vid in [after[row["vid"]]]
+    ]

@@ -2,20 +2,25 @@
 
 import shutil
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import slice_tensors
+from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.backbone_record import describe_backbones
+from ..model_card import write_model_card
 from .arguments import DiffusionVMRTrainingArguments
+from .card_facts import CardFacts
 from .checkpoints import STAGING_FOLDER, check_shapes, find_fault, last_complete_checkpoint, lock_training
 from .collator import DiffusionVMRDataCollator
+from .dataset import MomentRetrievalDataset
 from .metrics import evaluate_predictions, scorable
 from .prediction import RowOutputs, official_predictions, row_outputs
 from .trainer_internals import TrainerInternals
@@ -35,6 +40,17 @@ class SetEpochCallback(TrainerCallback):
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if hasattr(train_dataloader.dataset, "set_epoch"):
             train_dataloader.dataset.set_epoch(int(round(state.epoch, 6)))
+
+
+def _moment_datasets(dataset: Dataset | None) -> Iterator[MomentRetrievalDataset]:
+    """Yield the dataset itself, or those that a `Subset` or a `ConcatDataset` consists of."""
+    if isinstance(dataset, MomentRetrievalDataset):
+        yield dataset
+    elif isinstance(dataset, Subset):
+        yield from _moment_datasets(dataset.dataset)
+    elif isinstance(dataset, ConcatDataset):
+        for part in dataset.datasets:
+            yield from _moment_datasets(part)
 
 
 class DiffusionVMRTrainer(TrainerInternals):
@@ -84,6 +100,8 @@ class DiffusionVMRTrainer(TrainerInternals):
             self.processor = getattr(self.train_dataset, "processor", None)
         self._know_backbones()
         self.add_callback(SetEpochCallback())
+        self.card = CardFacts(self)
+        self.add_callback(self.card)
         defaults = DiffusionVMRTrainingArguments
         self.proposal_schedule: str = getattr(self.args, "proposal_schedule", defaults.proposal_schedule)
         self.proposal_growth: float = getattr(self.args, "proposal_growth", defaults.proposal_growth)
@@ -159,6 +177,30 @@ class DiffusionVMRTrainer(TrainerInternals):
             self._loss_terms, self._num_steps = {}, 0.0
         super().log(logs, start_time)
 
+    def get_train_dataloader(self):
+        """
+        As in `Trainer`.
+
+        Raises:
+            ValueError: if the weights to train are not float32, if the dataset was built without the model's
+                configuration, or if there is no batch.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dtype != torch.float32:
+                raise ValueError(
+                    f"the model's weights are {parameter.dtype}, in which training loses small updates: load the model "
+                    "with dtype=torch.float32; `bf16=True` (--bf16) then computes in bfloat16"
+                )
+        for dataset in _moment_datasets(self.train_dataset):
+            dataset.check_config(model.config)
+        loader = super().get_train_dataloader()
+        if not len(loader):
+            raise ValueError(
+                "nothing to train on: the dataset has fewer samples than a batch, and `dataloader_drop_last` drops it"
+            )
+        return loader
+
     # Evaluation
 
     def get_eval_dataloader(self, eval_dataset=None):
@@ -195,6 +237,7 @@ class DiffusionVMRTrainer(TrainerInternals):
         """
         dataset = dataloader.dataset
         epoch = dataset.epoch
+        self.card.evaluated[metric_key_prefix] = dataset
         # Processes gather their losses batch by batch, so either every batch has one or none has
         self._all_labeled = all("relevant_windows" in row for row in dataset.rows)
         output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
@@ -227,14 +270,21 @@ class DiffusionVMRTrainer(TrainerInternals):
             BlockingIOError: if another training is writing to the output folder.
         """
         folder = Path(str(self.args.output_dir))
-        if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-        with lock_training(folder) if self.args.should_save else nullcontext():
-            if self.args.should_save:
-                shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)  # of a training that was killed while saving
+        with self._lock(folder):
             output = super().train(self._checked(resume_from_checkpoint), *args, **kwargs)
         self.accelerator.unwrap_model(self.model).missing_weights = []  # they have been trained
         return output
+
+    @contextmanager
+    def _lock(self, folder: Path) -> Iterator[None]:
+        """Keep other trainings from writing to the output folder, and remove what a killed one left there."""
+        if not self.args.should_save:
+            yield
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock_training(folder):
+            shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)  # of a training that was killed while saving
+            yield
 
     def _checked(self, resume_from_checkpoint: str | bool | None) -> str | bool | None:
         """Return the checkpoint to resume from, if any. Raise `ValueError` if that is impossible."""
@@ -252,9 +302,47 @@ class DiffusionVMRTrainer(TrainerInternals):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`, but with the processor, and without `training_args.bin`, which is a pickle."""
+        self.card.update()
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             if self.processor is not None:
                 self.processor.save_pretrained(folder)
             (folder / "training_args.bin").unlink(missing_ok=True)
+
+    def create_model_card(
+        self,
+        language=None,
+        license=None,
+        tags=None,
+        model_name=None,
+        finetuned_from=None,
+        tasks=None,
+        dataset_tags=None,
+        dataset=None,
+        dataset_args=None,
+    ) -> None:
+        """
+        Write the model card to `output_dir`. Saving writes it too; here you can add what the trainer does not know.
+
+        Args:
+            language: languages of the queries. Default: English.
+            license: license of the model. Default: that of the model that was fine-tuned, or Apache-2.0.
+            tags: tags to add.
+            finetuned_from: Hub id of the model that was fine-tuned. Default: the model's own, if it is from the Hub.
+            dataset_tags: Hub ids of the training data.
+            dataset: name of the training data.
+            model_name, tasks, dataset_args: ignored; the library writes its own.
+        """
+        given = {"language": language, "license": license, "tags": tags, "base_model": finetuned_from}
+        given["datasets"] = dataset_tags
+        for name, value in given.items():
+            if value is not None:
+                is_list = name in ("language", "tags", "datasets")
+                self.card.given[name] = [value] if is_list and isinstance(value, str) else value
+        train_dataset: Any = self.train_dataset
+        if dataset is not None and train_dataset is not None:
+            train_dataset.name = dataset if isinstance(dataset, str) else ", ".join(dataset)
+        self.card.update()
+        if self.is_world_process_zero():
+            write_model_card(self.accelerator.unwrap_model(self.model), str(self.args.output_dir))

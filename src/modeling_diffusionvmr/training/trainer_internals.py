@@ -1,7 +1,8 @@
 """The part of the trainer that relies on private methods of `transformers.Trainer`."""
 
 import shutil
-from functools import partial
+from concurrent.futures import Future
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
 
 from ..data.files import move_into_place
-from .checkpoints import MANIFEST, STAGING_FOLDER, check_optimizer, check_scheduler, resuming, write_manifest
+from ..hub import upload
+from .checkpoints import STAGING_FOLDER, check_optimizer, check_scheduler, resuming, write_manifest
 
 
 class OneDraw(Sampler):
@@ -43,6 +45,7 @@ class TrainerInternals(Trainer):
     why no public hook is sufficient. Check these when the tested range of transformers grows.
     """
 
+    _uploader = cached_property(lambda self: HfApi())  # runs uploads in order
     _staging: Path | None = None  # the folder in which a checkpoint is being written
 
     # `Trainer` calls this once per optimizer step with the step's micro-batches, and passes the result to
@@ -141,7 +144,10 @@ class TrainerInternals(Trainer):
     # and pickles its arguments. Here the checkpoint's own folder is uploaded. `PushInProgress` is what
     # `Trainer.push_to_hub` waits for.
     def _push_from_checkpoint(self, checkpoint_folder: str):
-        """Push the checkpoint as a model and, depending on `hub_strategy`, also as a checkpoint to resume from."""
+        """
+        Push the checkpoint as a model. Depending on `hub_strategy`, also push all of its files to a subfolder, from
+        which a training can resume and which nothing else reads.
+        """
         strategy = self.args.hub_strategy
         if not self.is_world_process_zero() or strategy == HubStrategy.END:
             return
@@ -150,20 +156,51 @@ class TrainerInternals(Trainer):
         if busy and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        upload = partial(
-            HfApi(token=self.args.hub_token).upload_folder,
-            repo_id=self.hub_model_id,
-            folder_path=checkpoint_folder,
-            revision=self.args.hub_revision,
-            commit_message=f"Training in progress, step {self.state.global_step}",
-            run_as_future=True,
-        )
-        jobs: Any = [upload(ignore_patterns=["*.pt", "*.pth", "trainer_state.json", MANIFEST])]
+        copies = {}
         if strategy == HubStrategy.CHECKPOINT:
-            jobs.append(upload(path_in_repo="last-checkpoint"))
+            copies = {"last-checkpoint": checkpoint_folder}
         elif strategy == HubStrategy.ALL_CHECKPOINTS:
-            jobs.append(upload(path_in_repo=Path(checkpoint_folder).name))
+            copies = {Path(checkpoint_folder).name: checkpoint_folder}
+        message = f"Training in progress, step {self.state.global_step}"
+        job = self._upload(checkpoint_folder, message, self.args.hub_token, self.args.hub_revision, copies)
         if busy:
-            pushing.jobs.extend(jobs)
+            pushing.jobs.append(job)
         else:  # `Trainer` declares the attribute as None
-            self.push_in_progress = PushInProgress(jobs)  # type: ignore[assignment]
+            self.push_in_progress = PushInProgress([job])  # type: ignore[assignment, arg-type]
+
+    # `Trainer` uploads all of its output folder, logs included, with a model card of its own. `_finish_current_push`
+    # waits for pushes of checkpoints.
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ):
+        """
+        As in `Trainer`, but only the files of the model are pushed, in one commit and with a card by this library.
+
+        Args:
+            kwargs: arguments of `create_model_card`.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = self.args.hub_token if token is None else token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        revision = self.args.hub_revision if revision is None else revision
+        job = self._upload(str(self.args.output_dir), commit_message or "End of training", token, revision, {})
+        return job.result() if blocking else job
+
+    def _upload(
+        self, folder: str, message: str, token: str | None, revision: str | None, copies: dict[str, str]
+    ) -> Future:
+        """Start to upload a checkpoint after those before it, see `hub.upload`."""
+        options = {"commit_message": message, "token": token, "revision": revision, "copies": copies}
+        return self._uploader.run_as_future(upload, folder, self.hub_model_id, **options)
