@@ -48,7 +48,12 @@ def measure(folder: Path, kind: str, number: int) -> dict:
     output = folder / f"{kind}_{number}"
     if (output / "measured.json").exists():
         return json.loads((output / "measured.json").read_text())
-    features = ["--video_features", str(folder / "features/clip"), "--text_features", str(folder / "features/clip_text")]
+    features = [
+        "--video_features",
+        str(folder / "features/clip"),
+        "--text_features",
+        str(folder / "features/clip_text"),
+    ]
     minutes, model = 0.0, "embedded"
     if number:
         annotations = folder / f"train_{number}.jsonl"
