@@ -93,7 +93,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = CommandParser(prog="python scripts/measure_fine_tuning.py", description=__doc__)
     parser.add_argument("work_dir", type=Path, help="folder for videos, features and checkpoints")
     parser.add_argument(
-        "--sentences", type=int, nargs="+", default=[10, 100, 900], help="numbers of sentences to train on"
+        "--sentences", type=int, nargs="+", default=[10, 100, 500], help="numbers of sentences to train on"
     )
     return parser.parse_args(arguments)
 
