@@ -99,6 +99,13 @@ def test_backbone_that_is_not_here(store):
         )
 
 
+def test_backbone_that_is_not_here_but_known(store):
+    """Features that another machine extracted with the backbone of the checkpoint to fine-tune."""
+    video = [store("v", 4, backbone="/gone/clip", clip_seconds=2.0)]
+    entry = {"name": "clip", "folder": "clip", "feature_size": 4, "text_feature_size": 3, "clip_seconds": 2.0}
+    check(video, store("t", 3, TEXT_KEY, backbone="/gone/clip"), [entry], known=[entry])
+
+
 def test_record_that_is_not_text(store):
     with pytest.raises(ValueError, match="v: `backbone` must be the folder or Hub id of a backbone, got 3"):
         store("v", 4, backbone=3)

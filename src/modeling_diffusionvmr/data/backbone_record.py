@@ -34,8 +34,8 @@ def describe_backbones(
         text_features: the store of the sentences.
         video_sizes, text_size: sizes of their vectors.
         clip_seconds: length of a clip, where a store does not state it.
-        known: descriptions to use for features that do not record their backbone, if the sizes agree: those of a preset
-            or of the checkpoint that training starts from.
+        known: descriptions to use for features that do not record their backbone, or whose backbone is not on this
+            machine, if the sizes agree: those of a preset or of the checkpoint that training starts from.
 
     Returns:
         `backbones` for the configuration, and `backbone_sources` for the model: local folders by name.
@@ -70,24 +70,27 @@ def _place(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _recorded(store: Mapping) -> dict[str, Any] | None:
-    """Return where the backbone is that computed some features, if they record it. A local folder is a `source`."""
+    """
+    Return where the backbone is that computed some features. A local folder is a `source`. Return `None` if the
+    features do not record it, or the folder is not on this machine.
+    """
     if (backbone := getattr(store, "backbone", None)) is None:
         return None
     backbone = absolute(backbone)
     name = _cleaned(Path(backbone).name)
     if os.path.isdir(backbone):
         return {"name": name, "source": backbone}
-    if HUB_ID.fullmatch(backbone):
-        return {"name": name, "id": backbone}
-    warnings.warn(
-        f"{name_of(store)}: computed by {backbone}, which is not here, so the model will not run on videos",
-        stacklevel=4,
-    )
-    return {"name": name}
+    return {"name": name, "id": backbone} if HUB_ID.fullmatch(backbone) else None
 
 
 def _unknown(store: Mapping) -> dict[str, Any]:
-    return {"name": _cleaned(getattr(store, "column", None) or Path(name_of(store)).name)}
+    if (backbone := getattr(store, "backbone", None)) is None:
+        return {"name": _cleaned(getattr(store, "column", None) or Path(name_of(store)).name)}
+    warnings.warn(
+        f"{name_of(store)}: computed by {backbone}, which is not here, so the model will not run on videos",
+        stacklevel=3,
+    )
+    return {"name": _cleaned(Path(backbone).name)}
 
 
 def _cleaned(name: str) -> str:
