@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from .backbones import BACKBONE_CLASSES, Backbones, in_folder, load_backbone
+from .messages import one_line
 from .processing_diffusionvmr import DiffusionVMRProcessor
 from .weights import check_weight_index
 
@@ -157,7 +158,7 @@ def _save_backbone(description: dict[str, Any], model, folder: str | os.PathLike
         if os.path.realpath(path_or_id) != os.path.realpath(os.path.join(folder, name)):
             load_backbone(path_or_id, **kwargs).save_pretrained(os.path.join(folder, name))
     except (OSError, ValueError) as error:  # a backbone that has disappeared must not cost the weights of a training
-        warnings.warn(f"saved without backbone `{name}`: {' '.join(str(error).split())}", stacklevel=4)
+        warnings.warn(f"saved without backbone `{name}`: {one_line(error)}", stacklevel=4)
         return description
     return in_folder(description)
 

@@ -34,6 +34,8 @@ from huggingface_hub import CardData
 from huggingface_hub.repocard import RepoCard
 from transformers.utils import cached_file
 
+from .messages import one_line
+
 CARD_NAME = "README.md"
 PLACEHOLDER = "FOLDER_OR_ID"  # stands for the model in the usage example until it is pushed
 SIMULATED = "simulated features, made from the annotations without any video"
@@ -226,7 +228,7 @@ def parse_card(text: str) -> Card:
         try:
             card = RepoCard(text)
         except Exception as error:  # `yaml` raises its own types
-            raise ValueError(f"the metadata of the card cannot be read ({' '.join(str(error).split())})") from error
+            raise ValueError(f"the metadata of the card cannot be read ({one_line(error)})") from error
         metadata, text = card.data.to_dict(), card.text
     found = GENERATED.search(text)
     if found is None:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..messages import one_line
+
 DTYPES = ("float16", "float32")  # of written features
 TRAIN_MODULES = ("accelerate", "datasets", "evaluate", "h5py", "matplotlib", "pyarrow", "yaml")  # of the extra `train`
 DAMAGED_WEIGHTS = "weights are damaged or cut off"
@@ -71,7 +73,7 @@ def _describe(error: Exception, arguments: argparse.Namespace) -> str | None:
 
     if _is_full_disk(error):
         where = _output_of(arguments) or "the output"
-        return f"{where}: cannot be written, because the disk is full ({_one_line(error)})"
+        return f"{where}: cannot be written, because the disk is full ({one_line(error)})"
     if isinstance(error, SafetensorError):
         return f"{getattr(arguments, 'model', None)}: {DAMAGED_WEIGHTS} ({error})"
     if isinstance(error, (ValueError, OSError, ImportError, StrictDataclassError)):
@@ -79,7 +81,7 @@ def _describe(error: Exception, arguments: argparse.Namespace) -> str | None:
         hint = "; install it with: pip install 'modeling_diffusionvmr[train]'" if in_extra else ""
         return f"{_cause(error)}{hint}"
     if _is_out_of_memory(error):
-        return f"not enough memory; use smaller sizes or batches ({_one_line(error)})"
+        return f"not enough memory; use smaller sizes or batches ({one_line(error)})"
     return None
 
 
@@ -137,7 +139,7 @@ def _unusable_json(checkpoint: str) -> str | None:
         try:
             parse_json_object(path.read_bytes())
         except (ValueError, OSError) as error:
-            return f"{path}: {_one_line(error)}"
+            return f"{path}: {one_line(error)}"
     return None
 
 
@@ -145,11 +147,7 @@ def _cause(error: BaseException) -> str:
     """Return the message of an error, or of the cause of a `StrictDataclassError`, which only names a validator."""
     from huggingface_hub.errors import StrictDataclassError
 
-    return _one_line((isinstance(error, StrictDataclassError) and error.__cause__) or error)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
+    return one_line((isinstance(error, StrictDataclassError) and error.__cause__) or error)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,6 +18,7 @@ from transformers import TrainerState
 
 from ..checks import is_number
 from ..data.files import locked
+from ..messages import one_line
 
 STAGING_FOLDER = "_saving"  # `Trainer` never uploads a name that begins with "_"
 LOCK = ".training.lock"  # in an output folder while a training writes to it
@@ -167,9 +168,8 @@ def resuming(checkpoint: str, names: str) -> Iterator[None]:
     except torch.cuda.OutOfMemoryError:  # a RuntimeError, which is not the checkpoint's fault
         raise
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, UnpicklingError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"{checkpoint}: cannot resume from it: {names} does not fit this training ({reason}); "
+            f"{checkpoint}: cannot resume from it: {names} does not fit this training ({one_line(error)}); "
             "resume with the same settings and features"
         ) from error
 
