@@ -16,15 +16,14 @@ from .checks import check_sentence, check_whole
 from .configuration_diffusionvmr import DiffusionVMRConfig
 from .diffusion import check_num_sampling_steps
 from .hub import PushToHub
-from .processing_diffusionvmr import DiffusionVMRProcessor, check_post_processing
+from .processing_diffusionvmr import POST_PROCESSING, DiffusionVMRProcessor, check_post_processing
 from .video import open_video
 from .weights import check_weights
 
 # The options of a call, by the method that takes them
 PREPROCESS_OPTIONS = ("max_download_bytes", "progress")
 FORWARD_OPTIONS = ("num_proposals", "num_sampling_steps", "progress")
-PROCESSOR_OPTIONS = ("top_k", "threshold", "nms_threshold", "round_to")
-POSTPROCESS_OPTIONS = (*PROCESSOR_OPTIONS, "return_saliency")
+POSTPROCESS_OPTIONS = (*POST_PROCESSING, "return_saliency")
 
 
 class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
@@ -120,7 +119,7 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
         if unknown:
             raise ValueError(f"unknown arguments {sorted(unknown)}; expected some of {[*known]}")
         check_batch_size(self._batch_size)
-        check_post_processing(**{name: kwargs[name] for name in PROCESSOR_OPTIONS if name in kwargs})
+        check_post_processing(**{name: kwargs[name] for name in POST_PROCESSING if name in kwargs})
         if kwargs.get("num_proposals") is not None:
             check_whole(kwargs["num_proposals"], "`num_proposals`", 1)
         if kwargs.get("num_sampling_steps") is not None:

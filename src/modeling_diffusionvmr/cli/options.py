@@ -3,7 +3,6 @@
 import argparse
 import errno
 import os
-import re
 import sys
 import tempfile
 import warnings
@@ -18,11 +17,9 @@ DTYPES = ("float16", "float32")  # of written features
 TRAIN_MODULES = ("accelerate", "datasets", "evaluate", "h5py", "matplotlib", "pyarrow", "yaml")  # of the extra `train`
 DAMAGED_WEIGHTS = "weights are damaged or cut off"
 EMBEDDED = "embedded"  # as a value of --model
-POST_PROCESSING = ("threshold", "top_k", "nms_threshold", "round_to")  # the processor's choice of moments
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 # Neither safetensors nor `torch.save` raises OSError, and the latter does not say why it cannot write
 SIGNS_OF_FULL_DISK = ("(os error 28)", "(os error 122)", "PytorchStreamWriter failed", "unexpected pos")
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -205,7 +202,7 @@ def add_retrieval_arguments(parser: argparse.ArgumentParser) -> None:
 def check_retrieval_arguments(arguments: argparse.Namespace, num_proposals: Sequence[int]) -> None:
     """Raise `ValueError` for an invalid number or threshold of `retrieve` or `evaluate`, before the model is loaded."""
     from ..checks import check_positive
-    from ..processing_diffusionvmr import check_post_processing
+    from ..processing_diffusionvmr import POST_PROCESSING, check_post_processing
 
     for number in num_proposals:
         check_positive(number, "--num_proposals")
@@ -276,11 +273,13 @@ def resolve_model(model: str | None) -> str:
 
 def check_checkpoint(path_or_id: str) -> str:
     """Return a folder or Hub id. Raise `ValueError` if it cannot be either, without asking the Hub."""
+    from ..configuration_diffusionvmr import FOLDER_NAME, HUB_ID
+
     if os.path.isdir(path_or_id):
         return path_or_id
     if os.path.exists(path_or_id):
         raise ValueError(f"{path_or_id}: a checkpoint must be a folder, not a file")
-    if not HUB_ID.fullmatch(path_or_id):
+    if not (HUB_ID.fullmatch(path_or_id) or FOLDER_NAME.fullmatch(path_or_id)):  # the oldest ids have no USER
         raise ValueError(f"{path_or_id}: not a local folder or a valid Hub id")
     return path_or_id
 

@@ -18,7 +18,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("repository", metavar="USER/NAME", help="repository on the Hub; created if missing")
     parser.add_argument("--private", action="store_true", help="create a private repository")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to push to; created if missing (default: main)")
-    parser.add_argument("--message", help="title of the commit")
+    parser.add_argument("--message", default="Upload model", help="title of the commit (default: Upload model)")
     return parser.parse_args(argv)
 
 
@@ -41,6 +41,6 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.repository,
         private=arguments.private or None,
         revision=arguments.revision,
-        commit_message=arguments.message or "Upload model",
+        commit_message=arguments.message,
     )
     print(f"pushed to {url}")
