@@ -250,6 +250,7 @@ def _parse_facts(generated_text: str) -> dict[str, dict[str, Any]]:
     try:
         record = json.loads(found[1]) if found else {}
         record = {name: dict(record.get(name, {})) for name in ("facts", "metadata")}
+        # Facts are usable if all that is written from them can be written
         for section in (_training, _results, lambda facts: _limits({}, facts), lambda facts: _metadata(facts, "", ())):
             section(record["facts"])
         return record

@@ -113,7 +113,7 @@ def test_from_nothing(train, capsys):
 
 def test_moments_for_people_are_chosen(train, monkeypatch):
     chosen = {"threshold": 0.4, "nms_threshold": 0.3, "top_k": 2}
-    monkeypatch.setattr(moment_quality, "choose", lambda rows: chosen)
+    monkeypatch.setattr(moment_quality, "choose_post_processing", lambda rows: chosen)
     processor = AutoProcessor.from_pretrained(train(output="few"))  # twelve sentences are too few
     assert (processor.threshold, processor.nms_threshold, processor.top_k) == (0.0, 0.5, 5)
     monkeypatch.setattr(moment_quality, "MIN_SENTENCES", 12)

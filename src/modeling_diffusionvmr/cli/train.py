@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     from .. import DiffusionVMRTrainer, MomentRetrievalDataset
     from ..data.features import open_text_features, open_video_features
     from ..training.checkpoints import check_shapes
-    from ..training.moment_quality import choose_for_people
+    from ..training.moment_quality import choose_on_dataset
 
     training_arguments = make_training_arguments(arguments)
     checkpoint = find_checkpoint(arguments, training_arguments)
@@ -121,7 +121,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(error.args[0]) from None
     metrics = trainer.evaluate() if eval_rows else None  # before saving, so that the card has the metrics
     if trainer.is_world_process_zero():
-        for name, value in choose_for_people(model, processor, eval_dataset).items():
+        for name, value in choose_on_dataset(model, processor, eval_dataset).items():
             if name not in arguments.given:
                 setattr(processor, name, value)
     trainer.save_model()

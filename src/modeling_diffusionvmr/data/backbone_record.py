@@ -61,7 +61,10 @@ def describe_backbones(
     backbones: list[dict[str, Any]] = []
     for place, sizes in parts:
         same = [entry for entry in backbones if _place(entry) == place and not entry.keys() & sizes.keys()]
-        same[0].update(sizes) if same else backbones.append({**place, **sizes})
+        if same:
+            same[0].update(sizes)
+        else:
+            backbones.append({**place, **sizes})
     return backbones, _name(backbones)
 
 

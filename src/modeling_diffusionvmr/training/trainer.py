@@ -98,7 +98,7 @@ class DiffusionVMRTrainer(TrainerInternals):
         self.processor = processing_class
         if processing_class is None:
             self.processor = getattr(self.train_dataset, "processor", None)
-        self._know_backbones()
+        self._describe_backbones()
         self.add_callback(SetEpochCallback())
         self.card = CardFacts(self)
         self.add_callback(self.card)
@@ -113,8 +113,8 @@ class DiffusionVMRTrainer(TrainerInternals):
         self._all_labeled = False  # whether every row of the evaluation has a label
         self._warned: set[str] = set()  # messages about rows that are not scored
 
-    def _know_backbones(self) -> None:
-        """Let a model that names no backbones know those that computed the features, so that it runs on videos."""
+    def _describe_backbones(self) -> None:
+        """Set `backbones` of a model that has none to those that computed the features, so that it runs on videos."""
         model: Any = self.accelerator.unwrap_model(self.model)
         dataset: Any = self.train_dataset
         video, text = getattr(dataset, "video_features", ()), getattr(dataset, "text_features", {})
