@@ -72,7 +72,15 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
 
 def find_fault(checkpoint: str | Path) -> str | None:
     """Return why training cannot resume from a checkpoint, naming the file, or `None` if it can."""
-    checkpoint = Path(checkpoint)
+    for find in (_fault_of_json, _fault_of_presence, _fault_of_weights, _fault_of_archives):
+        fault = find(Path(checkpoint))
+        if fault is not None:
+            return fault
+    return None
+
+
+def _fault_of_json(checkpoint: Path) -> str | None:
+    """Check the state of the trainer, the configurations, and the manifest with the files that it lists."""
     for path in (checkpoint / "trainer_state.json", *sorted(checkpoint.glob("*config.json")), checkpoint / MANIFEST):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -91,9 +99,17 @@ def find_fault(checkpoint: str | Path) -> str | None:
             fault = _fault_of_files(checkpoint, content)
         if fault is not None:
             return fault
+    return None
+
+
+def _fault_of_presence(checkpoint: Path) -> str | None:
     present = [any(checkpoint.glob(pattern)) for pattern in RESUME_FILES]
     if any(present) and not all(present):
         return f"{RESUME_FILES[present.index(False)]} is missing"
+    return None
+
+
+def _fault_of_weights(checkpoint: Path) -> str | None:
     weights = sorted(checkpoint.glob("*.safetensors"))
     if not weights:
         return "no weights"
@@ -103,6 +119,11 @@ def find_fault(checkpoint: str | Path) -> str | None:
                 pass
         except (SafetensorError, OSError) as error:
             return f"{path.name} cannot be read ({error})"
+    return None
+
+
+def _fault_of_archives(checkpoint: Path) -> str | None:
+    """Check the zip files that `torch.save` writes."""
     for path in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]):
         try:
             with zipfile.ZipFile(path) as archive:
