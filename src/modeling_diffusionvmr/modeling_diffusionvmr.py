@@ -578,11 +578,12 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         As in `transformers`. Also remember which weights were missing, and how to load the backbones from the same
         place.
         """
-        if pretrained_model_name_or_path is not None and os.path.isdir(pretrained_model_name_or_path):
+        is_folder = os.path.isdir(pretrained_model_name_or_path or "")
+        if is_folder:
             check_weight_index(pretrained_model_name_or_path)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model.missing_weights = missing_weights(info)
-        if pretrained_model_name_or_path is not None and not os.path.isdir(pretrained_model_name_or_path):
+        if pretrained_model_name_or_path is not None and not is_folder:
             model.hub_id = str(pretrained_model_name_or_path)
         model.hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         if (commit := getattr(model.config, "_commit_hash", None)) is not None:

@@ -259,16 +259,27 @@ def feature_sizes(rows: Sequence[Mapping[str, Any]], video: Sequence[Mapping], t
 
 def make_model(arguments: argparse.Namespace, sizes: FeatureSizes, video: Sequence[Mapping], text: Mapping):
     """Return a new model, or that of `--model`, that fits the features and knows the backbones that computed them."""
+    make = new_model if arguments.model is None else model_to_fine_tune
+    return make(arguments, sizes, video, text)
+
+
+def new_model(arguments: argparse.Namespace, sizes: FeatureSizes, video: Sequence[Mapping], text: Mapping):
+    """Return a model with random weights, see `make_model`."""
     from .. import DiffusionVMRForMomentRetrieval
 
-    if arguments.model is None:
-        fields = dict(arguments.config)
-        known, clip_seconds = fields.get("backbones"), arguments.clip_seconds
-        fields["backbones"], sources = describe_backbones(video, text, *sizes, clip_seconds, known)
-        fields |= {"video_feature_size": sum(sizes.video), "text_feature_size": sizes.text}
-        model = DiffusionVMRForMomentRetrieval(DiffusionVMRConfig(**fields))
-        model.backbone_sources = sources
-        return model
+    fields = dict(arguments.config)
+    fields["backbones"], sources = describe_backbones(
+        video, text, *sizes, arguments.clip_seconds, fields.get("backbones")
+    )
+    fields |= {"video_feature_size": sum(sizes.video), "text_feature_size": sizes.text}
+    model = DiffusionVMRForMomentRetrieval(DiffusionVMRConfig(**fields))
+    model.backbone_sources = sources
+    return model
+
+
+def model_to_fine_tune(arguments: argparse.Namespace, sizes: FeatureSizes, video: Sequence[Mapping], text: Mapping):
+    """Return the model of `--model`, see `make_model`. Print which weights are new."""
+    from .. import DiffusionVMRForMomentRetrieval
 
     given = {name: value for name, value in arguments.config.items() if name in arguments.given}
     with loading(arguments.model):
