@@ -27,7 +27,7 @@ from modeling_diffusionvmr.checkpoint import load_backbones
 from modeling_diffusionvmr.cli import main
 from modeling_diffusionvmr.data.extraction import extract_sentences, extract_videos
 from modeling_diffusionvmr.data.files import save_jsonl
-from test_backbones import description, put_on_hub, tiny_clip
+from small_checkpoint import description, put_on_hub, save_checkpoint, tiny_clip
 from test_video import write_video
 
 TASK = "video-moment-retrieval"
@@ -181,14 +181,10 @@ def data(videos, clip, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def saved(tiny_config, clip, tmp_path_factory) -> Path:
+def saved(tiny_config, tmp_path_factory) -> Path:
     """A checkpoint with everything, as the pipeline saves it."""
     folder = tmp_path_factory.mktemp("saved")
-    torch.manual_seed(0)
-    backbones = Backbones([description(id="some/hub-id")], [clip])
-    model = DiffusionVMRForMomentRetrieval(tiny_config(backbones=backbones.descriptions))
-    processor = DiffusionVMRProcessor([12], 8, max_clips=20, max_tokens=8, top_k=3)
-    VideoMomentRetrievalPipeline(model=model, processor=processor, backbones=backbones).save_pretrained(folder)
+    save_checkpoint(folder, tiny_config, top_k=3)
     return folder
 
 
@@ -271,7 +267,6 @@ def test_commands_from_videos_to_a_checkpoint(data, videos, tmp_path, capsys, mo
 
 def test_backbone_that_has_disappeared_does_not_cost_the_weights(tiny_config, data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
-    metadata = tmp_path / "data" / "clips" / "features.json"
     for name in ("clips", "texts"):
         metadata = tmp_path / "data" / name / "features.json"
         metadata.write_text(json.dumps({**json.loads(metadata.read_text()), "backbone": str(tmp_path / "gone")}))
