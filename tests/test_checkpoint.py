@@ -246,6 +246,20 @@ def test_saving_into_the_same_folder(saved, videos, tmp_path):
     assert pipeline(TASK, model=str(tmp_path / "copy"))(str(videos / "v0.mp4"), QUERY) == before
 
 
+def test_folder_that_is_gone_is_not_read_as_a_hub_id(saved, clip, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    put_on_hub(clip, tmp_path / "cache", "runs/mine", "clip")
+    shutil.copytree(saved, "runs/mine")
+    hub = {"cache_dir": str(tmp_path / "cache"), "local_files_only": True}
+    model = DiffusionVMRForMomentRetrieval.from_pretrained("runs/mine", **hub)
+    shutil.rmtree("runs")
+    with pytest.warns(UserWarning, match="saved without backbone `clip`"):
+        model.save_pretrained("again")
+    assert not os.path.exists("again/clip")
+    with pytest.raises(OSError, match="lacks backbone `clip`"):
+        VideoMomentRetrievalPipeline(model=model, processor=DiffusionVMRProcessor.from_pretrained(saved))
+
+
 def test_commands_from_videos_to_a_checkpoint(data, videos, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(data / "tiny", "tiny")

@@ -70,6 +70,16 @@ def load_backbones(
     return Backbones(config.backbones, models).to(device, dtype)
 
 
+def origin_of(model) -> str | None:
+    """
+    Return the folder or Hub id that a model was loaded from, or `None` if there is none. A folder that is gone since
+    must not be taken for a Hub id: `runs/1` could be a repository of somebody else.
+    """
+    name = model.config.name_or_path
+    is_on_hub = model.hub_id is not None or getattr(model.config, "_commit_hash", None) is not None
+    return name if name and (is_on_hub or os.path.isdir(name)) else None
+
+
 def find_backbone(
     description: Mapping[str, Any],
     checkpoint: str | os.PathLike | None,
@@ -147,7 +157,7 @@ def save_backbones(model, folder: str | os.PathLike, loaded: Backbones | None = 
 def _save_backbone(description: dict[str, Any], model, folder: str | os.PathLike) -> dict[str, Any]:
     name = description["name"]
     try:
-        place = find_backbone(description, model.config.name_or_path or None, model.backbone_sources, model.hub_kwargs)
+        place = find_backbone(description, origin_of(model), model.backbone_sources, model.hub_kwargs)
         if place is None or ("id" in description and not _is_small_and_cached(*place)):
             return description
         path_or_id, kwargs = place
@@ -187,8 +197,8 @@ def save_processor(model, folder: str | os.PathLike) -> None:
     processor = _saved_processor(folder, model.config, {})
     if processor is not None:
         return
-    if model.config.name_or_path:
-        processor = _saved_processor(model.config.name_or_path, model.config, model.hub_kwargs)
+    if (origin := origin_of(model)) is not None:
+        processor = _saved_processor(origin, model.config, model.hub_kwargs)
     if processor is None:
         config = model.config
         sizes = [entry["feature_size"] for entry in config.backbones or [] if "feature_size" in entry]
