@@ -114,6 +114,14 @@ def find_backbone(
     )
 
 
+def check_backbones(config: PreTrainedConfig, checkpoint: str | os.PathLike) -> None:
+    """Raise OSError or ValueError unless a checkpoint has all backbones that should be in it, with their weights."""
+    for description in config.backbones or []:
+        if "folder" in description:
+            path_or_id, kwargs = find_backbone(description, checkpoint, {}, {})  # type: ignore[misc]  # not None
+            load_backbone(path_or_id, **kwargs)
+
+
 def folder_of_backbone(description: Mapping[str, Any], checkpoint: str | os.PathLike) -> str:
     """Return the local folder of a loaded backbone, or its Hub id if it is not in the checkpoint."""
     place = find_backbone(description, checkpoint, {}, {})
@@ -218,5 +226,21 @@ def _saved_processor(
         processor = DiffusionVMRProcessor.from_pretrained(path_or_id, **hub_kwargs)
     except (OSError, ValueError):
         return None
+    return processor if _fits(processor, config) else None
+
+
+def check_processor(processor: DiffusionVMRProcessor, config: PreTrainedConfig, name: str) -> None:
+    """
+    Raise ValueError unless a processor fits a model. The message begins with `name`.
+
+    Where a checkpoint has no processor, `transformers` makes one with the default sizes.
+    """
+    if not _fits(processor, config):
+        raise ValueError(
+            f"{name}: the model and processor_config.json have different feature sizes, or there is no such file"
+        )
+
+
+def _fits(processor: DiffusionVMRProcessor, config: PreTrainedConfig) -> bool:
     found = (sum(processor.video_feature_sizes), processor.text_feature_size)
-    return processor if found == (config.video_feature_size, config.text_feature_size) else None
+    return found == (config.video_feature_size, config.text_feature_size)
