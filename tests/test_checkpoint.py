@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -242,6 +243,20 @@ def test_saving_into_the_same_folder(saved, videos, tmp_path):
     assert pipeline(TASK, model=str(tmp_path / "copy"))(str(videos / "v0.mp4"), QUERY) == before
 
 
+def test_folder_that_is_gone_is_not_read_as_a_hub_id(saved, clip, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    put_on_hub(clip, tmp_path / "cache", "runs/mine", "clip")
+    shutil.copytree(saved, "runs/mine")
+    hub = {"cache_dir": str(tmp_path / "cache"), "local_files_only": True}
+    model = DiffusionVMRForMomentRetrieval.from_pretrained("runs/mine", **hub)
+    shutil.rmtree("runs")
+    with pytest.warns(UserWarning, match="saved without backbone `clip`"):
+        model.save_pretrained("again")
+    assert not os.path.exists("again/clip")
+    with pytest.raises(OSError, match="lacks backbone `clip`"):
+        VideoMomentRetrievalPipeline(model=model, processor=DiffusionVMRProcessor.from_pretrained(saved))
+
+
 def test_commands_from_videos_to_a_checkpoint(data, videos, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(data / "tiny", "tiny")
@@ -325,6 +340,21 @@ def test_processor_of_a_model_saved_alone(tiny_config, saved, tmp_path):
     model.save_pretrained(tmp_path / "new")
     processor = DiffusionVMRProcessor.from_pretrained(tmp_path / "new")
     assert processor.video_feature_sizes == [7, 5] and (processor.text_feature_size, processor.max_clips) == (8, 20)
+
+
+def test_missing_processor(saved, videos, data, tmp_path, capsys):
+    shutil.copytree(saved, tmp_path / "copy")
+    (tmp_path / "copy" / "processor_config.json").unlink()
+    message = f"{tmp_path / 'copy'}: the model and processor_config.json have different feature sizes, or there is no"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pipeline(TASK, model=str(tmp_path / "copy"))
+    features = ["--video_features", str(data / "clips"), "--text_features", str(data / "texts")]
+    for command in (
+        ["retrieve", str(videos / "v0.mp4"), QUERY],
+        ["evaluate", "--annotations", str(data / "rows.jsonl"), *features, "--output_dir", str(tmp_path / "out")],
+    ):
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            main([*command, "--model", str(tmp_path / "copy")])
 
 
 # Incomplete weights

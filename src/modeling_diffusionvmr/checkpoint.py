@@ -71,6 +71,16 @@ def load_backbones(
     return Backbones(config.backbones, models).to(device, dtype)
 
 
+def origin_of(model) -> str | None:
+    """
+    Return the folder or Hub id that a model was loaded from, or `None` if there is none. A folder that is gone since
+    must not be taken for a Hub id: `runs/1` could be a repository of somebody else.
+    """
+    name = model.config.name_or_path
+    is_on_hub = model.hub_id is not None or getattr(model.config, "_commit_hash", None) is not None
+    return name if name and (is_on_hub or os.path.isdir(name)) else None
+
+
 def find_backbone(
     description: Mapping[str, Any],
     checkpoint: str | os.PathLike | None,
@@ -103,6 +113,14 @@ def find_backbone(
     raise FileNotFoundError(
         f"{checkpoint or 'the model'} lacks backbone `{folder}`; pass `backbones=` or save it with the model"
     )
+
+
+def check_backbones(config: PreTrainedConfig, checkpoint: str | os.PathLike) -> None:
+    """Raise OSError or ValueError unless a checkpoint has all backbones that should be in it, with their weights."""
+    for description in config.backbones or []:
+        if "folder" in description:
+            path_or_id, kwargs = find_backbone(description, checkpoint, {}, {})  # type: ignore[misc]  # not None
+            load_backbone(path_or_id, **kwargs)
 
 
 def folder_of_backbone(description: Mapping[str, Any], checkpoint: str | os.PathLike) -> str:
@@ -148,7 +166,7 @@ def save_backbones(model, folder: str | os.PathLike, loaded: Backbones | None = 
 def _save_backbone(description: dict[str, Any], model, folder: str | os.PathLike) -> dict[str, Any]:
     name = description["name"]
     try:
-        place = find_backbone(description, model.config.name_or_path or None, model.backbone_sources, model.hub_kwargs)
+        place = find_backbone(description, origin_of(model), model.backbone_sources, model.hub_kwargs)
         if place is None or ("id" in description and not _is_small_and_cached(*place)):
             return description
         path_or_id, kwargs = place
@@ -188,8 +206,8 @@ def save_processor(model, folder: str | os.PathLike) -> None:
     processor = _saved_processor(folder, model.config, {})
     if processor is not None:
         return
-    if model.config.name_or_path:
-        processor = _saved_processor(model.config.name_or_path, model.config, model.hub_kwargs)
+    if (origin := origin_of(model)) is not None:
+        processor = _saved_processor(origin, model.config, model.hub_kwargs)
     if processor is None:
         config = model.config
         sizes = [entry["feature_size"] for entry in config.backbones or [] if "feature_size" in entry]
@@ -209,5 +227,21 @@ def _saved_processor(
         processor = DiffusionVMRProcessor.from_pretrained(path_or_id, **hub_kwargs)
     except (OSError, ValueError):
         return None
+    return processor if _fits(processor, config) else None
+
+
+def check_processor(processor: DiffusionVMRProcessor, config: PreTrainedConfig, name: str) -> None:
+    """
+    Raise ValueError unless a processor fits a model. The message begins with `name`.
+
+    Where a checkpoint has no processor, `transformers` makes one with the default sizes.
+    """
+    if not _fits(processor, config):
+        raise ValueError(
+            f"{name}: the model and processor_config.json have different feature sizes, or there is no such file"
+        )
+
+
+def _fits(processor: DiffusionVMRProcessor, config: PreTrainedConfig) -> bool:
     found = (sum(processor.video_feature_sizes), processor.text_feature_size)
-    return processor if found == (config.video_feature_size, config.text_feature_size) else None
+    return found == (config.video_feature_size, config.text_feature_size)

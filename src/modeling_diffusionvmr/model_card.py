@@ -86,7 +86,8 @@ $limits
 <!-- end generated text -->
 $after
 """
-GENERATED = re.compile(r"<!-- begin generated text.*?<!-- end generated text -->", re.DOTALL)
+# The end is at the start of a line: the name of a dataset may contain the same text
+GENERATED = re.compile(r"<!-- begin generated text.*?^<!-- end generated text -->", re.DOTALL | re.MULTILINE)
 FACTS = re.compile(r"<!-- facts: (.*?) -->")
 
 VIDEO_USAGE = """\

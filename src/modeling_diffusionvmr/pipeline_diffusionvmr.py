@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import Pipeline
 
 from .backbones import Backbones
-from .checkpoint import load_backbones
+from .checkpoint import check_processor, load_backbones, origin_of
 from .checks import check_sentence, check_whole
 from .configuration_diffusionvmr import DiffusionVMRConfig
 from .diffusion import check_num_sampling_steps
@@ -52,11 +52,11 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
         model, config = self.model.eval(), self.model.config
         if config.model_type != DiffusionVMRConfig.model_type:
             raise ValueError(f"{config.name_or_path}: a model of type {config.model_type}, not DiffusionVMR")
-        check_weights(model, model.missing_weights, config.name_or_path or "the model")
+        name = config.name_or_path or "the model"
+        check_weights(model, model.missing_weights, name)
+        check_processor(self.processor, config, name)
         if backbones is None:
-            backbones = load_backbones(
-                config, config.name_or_path or None, sources=model.backbone_sources, **model.hub_kwargs
-            )
+            backbones = load_backbones(config, origin_of(model), sources=model.backbone_sources, **model.hub_kwargs)
         self.backbones = backbones.to(self.device, self.model.dtype)
 
     # Here and below, `Pipeline` uses other names for the same arguments, but always passes them by position

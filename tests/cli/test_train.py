@@ -288,6 +288,15 @@ def test_metric_that_is_not_computed(fail):
     assert "'eval_nosuch'" in fail("--metric_for_best_model", "nosuch")
 
 
+def test_nothing_to_score(fail, folder, tmp_path):
+    rows = [json.loads(line) for line in (folder / "val.jsonl").read_text().splitlines()]
+    lines = [json.dumps({**row, "relevant_windows": []}) for row in rows]
+    (tmp_path / "absent.jsonl").write_text("\n".join(lines))
+    error = fail("--eval_annotations", tmp_path / "absent.jsonl")
+    assert f"none of the {len(rows)} rows" in error and "`metric_for_best_model` (MR-full-mAP)" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_evaluation_features_of_another_size(fail, folder, tmp_path):
     error = fail("--eval_video_features", folder / "clip", folder / "slowfast")
     assert "feature sizes differ: 8 + 4 (video) and 6 (text) for training, 4 + 8 (video)" in error

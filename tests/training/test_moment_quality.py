@@ -62,6 +62,13 @@ def test_the_best_f1_is_chosen():
     assert choose_post_processing([PRESENT, ABSENT]) == {"threshold": 0.7, "nms_threshold": 0.1, "top_k": 2}
 
 
+@pytest.mark.filterwarnings("error")
+def test_nothing_is_chosen_without_a_right_moment():
+    missed = {"relevant_windows": [[50, 60]], "pred_relevant_windows": PRESENT["pred_relevant_windows"]}
+    assert choose_post_processing([missed, ABSENT]) == {}
+    assert choose_post_processing([ABSENT, ABSENT]) == {}
+
+
 def test_the_pipeline_returns_what_is_measured(tmp_path):
     retrieve, plan = pipeline(TASK, model=DEFAULT_MODEL), plan_video(30_000_000)
     write_video(plan, tmp_path / f"{plan.vid}.mp4")

@@ -303,6 +303,7 @@ def load_model(arguments: argparse.Namespace):
     """
     from transformers import AutoModel, AutoProcessor
 
+    from ..checkpoint import check_processor
     from ..weights import check_weights
 
     model = resolve_model(arguments.model)
@@ -311,4 +312,6 @@ def load_model(arguments: argparse.Namespace):
     with loading(model):
         network = AutoModel.from_pretrained(model, **options)
         check_weights(network, network.missing_weights, model)
-        return network, AutoProcessor.from_pretrained(model, **options)
+        processor = AutoProcessor.from_pretrained(model, **options)
+        check_processor(processor, network.config, model)
+        return network, processor

@@ -25,6 +25,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> None:
     """Load the checkpoint, so that only a complete one is pushed, and push it."""
     from .. import DiffusionVMRForMomentRetrieval
+    from ..checkpoint import check_backbones
     from ..configuration_diffusionvmr import HUB_ID
     from ..weights import check_weights
 
@@ -37,6 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     with loading(str(folder)):
         model = DiffusionVMRForMomentRetrieval.from_pretrained(folder)
         check_weights(model, model.missing_weights, folder)
+        check_backbones(model.config, folder)
     url = model.push_to_hub(
         arguments.repository,
         private=arguments.private or None,

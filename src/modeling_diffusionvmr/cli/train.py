@@ -85,6 +85,8 @@ def run(arguments: argparse.Namespace) -> None:
         check_model_type(arguments.model)
 
     train_rows, eval_rows = load_rows(arguments)
+    if eval_rows:
+        check_best_metric(training_arguments.metric_for_best_model, eval_rows)
     video = open_video_features(arguments.video_features)
     text = open_text_features(arguments.text_features, [*train_rows, *eval_rows])
     eval_video = open_video_features(arguments.eval_video_features) if arguments.eval_video_features else video
@@ -233,6 +235,16 @@ def load_rows(arguments: argparse.Namespace) -> tuple[list, list]:
         return train_rows, eval_rows
     print("no --eval_annotations: nothing is evaluated, and the last checkpoint is kept")
     return train_rows, []
+
+
+def check_best_metric(name: str | None, eval_rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `ValueError` if the best checkpoint is chosen by a metric, but no row to evaluate on can be scored."""
+    if name in (None, "loss", "eval_loss") or any(row.get("relevant_windows") for row in eval_rows):
+        return
+    raise ValueError(
+        f"none of the {len(eval_rows)} rows to evaluate on has windows in `relevant_windows`, which "
+        f"`metric_for_best_model` ({name}) needs"
+    )
 
 
 def name_data(arguments: argparse.Namespace, train_dataset, eval_dataset) -> None:

@@ -78,16 +78,20 @@ def _percent(part: int, whole: int) -> float | str:
 
 
 def choose_post_processing(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the `threshold`, `nms_threshold` and `top_k` with the best F1 over all rows. Ties go to smaller values."""
+    """
+    Return the `threshold`, `nms_threshold` and `top_k` with the best F1 over all rows. Ties go to smaller values.
+
+    Return nothing if no moment is right: all values would be equally bad.
+    """
     true = sum(len(row["relevant_windows"]) for row in rows)
     best: dict[str, Any] = {}
-    best_f1 = -1.0
+    best_f1 = 0.0
     for nms_threshold in NMS_THRESHOLDS:
         moments = [(rank, *moment) for row in rows for rank, moment in enumerate(match_moments(row, nms_threshold))]
         ranks, scores, right = np.array(moments).T
         for top_k, threshold in itertools.product(TOP_K, THRESHOLDS):
             shown = (ranks < top_k) & (scores >= threshold)
-            f1 = 2 * right[shown].sum() / (shown.sum() + true)
+            f1 = 2 * right[shown].sum() / max(shown.sum() + true, 1)
             if f1 > best_f1:
                 best_f1 = f1
                 best = {"threshold": threshold, "nms_threshold": nms_threshold, "top_k": top_k}
@@ -102,7 +106,8 @@ def choose_on_dataset(
     a validation dataset: half of them with their own video, half with another one, where they should give nothing.
 
     Returns:
-        The values, or nothing if there are fewer than `MIN_SENTENCES` labeled sentences or only one video.
+        The values, or nothing if there are fewer than `MIN_SENTENCES` labeled sentences, only one video, or no moment
+        that is right.
     """
     rows = [] if dataset is None else [row for row in dataset.rows if "relevant_windows" in row]
     absent = with_other_videos(rows)
