@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 
 from modeling_diffusionvmr import DEFAULT_MODEL
 from modeling_diffusionvmr.cli import COMMANDS, main
-from modeling_diffusionvmr.cli.options import check_checkpoint, check_output, load_model, resolve_model, run_safely
+from modeling_diffusionvmr.cli.errors import run_safely
+from modeling_diffusionvmr.cli.options import check_checkpoint, check_output, load_model, resolve_model
 
 CONSOLE = "import sys; from diffusionvmr_command import main"  # as the console script that pip installs
 ROW = '{"qid": 1, "query": "a dog", "vid": "v", "duration": 10}\n'

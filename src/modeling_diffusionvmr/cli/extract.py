@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..messages import listed
+from .errors import loading
 from .options import (
     DTYPES,
     CommandParser,
@@ -15,7 +16,6 @@ from .options import (
     check_model_type,
     check_output,
     choose_device,
-    loading,
     resolve_model,
 )
 

@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .options import CommandParser, check_model_type, loading
+from .errors import loading
+from .options import CommandParser, check_model_type
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from .errors import loading
 from .options import (
     CommandParser,
     add_model_arguments,
@@ -12,7 +13,6 @@ from .options import (
     check_output,
     check_retrieval_arguments,
     load_model,
-    loading,
 )
 
 NUM_FRAMES = 12  # number of frames below the timeline

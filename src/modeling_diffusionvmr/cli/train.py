@@ -20,7 +20,8 @@ from ..processing_diffusionvmr import DiffusionVMRProcessor
 from ..training.arguments import DiffusionVMRTrainingArguments
 from ..training.presets import SECTIONS
 from ..weights import check_weights
-from .options import add_data_arguments, check_model_type, check_output, clip_seconds_of, loading, resolve_model
+from .errors import loading
+from .options import add_data_arguments, check_model_type, check_output, clip_seconds_of, resolve_model
 from .settings import SettingsParser
 
 USAGE = """diffusionvmr train [--preset NAME] --output_dir DIR --annotations PATH --video_features PATH [PATH ...]

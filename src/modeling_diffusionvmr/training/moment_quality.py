@@ -42,10 +42,11 @@ def match_moments(row: Mapping[str, Any], nms_threshold: float | None) -> list[t
     matched = []
     for score, overlaps in zip(kept[:, 2].tolist(), ious.tolist()):
         best = max(free, key=overlaps.__getitem__, default=None)
-        right = best is not None and overlaps[best] >= MIN_IOU
-        if right:
+        if best is not None and overlaps[best] >= MIN_IOU:
             free.remove(best)
-        matched.append((score, right))
+            matched.append((score, True))
+        else:
+            matched.append((score, False))
     return matched
 
 
