@@ -80,12 +80,12 @@ def test_wrong_arguments_are_one_line_and_status_2(capsys, argv, message):
 
 
 def test_console_script(tmp_path):
-    """It parses first, then executes the package and runs the command, with worker processes. An error is one line."""
+    """It parses first, then executes the package and runs the command. An error is one line."""
     (tmp_path / "rows.jsonl").write_text(ROW)
     code = (
         CONSOLE
         + """
-sys.argv[1:] = "simulate --annotations rows.jsonl --output_dir out --size 8 --workers 2".split()
+sys.argv[1:] = "simulate --annotations rows.jsonl --output_dir out --size 8".split()
 main()
 print(file=sys.stderr)
 sys.argv[1:] = "simulate --annotations absent.jsonl --output_dir absent".split()
@@ -243,7 +243,7 @@ def test_interrupt(monkeypatch, capsys, command, stage):
 
 
 def test_interrupt_from_the_terminal(tmp_path):
-    """Ctrl-C goes to the command and its workers, of which only the command speaks."""
+    """Ctrl-C goes to the console script and its workers, which have written a file. Only the script speaks."""
     rows = [{**json.loads(ROW), "qid": qid, "vid": f"v{qid}"} for qid in range(5_000)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     arguments = "simulate --annotations rows.jsonl --output_dir out --workers 2".split()
