@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -302,6 +303,18 @@ def test_backbone_that_has_disappeared_does_not_cost_the_weights(tiny_config, da
         model.save_pretrained(tmp_path / "alone")
     with pytest.raises(OSError, match="alone lacks backbone `clip`; pass `backbones=`"):
         pipeline(TASK, model=str(tmp_path / "alone"))
+
+
+def test_backbone_that_cannot_be_written(saved, tmp_path, monkeypatch):
+    """That is an error like that of any other file: a warning would pass for a complete checkpoint."""
+
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model = DiffusionVMRForMomentRetrieval.from_pretrained(saved)
+    monkeypatch.setattr(ClipBackbone, "save_pretrained", fail)
+    with pytest.raises(OSError, match="No space left on device"):
+        model.save_pretrained(tmp_path)
 
 
 def test_size_decides_what_is_copied(tiny_config, clip, tmp_path, monkeypatch):

@@ -172,11 +172,13 @@ def _save_backbone(description: dict[str, Any], model, folder: str | os.PathLike
         size = _size_of_folder(path_or_id)
         if size >= MAX_COPIED_BYTES:
             warnings.warn(f"backbone `{name}` is copied into the checkpoint: {size / 1e6:,.0f} MB", stacklevel=4)
-        if os.path.realpath(path_or_id) != os.path.realpath(os.path.join(folder, name)):
-            load_backbone(path_or_id, **kwargs).save_pretrained(os.path.join(folder, name))
+        if os.path.realpath(path_or_id) == os.path.realpath(os.path.join(folder, name)):
+            return in_folder(description)
+        backbone = load_backbone(path_or_id, **kwargs)
     except (OSError, ValueError) as error:  # a backbone that has disappeared must not cost the weights of a training
         warnings.warn(f"saved without backbone `{name}`: {' '.join(str(error).split())}", stacklevel=4)
         return description
+    backbone.save_pretrained(os.path.join(folder, name))
     return in_folder(description)
 
 
