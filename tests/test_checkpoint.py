@@ -24,7 +24,7 @@ from modeling_diffusionvmr import (
     checkpoint,
     open_features,
 )
-from modeling_diffusionvmr.backbones import Backbones, load_backbone
+from modeling_diffusionvmr.backbones import Backbones, ClipBackbone, load_backbone
 from modeling_diffusionvmr.checkpoint import load_backbones
 from modeling_diffusionvmr.cli import main
 from modeling_diffusionvmr.data.extraction import extract_sentences, extract_videos
@@ -303,6 +303,16 @@ def test_backbone_that_has_disappeared_does_not_cost_the_weights(tiny_config, da
         model.save_pretrained(tmp_path / "alone")
     with pytest.raises(OSError, match="alone lacks backbone `clip`; pass `backbones=`"):
         pipeline(TASK, model=str(tmp_path / "alone"))
+
+
+def test_damaged_backbone_does_not_cost_the_weights(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "copy")
+    weights = tmp_path / "copy" / "clip" / "model.safetensors"
+    model = DiffusionVMRForMomentRetrieval.from_pretrained(tmp_path / "copy")
+    os.truncate(weights, weights.stat().st_size // 2)
+    with pytest.warns(UserWarning, match="saved without backbone `clip`"):
+        model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").is_file()
 
 
 def test_backbone_that_cannot_be_written(saved, tmp_path, monkeypatch):

@@ -175,7 +175,8 @@ def _save_backbone(description: dict[str, Any], model, folder: str | os.PathLike
         if os.path.realpath(path_or_id) == os.path.realpath(os.path.join(folder, name)):
             return in_folder(description)
         backbone = load_backbone(path_or_id, **kwargs)
-    except (OSError, ValueError) as error:  # a backbone that has disappeared must not cost the weights of a training
+    # A backbone that has disappeared or is damaged, whatever that raises, must not cost the weights of a training
+    except Exception as error:
         warnings.warn(f"saved without backbone `{name}`: {' '.join(str(error).split())}", stacklevel=4)
         return description
     backbone.save_pretrained(os.path.join(folder, name))
