@@ -89,6 +89,17 @@ def test_backbones_that_cannot_be_run_are_named(clip, tmp_path):
         load_backbones(SimpleNamespace(backbones=None), tmp_path)
 
 
+def test_backbone_on_the_hub_that_cannot_be_loaded(tmp_path):
+    clip, kwargs = description(id="someone/clip"), {"cache_dir": str(tmp_path), "local_files_only": True}
+    with pytest.raises(OSError, match=r"^backbone `clip` could not be loaded from someone/clip \(.*\)$"):
+        load_backbones(SimpleNamespace(backbones=[clip]), None, **kwargs)
+    # Nobody asks the Hub for it where another backbone cannot be run anyway
+    slowfast = {"name": "slowfast", "feature_size": 2304, "clip_seconds": 2.0}
+    for backbones in ([slowfast, clip], [clip, slowfast]):
+        with pytest.raises(ValueError, match=r"cannot be run: slowfast \(features only\); pass"):
+            load_backbones(SimpleNamespace(backbones=backbones), None, **kwargs)
+
+
 @pytest.mark.parametrize("place", ["nothing", "another folder", None])
 def test_missing_folder_is_named(place, tmp_path):
     folder = None if place is None else tmp_path
