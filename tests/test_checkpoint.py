@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from modeling_diffusionvmr import (
     checkpoint,
     open_features,
 )
-from modeling_diffusionvmr.backbones import Backbones, load_backbone
+from modeling_diffusionvmr.backbones import Backbones, ClipBackbone, load_backbone
 from modeling_diffusionvmr.checkpoint import load_backbones
 from modeling_diffusionvmr.cli import main
 from modeling_diffusionvmr.data.extraction import extract_sentences, extract_videos
@@ -86,6 +87,17 @@ def test_backbones_that_cannot_be_run_are_named(clip, tmp_path):
         load_backbones(SimpleNamespace(backbones=backbones), tmp_path)
     with pytest.raises(ValueError, match="has no `backbones`"):
         load_backbones(SimpleNamespace(backbones=None), tmp_path)
+
+
+def test_backbone_on_the_hub_that_cannot_be_loaded(tmp_path):
+    clip, kwargs = description(id="someone/clip"), {"cache_dir": str(tmp_path), "local_files_only": True}
+    with pytest.raises(OSError, match=r"^backbone `clip` could not be loaded from someone/clip \(.*\)$"):
+        load_backbones(SimpleNamespace(backbones=[clip]), None, **kwargs)
+    # Nobody asks the Hub for it where another backbone cannot be run anyway
+    slowfast = {"name": "slowfast", "feature_size": 2304, "clip_seconds": 2.0}
+    for backbones in ([slowfast, clip], [clip, slowfast]):
+        with pytest.raises(ValueError, match=r"cannot be run: slowfast \(features only\); pass"):
+            load_backbones(SimpleNamespace(backbones=backbones), None, **kwargs)
 
 
 @pytest.mark.parametrize("place", ["nothing", "another folder", None])
@@ -297,6 +309,28 @@ def test_backbone_that_has_disappeared_does_not_cost_the_weights(tiny_config, da
         model.save_pretrained(tmp_path / "alone")
     with pytest.raises(OSError, match="alone lacks backbone `clip`; pass `backbones=`"):
         pipeline(TASK, model=str(tmp_path / "alone"))
+
+
+def test_damaged_backbone_does_not_cost_the_weights(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "copy")
+    weights = tmp_path / "copy" / "clip" / "model.safetensors"
+    model = DiffusionVMRForMomentRetrieval.from_pretrained(tmp_path / "copy")
+    os.truncate(weights, weights.stat().st_size // 2)
+    with pytest.warns(UserWarning, match="saved without backbone `clip`"):
+        model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").is_file()
+
+
+def test_backbone_that_cannot_be_written(saved, tmp_path, monkeypatch):
+    """That is an error like that of any other file: a warning would pass for a complete checkpoint."""
+
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model = DiffusionVMRForMomentRetrieval.from_pretrained(saved)
+    monkeypatch.setattr(ClipBackbone, "save_pretrained", fail)
+    with pytest.raises(OSError, match="No space left on device"):
+        model.save_pretrained(tmp_path)
 
 
 def test_size_decides_what_is_copied(tiny_config, clip, tmp_path, monkeypatch):

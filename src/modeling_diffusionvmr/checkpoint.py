@@ -54,12 +54,15 @@ def load_backbones(
     if not config.backbones:
         raise ValueError("the config has no `backbones`: the model takes features, not videos and sentences")
     places, cannot_run = [], []
-    for description in config.backbones:
-        place = find_backbone(description, checkpoint, sources or {}, hub_kwargs)
+    found = [(entry, find_backbone(entry, checkpoint, sources or {}, hub_kwargs)) for entry in config.backbones]
+    all_can_run = all(place is not None for _, place in found)
+    for description, place in found:
+        if "id" in description and not all_can_run:
+            continue  # do not ask the Hub for something that cannot be used
         model_type = "features only"
         if place is not None:
             path_or_id, kwargs = place
-            model_type = str(PreTrainedConfig.get_config_dict(path_or_id, **kwargs)[0].get("model_type"))
+            model_type = _model_type(description["name"], path_or_id, kwargs)
             places.append((model_type, path_or_id, kwargs))
         if model_type not in BACKBONE_CLASSES:
             cannot_run.append(f"{description['name']} ({model_type})")
@@ -79,6 +82,14 @@ def origin_of(model) -> str | None:
     name = model.config.name_or_path
     is_on_hub = model.hub_id is not None or getattr(model.config, "_commit_hash", None) is not None
     return name if name and (is_on_hub or os.path.isdir(name)) else None
+
+
+def _model_type(name: str, path_or_id: str | os.PathLike, kwargs: Mapping[str, Any]) -> str:
+    try:
+        return str(PreTrainedConfig.get_config_dict(path_or_id, **kwargs)[0].get("model_type"))
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise OSError(f"backbone `{name}` could not be loaded from {path_or_id} ({reason})") from error
 
 
 def find_backbone(
@@ -173,11 +184,14 @@ def _save_backbone(description: dict[str, Any], model, folder: str | os.PathLike
         size = _size_of_folder(path_or_id)
         if size >= MAX_COPIED_BYTES:
             warnings.warn(f"backbone `{name}` is copied into the checkpoint: {size / 1e6:,.0f} MB", stacklevel=4)
-        if os.path.realpath(path_or_id) != os.path.realpath(os.path.join(folder, name)):
-            load_backbone(path_or_id, **kwargs).save_pretrained(os.path.join(folder, name))
-    except (OSError, ValueError) as error:  # a backbone that has disappeared must not cost the weights of a training
+        if os.path.realpath(path_or_id) == os.path.realpath(os.path.join(folder, name)):
+            return in_folder(description)
+        backbone = load_backbone(path_or_id, **kwargs)
+    # A backbone that has disappeared or is damaged, whatever that raises, must not cost the weights of a training
+    except Exception as error:
         warnings.warn(f"saved without backbone `{name}`: {one_line(error)}", stacklevel=4)
         return description
+    backbone.save_pretrained(os.path.join(folder, name))
     return in_folder(description)
 
 
