@@ -88,8 +88,7 @@ def _model_type(name: str, path_or_id: str | os.PathLike, kwargs: Mapping[str, A
     try:
         return str(PreTrainedConfig.get_config_dict(path_or_id, **kwargs)[0].get("model_type"))
     except OSError as error:
-        reason = " ".join(str(error).split())
-        raise OSError(f"backbone `{name}` could not be loaded from {path_or_id} ({reason})") from error
+        raise OSError(f"backbone `{name}` could not be loaded from {path_or_id} ({one_line(error)})") from error
 
 
 def find_backbone(
