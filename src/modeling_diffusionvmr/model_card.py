@@ -222,6 +222,7 @@ def make_card(
 
 def parse_card(text: str) -> Card:
     """Return the parts of a card. Raise ValueError if its metadata is not a YAML mapping."""
+    text = text.removeprefix("\ufeff")  # some editors on Windows write it at the start of a file
     if not text.strip():
         return Card()
     metadata = {}

@@ -52,8 +52,9 @@ def describe_backbones(
         known_entry = known_video[index] if known_video else {}
         seconds = getattr(store, "clip_seconds", None) or clip_seconds or known_entry.get("clip_seconds")
         sizes = {"feature_size": size} | ({} if seconds is None else {"clip_seconds": seconds})
-        parts.append((_recorded(store) or _place(known_entry) or _unknown(store), sizes))
-    if (recorded := _recorded(text_features)) is None and known_text:
+        parts.append((_recorded(store, known_entry) or _place(known_entry) or _unknown(store), sizes))
+    recorded = _recorded(text_features, known_text[0] if len(known_text) == 1 else {})
+    if recorded is None and known_text:
         parts += [(_place(entry), {"text_feature_size": entry["text_feature_size"]}) for entry in known_text]
     else:
         parts.append((recorded or _unknown(text_features), {"text_feature_size": text_size}))
@@ -72,8 +73,11 @@ def _place(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key not in SIZES}
 
 
-def _recorded(store: Mapping) -> dict[str, Any] | None:
-    """Return where the backbone is that computed some features, if they record it. A local folder is a `source`."""
+def _recorded(store: Mapping, known: Mapping[str, Any]) -> dict[str, Any] | None:
+    """
+    Return where the backbone is that computed some features, if they record it. A local folder is a `source`. If it is
+    gone, as where features were copied from another machine, it may be the known one: that of the same name.
+    """
     if (backbone := getattr(store, "backbone", None)) is None:
         return None
     backbone = absolute(backbone)
@@ -82,11 +86,10 @@ def _recorded(store: Mapping) -> dict[str, Any] | None:
         return {"name": name, "source": backbone}
     if HUB_ID.fullmatch(backbone):
         return {"name": name, "id": backbone}
-    warnings.warn(
-        f"{name_of(store)}: computed by {backbone}, which is not here, so the model will not run on videos",
-        stacklevel=4,
-    )
-    return {"name": name}
+    is_known = name == known.get("name") and bool({"folder", "id"} & known.keys())
+    result = f"assuming backbone `{name}` of the model or preset" if is_known else "so the model will not run on videos"
+    warnings.warn(f"{name_of(store)}: computed by {backbone}, which is not here, {result}", stacklevel=4)
+    return _place(known) if is_known else {"name": name}
 
 
 def _unknown(store: Mapping) -> dict[str, Any]:
