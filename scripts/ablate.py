@@ -45,7 +45,8 @@ from ablation import (
 )
 from modeling_diffusionvmr import MomentRetrievalDataset, predict_moments
 from modeling_diffusionvmr.cli import train
-from modeling_diffusionvmr.cli.options import check_device, clip_seconds_of, run_safely
+from modeling_diffusionvmr.cli.errors import run_safely
+from modeling_diffusionvmr.cli.options import check_device, clip_seconds_of
 from modeling_diffusionvmr.data.features import open_text_features, open_video_features
 from modeling_diffusionvmr.data.files import save_json
 from modeling_diffusionvmr.plotting import (

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from modeling_diffusionvmr.data.files import atomic_write
+from modeling_diffusionvmr.processing_diffusionvmr import POST_PROCESSING
 from modeling_diffusionvmr.spans import iou_and_generalized_iou, keep_inside, window_to_span
 from modeling_diffusionvmr.training.collator import DiffusionVMRDataCollator
 from modeling_diffusionvmr.training.dataset import MomentRetrievalDataset
@@ -106,7 +107,7 @@ def evaluate_model(
 
 def post_processing(processor) -> dict[str, Any]:
     """Return how a processor selects moments. It is a setting of an experiment, which applies to its evaluation too."""
-    return {name: getattr(processor, name) for name in ("threshold", "top_k", "nms_threshold", "round_to")}
+    return {name: getattr(processor, name) for name in POST_PROCESSING}
 
 
 def selection(predictions: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -36,7 +36,8 @@ from modeling_diffusionvmr import (
     loss_diffusionvmr,
 )
 from modeling_diffusionvmr.checks import check_positive
-from modeling_diffusionvmr.cli.options import CommandParser, check_device, run_safely
+from modeling_diffusionvmr.cli.errors import run_safely
+from modeling_diffusionvmr.cli.options import CommandParser, check_device
 from modeling_diffusionvmr.cli.settings import SettingsParser
 from modeling_diffusionvmr.data.annotations import SALIENCY_CLIP_SECONDS, load_annotations
 from modeling_diffusionvmr.data.files import load_jsonl, save_json

@@ -11,7 +11,8 @@ from pathlib import Path
 from transformers import pipeline
 
 from modeling_diffusionvmr import DEFAULT_MODEL
-from modeling_diffusionvmr.cli.options import CommandParser, run_safely
+from modeling_diffusionvmr.cli.errors import run_safely
+from modeling_diffusionvmr.cli.options import CommandParser
 from modeling_diffusionvmr.plotting import plot_refinement, plot_timeline, save_figure
 from modeling_diffusionvmr.synthetic.rendered_world import Query, VideoPlan, plan_video, write_video
 from modeling_diffusionvmr.video import open_video

@@ -32,7 +32,8 @@ from modeling_diffusionvmr import (
     load_annotations,
     open_features,
 )
-from modeling_diffusionvmr.cli.options import CommandParser, run_safely
+from modeling_diffusionvmr.cli.errors import run_safely
+from modeling_diffusionvmr.cli.options import CommandParser
 from modeling_diffusionvmr.data.annotations import SALIENCY_CLIP_SECONDS
 from modeling_diffusionvmr.synthetic.simulated_features import SimulatedFeatures
 from modeling_diffusionvmr.synthetic.simulated_folder import write_simulated_features

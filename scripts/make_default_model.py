@@ -33,7 +33,8 @@ from modeling_diffusionvmr import (
     open_features,
 )
 from modeling_diffusionvmr.backbones import Backbones, ClipBackbone
-from modeling_diffusionvmr.cli.options import CommandParser, run_safely
+from modeling_diffusionvmr.cli.errors import run_safely
+from modeling_diffusionvmr.cli.options import CommandParser
 from modeling_diffusionvmr.data.extraction import extract_sentence, extract_video
 from modeling_diffusionvmr.data.files import load_jsonl, save_json, save_jsonl
 from modeling_diffusionvmr.modeling_diffusionvmr import TASK
@@ -44,7 +45,7 @@ from modeling_diffusionvmr.synthetic.rendered_world import (
     plan_video,
     write_video,
 )
-from modeling_diffusionvmr.training.moment_quality import choose, measure
+from modeling_diffusionvmr.training.moment_quality import choose_post_processing, measure_moments
 from modeling_diffusionvmr.training.prediction import EVERY_PROPOSAL, every_proposal
 from rendered_clip import measure_clip, train_rendered_clip
 
@@ -304,7 +305,7 @@ def make_proposals(model: Path, folder: Path) -> None:
 def choose_defaults(proposals: Path, model: Path) -> None:
     """Choose which moments a checkpoint returns by default, from what `make_proposals` saved, and write it there."""
     rows = load_jsonl(proposals / "proposals.jsonl")
-    defaults = choose(rows)
+    defaults = choose_post_processing(rows)
     path = model / "processor_config.json"
     save_json({**json.loads(path.read_text(encoding="utf-8")), **defaults}, path)
     print(f"\nchosen on the validation sentences of {2 * OTHER_VIDEOS} videos: {json.dumps(defaults)}")
@@ -316,13 +317,13 @@ def moment_figures(rows: Sequence[dict], defaults: dict[str, Any]) -> dict[str, 
     present = [row for row in rows if row["relevant_windows"]]
     absent = [row for row in rows if not row["relevant_windows"]]
     return {
-        "present": measure(present, **defaults),
-        "absent, similar to the video": measure([row for row in absent if row["similar"]], **defaults),
-        "absent, no word in common": measure([row for row in absent if not row["similar"]], **defaults),
-        "absent": measure(absent, **defaults),
-        "present and absent": measure(rows, **defaults),
-        "present, every proposal": measure(present, **EVERY_PROPOSAL),
-        "present and absent, every proposal": measure(rows, **EVERY_PROPOSAL),
+        "present": measure_moments(present, **defaults),
+        "absent, similar to the video": measure_moments([row for row in absent if row["similar"]], **defaults),
+        "absent, no word in common": measure_moments([row for row in absent if not row["similar"]], **defaults),
+        "absent": measure_moments(absent, **defaults),
+        "present and absent": measure_moments(rows, **defaults),
+        "present, every proposal": measure_moments(present, **EVERY_PROPOSAL),
+        "present and absent, every proposal": measure_moments(rows, **EVERY_PROPOSAL),
     }
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from modeling_diffusionvmr.cli import main as diffusionvmr
-from modeling_diffusionvmr.cli.options import CommandParser, run_safely
+from modeling_diffusionvmr.cli.errors import run_safely
+from modeling_diffusionvmr.cli.options import CommandParser
 from modeling_diffusionvmr.data.files import load_jsonl, save_json, save_jsonl
 from modeling_diffusionvmr.synthetic.rendered_world import annotation_rows, plan_video, write_video
 

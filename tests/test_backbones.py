@@ -5,36 +5,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import BertConfig, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import BertConfig
 
 from modeling_diffusionvmr.backbones import Backbones, ClipBackbone, load_backbone
-
-WORDS = ["a", "red", "dog", "runs", "fast"]
-
-
-def tiny_clip(seed=0, projection_dim=12) -> ClipBackbone:
-    """A random CLIP whose vocabulary has five words and their letters."""
-    letters = sorted(set("".join(WORDS)))
-    vocab = ["<|startoftext|>", "<|endoftext|>"] + letters + [letter + "</w>" for letter in letters]
-    merges = []
-    for word in WORDS:
-        pieces = [*word[:-1], word[-1] + "</w>"]
-        while len(pieces) > 1:
-            merges.append((pieces[0], pieces[1]))
-            pieces = [pieces[0] + pieces[1], *pieces[2:]]
-            vocab.append(pieces[0])
-    vocab = {token: index for index, token in enumerate(dict.fromkeys(vocab))}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=list(dict.fromkeys(merges)), model_max_length=10)
-    torch.manual_seed(seed)
-    layers = {"intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    config = CLIPConfig(
-        text_config={"vocab_size": len(vocab), "hidden_size": 8, "max_position_embeddings": 10, **layers, **special},
-        vision_config={"hidden_size": 16, "image_size": 16, "patch_size": 8, **layers},
-        projection_dim=projection_dim,
-    )
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    return ClipBackbone(CLIPModel(config), processor, tokenizer)
+from small_checkpoint import description, put_on_hub, tiny_clip
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +19,6 @@ def clip() -> ClipBackbone:
 @pytest.fixture(scope="module")
 def frames() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (7, 24, 40, 3), dtype=np.uint8)
-
-
-def description(**changes) -> dict:
-    place = {} if "id" in changes else {"folder": "clip"}
-    return {"name": "clip", **place, "feature_size": 12, "text_feature_size": 8, "clip_seconds": 2.0, **changes}
 
 
 @pytest.mark.parametrize("height", [24, 3])  # three rows are not three color channels
@@ -189,14 +158,6 @@ def test_invalid_descriptions(clip):
         Backbones([description(feature_size=512)], [clip])
     with pytest.raises(ValueError, match=r"same `clip_seconds`, got \[1.0, 2.0\]"):
         Backbones([description(), description(name="slow", clip_seconds=1.0)], [clip, clip])
-
-
-def put_on_hub(clip, cache, name, subfolder=""):
-    """Save a backbone as a Hub repository in the cache, where refs/main names the snapshot."""
-    repository, commit = cache / f"models--{name.replace('/', '--')}", "0" * 40
-    clip.save_pretrained(repository / "snapshots" / commit / subfolder)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
 
 
 def test_one_backbone_alone(clip, frames, tmp_path):

@@ -1,5 +1,7 @@
+import errno
 import json
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -22,12 +24,12 @@ from modeling_diffusionvmr import (
     checkpoint,
     open_features,
 )
-from modeling_diffusionvmr.backbones import Backbones, load_backbone
+from modeling_diffusionvmr.backbones import Backbones, ClipBackbone, load_backbone
 from modeling_diffusionvmr.checkpoint import load_backbones
 from modeling_diffusionvmr.cli import main
 from modeling_diffusionvmr.data.extraction import extract_sentences, extract_videos
 from modeling_diffusionvmr.data.files import save_jsonl
-from test_backbones import description, put_on_hub, tiny_clip
+from small_checkpoint import description, put_on_hub, save_checkpoint, tiny_clip
 from test_video import write_video
 
 TASK = "video-moment-retrieval"
@@ -85,6 +87,17 @@ def test_backbones_that_cannot_be_run_are_named(clip, tmp_path):
         load_backbones(SimpleNamespace(backbones=backbones), tmp_path)
     with pytest.raises(ValueError, match="has no `backbones`"):
         load_backbones(SimpleNamespace(backbones=None), tmp_path)
+
+
+def test_backbone_on_the_hub_that_cannot_be_loaded(tmp_path):
+    clip, kwargs = description(id="someone/clip"), {"cache_dir": str(tmp_path), "local_files_only": True}
+    with pytest.raises(OSError, match=r"^backbone `clip` could not be loaded from someone/clip \(.*\)$"):
+        load_backbones(SimpleNamespace(backbones=[clip]), None, **kwargs)
+    # Nobody asks the Hub for it where another backbone cannot be run anyway
+    slowfast = {"name": "slowfast", "feature_size": 2304, "clip_seconds": 2.0}
+    for backbones in ([slowfast, clip], [clip, slowfast]):
+        with pytest.raises(ValueError, match=r"cannot be run: slowfast \(features only\); pass"):
+            load_backbones(SimpleNamespace(backbones=backbones), None, **kwargs)
 
 
 @pytest.mark.parametrize("place", ["nothing", "another folder", None])
@@ -181,14 +194,10 @@ def data(videos, clip, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def saved(tiny_config, clip, tmp_path_factory) -> Path:
+def saved(tiny_config, tmp_path_factory) -> Path:
     """A checkpoint with everything, as the pipeline saves it."""
     folder = tmp_path_factory.mktemp("saved")
-    torch.manual_seed(0)
-    backbones = Backbones([description(id="some/hub-id")], [clip])
-    model = DiffusionVMRForMomentRetrieval(tiny_config(backbones=backbones.descriptions))
-    processor = DiffusionVMRProcessor([12], 8, max_clips=20, max_tokens=8, top_k=3)
-    VideoMomentRetrievalPipeline(model=model, processor=processor, backbones=backbones).save_pretrained(folder)
+    save_checkpoint(folder, tiny_config, top_k=3)
     return folder
 
 
@@ -246,6 +255,20 @@ def test_saving_into_the_same_folder(saved, videos, tmp_path):
     assert pipeline(TASK, model=str(tmp_path / "copy"))(str(videos / "v0.mp4"), QUERY) == before
 
 
+def test_folder_that_is_gone_is_not_read_as_a_hub_id(saved, clip, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    put_on_hub(clip, tmp_path / "cache", "runs/mine", "clip")
+    shutil.copytree(saved, "runs/mine")
+    hub = {"cache_dir": str(tmp_path / "cache"), "local_files_only": True}
+    model = DiffusionVMRForMomentRetrieval.from_pretrained("runs/mine", **hub)
+    shutil.rmtree("runs")
+    with pytest.warns(UserWarning, match="saved without backbone `clip`"):
+        model.save_pretrained("again")
+    assert not os.path.exists("again/clip")
+    with pytest.raises(OSError, match="lacks backbone `clip`"):
+        VideoMomentRetrievalPipeline(model=model, processor=DiffusionVMRProcessor.from_pretrained(saved))
+
+
 def test_commands_from_videos_to_a_checkpoint(data, videos, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(data / "tiny", "tiny")
@@ -271,7 +294,6 @@ def test_commands_from_videos_to_a_checkpoint(data, videos, tmp_path, capsys, mo
 
 def test_backbone_that_has_disappeared_does_not_cost_the_weights(tiny_config, data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
-    metadata = tmp_path / "data" / "clips" / "features.json"
     for name in ("clips", "texts"):
         metadata = tmp_path / "data" / name / "features.json"
         metadata.write_text(json.dumps({**json.loads(metadata.read_text()), "backbone": str(tmp_path / "gone")}))
@@ -287,6 +309,28 @@ def test_backbone_that_has_disappeared_does_not_cost_the_weights(tiny_config, da
         model.save_pretrained(tmp_path / "alone")
     with pytest.raises(OSError, match="alone lacks backbone `clip`; pass `backbones=`"):
         pipeline(TASK, model=str(tmp_path / "alone"))
+
+
+def test_damaged_backbone_does_not_cost_the_weights(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "copy")
+    weights = tmp_path / "copy" / "clip" / "model.safetensors"
+    model = DiffusionVMRForMomentRetrieval.from_pretrained(tmp_path / "copy")
+    os.truncate(weights, weights.stat().st_size // 2)
+    with pytest.warns(UserWarning, match="saved without backbone `clip`"):
+        model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").is_file()
+
+
+def test_backbone_that_cannot_be_written(saved, tmp_path, monkeypatch):
+    """That is an error like that of any other file: a warning would pass for a complete checkpoint."""
+
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model = DiffusionVMRForMomentRetrieval.from_pretrained(saved)
+    monkeypatch.setattr(ClipBackbone, "save_pretrained", fail)
+    with pytest.raises(OSError, match="No space left on device"):
+        model.save_pretrained(tmp_path)
 
 
 def test_size_decides_what_is_copied(tiny_config, clip, tmp_path, monkeypatch):
@@ -330,6 +374,21 @@ def test_processor_of_a_model_saved_alone(tiny_config, saved, tmp_path):
     model.save_pretrained(tmp_path / "new")
     processor = DiffusionVMRProcessor.from_pretrained(tmp_path / "new")
     assert processor.video_feature_sizes == [7, 5] and (processor.text_feature_size, processor.max_clips) == (8, 20)
+
+
+def test_missing_processor(saved, videos, data, tmp_path, capsys):
+    shutil.copytree(saved, tmp_path / "copy")
+    (tmp_path / "copy" / "processor_config.json").unlink()
+    message = f"{tmp_path / 'copy'}: the model and processor_config.json have different feature sizes, or there is no"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pipeline(TASK, model=str(tmp_path / "copy"))
+    features = ["--video_features", str(data / "clips"), "--text_features", str(data / "texts")]
+    for command in (
+        ["retrieve", str(videos / "v0.mp4"), QUERY],
+        ["evaluate", "--annotations", str(data / "rows.jsonl"), *features, "--output_dir", str(tmp_path / "out")],
+    ):
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            main([*command, "--model", str(tmp_path / "copy")])
 
 
 # Incomplete weights

@@ -7,7 +7,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from modeling_diffusionvmr import DiffusionVMRConfig, DiffusionVMRForMomentRetrieval
-from modeling_diffusionvmr.cli.options import run_safely
+from modeling_diffusionvmr.cli.errors import run_safely
 
 # The paper's QVHighlights setting, and Moment-DETR's where the paper gives no value. The RoI fields are our own.
 DEFAULTS = {

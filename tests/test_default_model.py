@@ -1,5 +1,6 @@
 """The embedded checkpoint: the claims of docs/explanation/embedded_model.md, on a small sample."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,13 @@ from modeling_diffusionvmr import (
     evaluate_predictions,
 )
 from modeling_diffusionvmr.modeling_diffusionvmr import TASK
-from modeling_diffusionvmr.synthetic.rendered_world import absent_queries, annotation_rows, plan_video, write_video
+from modeling_diffusionvmr.synthetic.rendered_world import (
+    VideoPlan,
+    absent_queries,
+    annotation_rows,
+    plan_video,
+    write_video,
+)
 from modeling_diffusionvmr.training.prediction import every_proposal
 
 FIRST_SEED = 55_000_000  # used neither in training nor for the published figures
@@ -32,6 +39,21 @@ def retrieve_all():
     retrieve = pipeline(TASK, model=DEFAULT_MODEL)
     retrieve.processor = every_proposal(retrieve.processor)
     return retrieve
+
+
+@pytest.fixture(scope="module")
+def make_videos(tmp_path_factory):
+    """Return a function that renders videos, once. It returns the plan and the file of each."""
+
+    @cache
+    def make(unseen_pairs: bool) -> list[tuple[VideoPlan, Path]]:
+        folder = tmp_path_factory.mktemp("videos")
+        plans = [plan_video(seed, unseen_pairs) for seed in range(FIRST_SEED, FIRST_SEED + NUM_VIDEOS)]
+        for plan in plans:
+            write_video(plan, folder / f"{plan.vid}.mp4")
+        return [(plan, folder / f"{plan.vid}.mp4") for plan in plans]
+
+    return make
 
 
 def test_size():
@@ -56,12 +78,9 @@ def test_auto_classes():
 
 
 @pytest.mark.parametrize("unseen_pairs", [False, True])
-def test_it_retrieves(retrieve_all, tmp_path, unseen_pairs):
+def test_it_retrieves(retrieve_all, make_videos, unseen_pairs):
     rows, predictions = [], []
-    for seed in range(FIRST_SEED, FIRST_SEED + NUM_VIDEOS):
-        plan = plan_video(seed, unseen_pairs=unseen_pairs)
-        path = tmp_path / f"{plan.vid}.mp4"
-        write_video(plan, path)
+    for plan, path in make_videos(unseen_pairs):
         of_video = annotation_rows(plan)
         for row, moments in zip(of_video, retrieve_all(path, [row["query"] for row in of_video])):
             windows = [[moment["start"], moment["end"], moment["score"]] for moment in moments]
@@ -71,13 +90,10 @@ def test_it_retrieves(retrieve_all, tmp_path, unseen_pairs):
     assert evaluate_predictions(predictions, rows)["brief"]["MR-full-R1@0.5"] >= 65
 
 
-def test_moments_by_default(retrieve, tmp_path):
+def test_moments_by_default(retrieve, make_videos):
     """A few distinct moments for a sentence, and seldom one for a sentence that is not in the video."""
     present, absent = [], []
-    for seed in range(FIRST_SEED, FIRST_SEED + NUM_VIDEOS):
-        plan = plan_video(seed)
-        path = tmp_path / f"{plan.vid}.mp4"
-        write_video(plan, path)
+    for seed, (plan, path) in enumerate(make_videos(False), FIRST_SEED):
         queries = [*plan.queries, *absent_queries(plan, seed, similar=True)]
         found = retrieve(path, [query.text for query in queries])
         present += found[: len(plan.queries)]
@@ -87,11 +103,10 @@ def test_moments_by_default(retrieve, tmp_path):
     assert sum(map(bool, absent)) < 0.45 * len(absent)
 
 
-def test_saliency_ranks_the_clips(retrieve, tmp_path):
-    plan = plan_video(FIRST_SEED)
-    write_video(plan, tmp_path / "video.mp4")
+def test_saliency_ranks_the_clips(retrieve, make_videos):
+    plan, path = make_videos(False)[0]
     query = plan.queries[0]
-    result = retrieve(tmp_path / "video.mp4", query.text, return_saliency=True)
+    result = retrieve(path, query.text, return_saliency=True)
     centers = (torch.arange(len(result["saliency"])) + 0.5) * result["clip_seconds"]
     inside = torch.zeros(len(centers), dtype=torch.bool)
     for start, end in query.windows:
@@ -100,10 +115,9 @@ def test_saliency_ranks_the_clips(retrieve, tmp_path):
     assert (scores[inside][:, None] > scores[~inside]).float().mean() > 0.8
 
 
-def test_more_proposals_and_steps(retrieve_all, tmp_path):
-    plan = plan_video(FIRST_SEED)
-    write_video(plan, tmp_path / "video.mp4")
+def test_more_proposals_and_steps(retrieve_all, make_videos):
+    plan, path = make_videos(False)[0]
     query = plan.queries[0].text
-    few = retrieve_all(tmp_path / "video.mp4", query, num_proposals=3)
-    many = retrieve_all(tmp_path / "video.mp4", query, num_proposals=50, num_sampling_steps=4)
+    few = retrieve_all(path, query, num_proposals=3)
+    many = retrieve_all(path, query, num_proposals=50, num_sampling_steps=4)
     assert len(few) == 3 and len(many) == 50

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling_diffusionvmr.cli.options import TRAIN_MODULES
+from modeling_diffusionvmr.cli.errors import TRAIN_MODULES
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "modeling_diffusionvmr"

@@ -18,15 +18,13 @@ import torch
 from huggingface_hub import ModelCard
 
 from hub_server import TOKENS, running_hub
-from modeling_diffusionvmr import DiffusionVMRForMomentRetrieval, DiffusionVMRProcessor, VideoMomentRetrievalPipeline
-from modeling_diffusionvmr.backbones import Backbones
-from test_backbones import description, tiny_clip
+from modeling_diffusionvmr import DiffusionVMRForMomentRetrieval, DiffusionVMRProcessor
+from small_checkpoint import description, save_checkpoint
 from test_pipeline import QUERIES, TASK, WITHOUT_PACKAGE
 from test_video import write_video
 
 TOKEN = next(token for token, user in TOKENS.items() if user == "user")
 PUSHED = ["user/model", "user/saved", "user/pipeline", "user/command", "user/private"]
-PROCESSOR = {"threshold": 0.1, "top_k": 2, "max_clips": 20, "max_tokens": 8}
 HAND_WRITTEN = {"local": "Trained for my own holiday videos.", "remote": "Ask me before you use it."}
 
 
@@ -34,12 +32,7 @@ HAND_WRITTEN = {"local": "Trained for my own holiday videos.", "remote": "Ask me
 def work(tmp_path_factory, tiny_config) -> Path:
     """A folder with a checkpoint and a video."""
     folder = tmp_path_factory.mktemp("work")
-    torch.manual_seed(0)
-    backbones = Backbones([description()], [tiny_clip()])
-    model = DiffusionVMRForMomentRetrieval(tiny_config(backbones=backbones.descriptions))
-    processor = DiffusionVMRProcessor([12], 8, **PROCESSOR)
-    pipe = VideoMomentRetrievalPipeline(model=model, processor=processor, backbones=backbones)
-    pipe.save_pretrained(folder / "checkpoint")
+    save_checkpoint(folder / "checkpoint", tiny_config, threshold=0.1, top_k=2)
     write_video(folder / "video.mp4", np.arange(60) / 10)
     return folder
 
@@ -172,7 +165,7 @@ def push_a_training() -> list:
 
     model = DiffusionVMRForMomentRetrieval.from_pretrained("user/model")
     dataset = make_dataset(model.config)
-    dataset.processor = DiffusionVMRProcessor([12], 8, **PROCESSOR)
+    dataset.processor = DiffusionVMRProcessor.from_pretrained("checkpoint")
     options = {"max_steps": 2, "save_steps": 1, "report_to": "none", "use_cpu": True, "per_device_train_batch_size": 4}
     hub = {"push_to_hub": True, "hub_model_id": "user/trained", "hub_strategy": "checkpoint", "hub_token": TOKEN}
     arguments = DiffusionVMRTrainingArguments("output", **options, **hub, hub_always_push=True)

@@ -144,6 +144,21 @@ def test_text_and_metadata_of_the_user_are_kept(model, saved):
         assert (saved / "README.md").read_text() == text
 
 
+def test_a_card_that_was_saved_on_windows(model, saved):
+    text = (saved / "README.md").read_text()
+    (saved / "README.md").write_bytes(("\ufeff" + text.replace("\n", "\r\n")).encode())
+    model.save_pretrained(saved)
+    assert (saved / "README.md").read_text() == text
+
+
+def test_name_that_looks_like_a_mark(model, tmp_path):
+    model.card_facts = {**FACTS, "train_data": {"name": "<!-- end generated text -->"}}
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == text
+
+
 def test_a_card_without_marks_is_all_of_the_user(model, tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# My model\n\nIt is mine.\n")
     model.save_pretrained(tmp_path)

@@ -1,4 +1,5 @@
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -51,6 +52,17 @@ def test_core_imports_only_itself(core):
         # The package itself is not part of a checkpoint either
         imported = modules_imported_by(PACKAGE / f"{name}.py")
         assert {module.split(".")[0] for module in imported} <= core, name
+
+
+def test_core_files_import_only_from_those_above_them(core):
+    """In the table of docs/explanation/architecture.md, which lists all of them."""
+    text = (PACKAGE.parents[1] / "docs" / "explanation" / "architecture.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `(\w+)\.py` \|", text.partition("**Folders")[0], re.MULTILINE)
+    assert set(table) == core and len(table) == len(core)
+    for index, name in enumerate(table):
+        imported = {module.split(".")[0] for module in modules_imported_by(PACKAGE / f"{name}.py")} - {""}
+        below = imported - set(table[:index])
+        assert below == ({"pipeline_diffusionvmr"} if name == "modeling_diffusionvmr" else set()), name
 
 
 def test_folders_import_in_one_direction():

@@ -18,12 +18,10 @@ from transformers.pipelines.pt_utils import KeyDataset
 from modeling_diffusionvmr import (
     DiffusionVMRForMomentRetrieval,
     DiffusionVMRProcessor,
-    VideoMomentRetrievalPipeline,
     pipeline_diffusionvmr,
 )
-from modeling_diffusionvmr.backbones import Backbones
 from modeling_diffusionvmr.video import Video
-from test_backbones import description, tiny_clip
+from small_checkpoint import description, save_checkpoint
 from test_video import picture, write_video
 
 TASK = "video-moment-retrieval"
@@ -35,12 +33,7 @@ SECONDS, RATE = 14.6, 10  # seven clips of 2 s
 def checkpoint(tiny_config, tmp_path_factory) -> Path:
     """A folder with a random model, its processor and its backbone."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    torch.manual_seed(0)
-    backbones = Backbones([description(id="some/hub-id")], [tiny_clip()])
-    model = DiffusionVMRForMomentRetrieval(tiny_config(backbones=backbones.descriptions))
-    processor = DiffusionVMRProcessor([12], 8, max_clips=20, max_tokens=8)
-    VideoMomentRetrievalPipeline(model=model, processor=processor, backbones=backbones).save_pretrained(folder)
-    assert model.config.backbones == backbones.descriptions  # saving leaves the model as it was
+    save_checkpoint(folder, tiny_config)
     return folder
 
 

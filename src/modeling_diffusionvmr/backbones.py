@@ -11,6 +11,7 @@ import torch
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, PreTrainedConfig
 
 from .checks import check_sentence
+from .messages import one_line
 from .weights import check_weight_index, check_weights, missing_weights
 
 NUM_SPECIAL_TOKENS = 3  # all that `CLIPTokenizer` has, without an error, where its files are missing
@@ -148,9 +149,8 @@ def load_backbone(
         if model_type in BACKBONE_CLASSES:
             return BACKBONE_CLASSES[model_type].from_pretrained(path_or_id, **hub_kwargs).to(device, dtype)
     except OSError as error:
-        reason = " ".join(str(error).split())
         raise OSError(
-            f"{path_or_id}: not a checkpoint folder, and it could not be loaded from the Hub ({reason})"
+            f"{path_or_id}: not a checkpoint folder, and it could not be loaded from the Hub ({one_line(error)})"
         ) from error
     supported = ", ".join(BACKBONE_CLASSES)
     raise ValueError(f"{path_or_id}: model type {model_type} is not supported as a backbone (supported: {supported})")

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from .backbones import BACKBONE_CLASSES, Backbones, in_folder, load_backbone
+from .messages import one_line
 from .processing_diffusionvmr import DiffusionVMRProcessor
 from .weights import check_weight_index
 
@@ -53,12 +54,15 @@ def load_backbones(
     if not config.backbones:
         raise ValueError("the config has no `backbones`: the model takes features, not videos and sentences")
     places, cannot_run = [], []
-    for description in config.backbones:
-        place = find_backbone(description, checkpoint, sources or {}, hub_kwargs)
+    found = [(entry, find_backbone(entry, checkpoint, sources or {}, hub_kwargs)) for entry in config.backbones]
+    all_can_run = all(place is not None for _, place in found)
+    for description, place in found:
+        if "id" in description and not all_can_run:
+            continue  # do not ask the Hub for something that cannot be used
         model_type = "features only"
         if place is not None:
             path_or_id, kwargs = place
-            model_type = str(PreTrainedConfig.get_config_dict(path_or_id, **kwargs)[0].get("model_type"))
+            model_type = _model_type(description["name"], path_or_id, kwargs)
             places.append((model_type, path_or_id, kwargs))
         if model_type not in BACKBONE_CLASSES:
             cannot_run.append(f"{description['name']} ({model_type})")
@@ -68,6 +72,23 @@ def load_backbones(
         )
     models = [BACKBONE_CLASSES[model_type].from_pretrained(where, **kwargs) for model_type, where, kwargs in places]
     return Backbones(config.backbones, models).to(device, dtype)
+
+
+def origin_of(model) -> str | None:
+    """
+    Return the folder or Hub id that a model was loaded from, or `None` if there is none. A folder that is gone since
+    must not be taken for a Hub id: `runs/1` could be a repository of somebody else.
+    """
+    name = model.config.name_or_path
+    is_on_hub = model.hub_id is not None or getattr(model.config, "_commit_hash", None) is not None
+    return name if name and (is_on_hub or os.path.isdir(name)) else None
+
+
+def _model_type(name: str, path_or_id: str | os.PathLike, kwargs: Mapping[str, Any]) -> str:
+    try:
+        return str(PreTrainedConfig.get_config_dict(path_or_id, **kwargs)[0].get("model_type"))
+    except OSError as error:
+        raise OSError(f"backbone `{name}` could not be loaded from {path_or_id} ({one_line(error)})") from error
 
 
 def find_backbone(
@@ -102,6 +123,14 @@ def find_backbone(
     raise FileNotFoundError(
         f"{checkpoint or 'the model'} lacks backbone `{folder}`; pass `backbones=` or save it with the model"
     )
+
+
+def check_backbones(config: PreTrainedConfig, checkpoint: str | os.PathLike) -> None:
+    """Raise OSError or ValueError unless a checkpoint has all backbones that should be in it, with their weights."""
+    for description in config.backbones or []:
+        if "folder" in description:
+            path_or_id, kwargs = find_backbone(description, checkpoint, {}, {})  # type: ignore[misc]  # not None
+            load_backbone(path_or_id, **kwargs)
 
 
 def folder_of_backbone(description: Mapping[str, Any], checkpoint: str | os.PathLike) -> str:
@@ -147,18 +176,21 @@ def save_backbones(model, folder: str | os.PathLike, loaded: Backbones | None = 
 def _save_backbone(description: dict[str, Any], model, folder: str | os.PathLike) -> dict[str, Any]:
     name = description["name"]
     try:
-        place = find_backbone(description, model.config.name_or_path or None, model.backbone_sources, model.hub_kwargs)
+        place = find_backbone(description, origin_of(model), model.backbone_sources, model.hub_kwargs)
         if place is None or ("id" in description and not _is_small_and_cached(*place)):
             return description
         path_or_id, kwargs = place
         size = _size_of_folder(path_or_id)
         if size >= MAX_COPIED_BYTES:
             warnings.warn(f"backbone `{name}` is copied into the checkpoint: {size / 1e6:,.0f} MB", stacklevel=4)
-        if os.path.realpath(path_or_id) != os.path.realpath(os.path.join(folder, name)):
-            load_backbone(path_or_id, **kwargs).save_pretrained(os.path.join(folder, name))
-    except (OSError, ValueError) as error:  # a backbone that has disappeared must not cost the weights of a training
-        warnings.warn(f"saved without backbone `{name}`: {' '.join(str(error).split())}", stacklevel=4)
+        if os.path.realpath(path_or_id) == os.path.realpath(os.path.join(folder, name)):
+            return in_folder(description)
+        backbone = load_backbone(path_or_id, **kwargs)
+    # A backbone that has disappeared or is damaged, whatever that raises, must not cost the weights of a training
+    except Exception as error:
+        warnings.warn(f"saved without backbone `{name}`: {one_line(error)}", stacklevel=4)
         return description
+    backbone.save_pretrained(os.path.join(folder, name))
     return in_folder(description)
 
 
@@ -187,8 +219,8 @@ def save_processor(model, folder: str | os.PathLike) -> None:
     processor = _saved_processor(folder, model.config, {})
     if processor is not None:
         return
-    if model.config.name_or_path:
-        processor = _saved_processor(model.config.name_or_path, model.config, model.hub_kwargs)
+    if (origin := origin_of(model)) is not None:
+        processor = _saved_processor(origin, model.config, model.hub_kwargs)
     if processor is None:
         config = model.config
         sizes = [entry["feature_size"] for entry in config.backbones or [] if "feature_size" in entry]
@@ -208,5 +240,21 @@ def _saved_processor(
         processor = DiffusionVMRProcessor.from_pretrained(path_or_id, **hub_kwargs)
     except (OSError, ValueError):
         return None
+    return processor if _fits(processor, config) else None
+
+
+def check_processor(processor: DiffusionVMRProcessor, config: PreTrainedConfig, name: str) -> None:
+    """
+    Raise ValueError unless a processor fits a model. The message begins with `name`.
+
+    Where a checkpoint has no processor, `transformers` makes one with the default sizes.
+    """
+    if not _fits(processor, config):
+        raise ValueError(
+            f"{name}: the model and processor_config.json have different feature sizes, or there is no such file"
+        )
+
+
+def _fits(processor: DiffusionVMRProcessor, config: PreTrainedConfig) -> bool:
     found = (sum(processor.video_feature_sizes), processor.text_feature_size)
-    return processor if found == (config.video_feature_size, config.text_feature_size) else None
+    return found == (config.video_feature_size, config.text_feature_size)

@@ -13,6 +13,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener, url2pathn
 from tqdm.auto import tqdm
 
 from .checks import check_whole
+from .messages import one_line
 
 MAX_DOWNLOAD_BYTES = 2**30
 CHUNK_BYTES = 2**20
@@ -119,19 +120,19 @@ def _open(url: str) -> http.client.HTTPResponse:
         return build_opener(_RedirectHandler).open(request, timeout=TIMEOUT)
     except HTTPError as error:
         with error:
-            raise OSError(f"{url}: the server answered {error.code} ({_one_line(error.reason)})") from error
+            raise OSError(f"{url}: the server answered {error.code} ({one_line(error.reason)})") from error
     except (ValueError, http.client.InvalidURL) as error:
-        raise ValueError(f"{url}: not a valid URL ({_one_line(error)})") from error
+        raise ValueError(f"{url}: not a valid URL ({one_line(error)})") from error
     except (OSError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, URLError) else error
-        raise OSError(f"{url}: cannot be reached ({_one_line(reason)})") from error
+        raise OSError(f"{url}: cannot be reached ({one_line(reason)})") from error
 
 
 def _read(response: http.client.HTTPResponse, url: str, received: int) -> bytes:
     try:
         return response.read(CHUNK_BYTES)
     except (OSError, http.client.HTTPException) as error:
-        raise OSError(f"{url}: the download was cut off at {received} bytes ({_one_line(error)})") from error
+        raise OSError(f"{url}: the download was cut off at {received} bytes ({one_line(error)})") from error
 
 
 def _write(file: IO[bytes], chunk: bytes, url: str) -> None:
@@ -140,8 +141,4 @@ def _write(file: IO[bytes], chunk: bytes, url: str) -> None:
         file.flush()
     except OSError as error:
         folder = tempfile.gettempdir()
-        raise OSError(f"{url}: cannot be saved in {folder} ({_one_line(error.strerror)})") from error
-
-
-def _one_line(reason: Any) -> str:
-    return " ".join(str(reason).split())
+        raise OSError(f"{url}: cannot be saved in {folder} ({one_line(error.strerror)})") from error

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError
@@ -27,10 +28,10 @@ class PushToHub:
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """As in `transformers`. With `push_to_hub`, also upload the folder, see `upload` for the arguments."""
-        options = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
+        options = take_push_options(kwargs, save_directory)
         saved = super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
         if push_to_hub:
-            upload(save_directory, **{"repo_id": Path(save_directory).name, **options})
+            upload(save_directory, **options)
         return saved
 
     def push_to_hub(
@@ -65,6 +66,12 @@ class PushToHub:
                 create_pr=create_pr,
                 tags=tags or (),
             )
+
+
+def take_push_options(save_options: dict[str, Any], folder: str | os.PathLike) -> dict[str, Any]:
+    """Remove the arguments of `upload` from those of `save_pretrained`, and return them. `repo_id` has a default."""
+    options = {name: save_options.pop(name) for name in PUSH_ARGUMENTS if name in save_options}
+    return {"repo_id": Path(folder).name, **options}
 
 
 def upload(

@@ -34,6 +34,8 @@ from huggingface_hub import CardData
 from huggingface_hub.repocard import RepoCard
 from transformers.utils import cached_file
 
+from .messages import one_line
+
 CARD_NAME = "README.md"
 PLACEHOLDER = "FOLDER_OR_ID"  # stands for the model in the usage example until it is pushed
 SIMULATED = "simulated features, made from the annotations without any video"
@@ -84,7 +86,8 @@ $limits
 <!-- end generated text -->
 $after
 """
-GENERATED = re.compile(r"<!-- begin generated text.*?<!-- end generated text -->", re.DOTALL)
+# The end is at the start of a line: the name of a dataset may contain the same text
+GENERATED = re.compile(r"<!-- begin generated text.*?^<!-- end generated text -->", re.DOTALL | re.MULTILINE)
 FACTS = re.compile(r"<!-- facts: (.*?) -->")
 
 VIDEO_USAGE = """\
@@ -219,6 +222,7 @@ def make_card(
 
 def parse_card(text: str) -> Card:
     """Return the parts of a card. Raise ValueError if its metadata is not a YAML mapping."""
+    text = text.removeprefix("\ufeff")  # some editors on Windows write it at the start of a file
     if not text.strip():
         return Card()
     metadata = {}
@@ -226,7 +230,7 @@ def parse_card(text: str) -> Card:
         try:
             card = RepoCard(text)
         except Exception as error:  # `yaml` raises its own types
-            raise ValueError(f"the metadata of the card cannot be read ({' '.join(str(error).split())})") from error
+            raise ValueError(f"the metadata of the card cannot be read ({one_line(error)})") from error
         metadata, text = card.data.to_dict(), card.text
     found = GENERATED.search(text)
     if found is None:
@@ -248,6 +252,7 @@ def _parse_facts(generated_text: str) -> dict[str, dict[str, Any]]:
     try:
         record = json.loads(found[1]) if found else {}
         record = {name: dict(record.get(name, {})) for name in ("facts", "metadata")}
+        # Facts are usable if all that is written from them can be written
         for section in (_training, _results, lambda facts: _limits({}, facts), lambda facts: _metadata(facts, "", ())):
             section(record["facts"])
         return record

@@ -9,7 +9,6 @@ import math
 import os
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from .checkpoint import HUB_ARGUMENTS, save_backbones, save_processor
 from .checks import check_whole
 from .configuration_diffusionvmr import DiffusionVMRConfig
 from .diffusion import DiffusionSchedule, check_num_sampling_steps, sampling_timesteps, signal_to_spans, spans_to_signal
-from .hub import PUSH_ARGUMENTS, PushToHub, upload
+from .hub import PushToHub, take_push_options, upload
 from .loss_diffusionvmr import Targets, diffusionvmr_loss
 from .model_card import write_model_card
 from .spans import keep_inside, refine, roi_align
@@ -579,11 +578,12 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         As in `transformers`. Also remember which weights were missing, and how to load the backbones from the same
         place.
         """
-        if pretrained_model_name_or_path is not None and os.path.isdir(pretrained_model_name_or_path):
+        is_folder = os.path.isdir(pretrained_model_name_or_path or "")
+        if is_folder:
             check_weight_index(pretrained_model_name_or_path)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model.missing_weights = missing_weights(info)
-        if pretrained_model_name_or_path is not None and not os.path.isdir(pretrained_model_name_or_path):
+        if pretrained_model_name_or_path is not None and not is_folder:
             model.hub_id = str(pretrained_model_name_or_path)
         model.hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         if (commit := getattr(model.config, "_commit_hash", None)) is not None:
@@ -604,7 +604,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
             backbones: loaded backbones to save. Default: those of the configuration, except larger ones on the Hub.
             kwargs: as in `transformers`.
         """
-        push_options = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
+        push_options = take_push_options(kwargs, save_directory)
         if self._auto_class is not None:
             # `transformers` follows relative imports, so this import adds the pipeline's files to the checkpoint
             from .pipeline_diffusionvmr import VideoMomentRetrievalPipeline as pipeline_class
@@ -623,7 +623,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         if kwargs.get("is_main_process", True):
             write_model_card(self, save_directory)
             if push_to_hub:
-                upload(save_directory, **{"repo_id": Path(save_directory).name, **push_options})
+                upload(save_directory, **push_options)
 
     # Compile the modules that this function calls, but not the function: it would recompile for every shape of labels
     @partial(torch.compiler.disable, recursive=False)

@@ -11,20 +11,19 @@ from tqdm.auto import tqdm
 from transformers import Pipeline
 
 from .backbones import Backbones
-from .checkpoint import load_backbones
+from .checkpoint import check_processor, load_backbones, origin_of
 from .checks import check_sentence, check_whole
 from .configuration_diffusionvmr import DiffusionVMRConfig
 from .diffusion import check_num_sampling_steps
 from .hub import PushToHub
-from .processing_diffusionvmr import DiffusionVMRProcessor, check_post_processing
+from .processing_diffusionvmr import POST_PROCESSING, DiffusionVMRProcessor, check_post_processing
 from .video import open_video
 from .weights import check_weights
 
 # The options of a call, by the method that takes them
 PREPROCESS_OPTIONS = ("max_download_bytes", "progress")
 FORWARD_OPTIONS = ("num_proposals", "num_sampling_steps", "progress")
-PROCESSOR_OPTIONS = ("top_k", "threshold", "nms_threshold", "round_to")
-POSTPROCESS_OPTIONS = (*PROCESSOR_OPTIONS, "return_saliency")
+POSTPROCESS_OPTIONS = (*POST_PROCESSING, "return_saliency")
 
 
 class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
@@ -53,11 +52,11 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
         model, config = self.model.eval(), self.model.config
         if config.model_type != DiffusionVMRConfig.model_type:
             raise ValueError(f"{config.name_or_path}: a model of type {config.model_type}, not DiffusionVMR")
-        check_weights(model, model.missing_weights, config.name_or_path or "the model")
+        name = config.name_or_path or "the model"
+        check_weights(model, model.missing_weights, name)
+        check_processor(self.processor, config, name)
         if backbones is None:
-            backbones = load_backbones(
-                config, config.name_or_path or None, sources=model.backbone_sources, **model.hub_kwargs
-            )
+            backbones = load_backbones(config, origin_of(model), sources=model.backbone_sources, **model.hub_kwargs)
         self.backbones = backbones.to(self.device, self.model.dtype)
 
     # Here and below, `Pipeline` uses other names for the same arguments, but always passes them by position
@@ -120,7 +119,7 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
         if unknown:
             raise ValueError(f"unknown arguments {sorted(unknown)}; expected some of {[*known]}")
         check_batch_size(self._batch_size)
-        check_post_processing(**{name: kwargs[name] for name in PROCESSOR_OPTIONS if name in kwargs})
+        check_post_processing(**{name: kwargs[name] for name in POST_PROCESSING if name in kwargs})
         if kwargs.get("num_proposals") is not None:
             check_whole(kwargs["num_proposals"], "`num_proposals`", 1)
         if kwargs.get("num_sampling_steps") is not None:

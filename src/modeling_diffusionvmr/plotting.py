@@ -38,14 +38,12 @@ TOP_K = 5  # default number of windows per source
 
 def check_picture(path: str | os.PathLike, name: str) -> None:
     """
-    Raise `ValueError` unless `save_figure` can write to a path: its extension is a known format and its folder exists.
-    The message begins with `name`.
+    Raise `ValueError` unless the extension of a path is a known format and its folder exists. The message begins with
+    `name`.
     """
     formats = FigureCanvasBase.get_supported_filetypes()
     if _format(path) not in formats:
         raise ValueError(f"{name} {path}: the extension must be one of {', '.join(sorted(formats))}")
-    if Path(path).is_dir():
-        raise ValueError(f"{name} {path}: a folder, not a file")
     if not Path(path).parent.is_dir():
         raise ValueError(f"{name} {path}: there is no folder {Path(path).parent}")
 

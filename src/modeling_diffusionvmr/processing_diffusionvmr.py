@@ -19,6 +19,9 @@ from .spans import nms, span_to_window
 
 MAX_LENGTH_GAP = 2  # released features of two backbones differ by up to 2 clips for the same video
 
+POST_PROCESSING = ("threshold", "top_k", "nms_threshold", "round_to")
+"""Options of `post_process_moment_retrieval`, and fields of the processor with their default values."""
+
 TAKES_FEATURES = (
     "pass features, as processor(video_features, text_features), or search videos with "
     "pipeline('video-moment-retrieval', model=...)"

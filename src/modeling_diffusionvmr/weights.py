@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-MAX_NAMES = 5  # number of names to list in a message
+from .messages import listed
 
 
 def missing_weights(loading_info: Mapping[str, Any]) -> list[str]:
@@ -25,7 +25,7 @@ def check_weights(model: nn.Module, missing: Iterable[str], name: str | os.PathL
         missing: what `missing_weights` returns.
     """
     if missing := list(missing):
-        raise ValueError(f"{name}: weights are missing: {_listed(missing)}")
+        raise ValueError(f"{name}: weights are missing: {listed(missing, 5)}")
     # Fast path: a finite sum means that all values are finite. A sum of float16 may overflow
     broken = [
         key
@@ -33,7 +33,7 @@ def check_weights(model: nn.Module, missing: Iterable[str], name: str | os.PathL
         if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all()
     ]
     if broken:
-        raise ValueError(f"{name}: weights contain NaN or infinity: {_listed(broken)}")
+        raise ValueError(f"{name}: weights contain NaN or infinity: {listed(broken, 5)}")
 
 
 def check_weight_index(folder: str | os.PathLike) -> None:
@@ -46,8 +46,3 @@ def check_weight_index(folder: str | os.PathLike) -> None:
         for file in files:
             if not isinstance(file, str) or file in ("", ".", "..") or os.path.basename(file) != file or "\\" in file:
                 raise ValueError(f"{path}: {file!r} is not a file in the same folder")
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - MAX_NAMES
-    return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -8,6 +8,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from modeling_diffusionvmr import DiffusionVMRForMomentRetrieval
 from modeling_diffusionvmr.cli import main
+from small_checkpoint import description, tiny_clip
 
 
 def error_of(*arguments) -> str:
@@ -45,6 +46,17 @@ def test_weights_are_missing(checkpoint):
     del weights["saliency_head.weight"]
     save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
     assert error_of(checkpoint, "user/model") == f"error: {checkpoint}: weights are missing: saliency_head.weight"
+
+
+def test_backbones_are_missing(tiny_config, tmp_path):
+    """Saving only warns, so as not to lose the weights."""
+    model = DiffusionVMRForMomentRetrieval(tiny_config(backbones=[description()]))
+    with pytest.warns(UserWarning, match="saved without backbone `clip`"):
+        model.save_pretrained(tmp_path)
+    assert error_of(tmp_path, "user/model").startswith(f"error: {tmp_path} lacks backbone `clip`")
+    tiny_clip().save_pretrained(tmp_path / "clip")
+    save_file({}, tmp_path / "clip" / "model.safetensors", {"format": "pt"})
+    assert error_of(tmp_path, "user/model").startswith(f"error: {tmp_path / 'clip'}: weights are missing: ")
 
 
 def test_the_configuration_is_damaged(checkpoint):

@@ -147,6 +147,7 @@ def test_bad_arguments(video, error_of, tmp_path, arguments, message):
         (["--plot", "{tmp}/out.xyz"], "--plot {tmp}/out.xyz: the extension must be one of "),
         (["--plot", "{tmp}"], "--plot {tmp}: a folder, not a file"),
         (["--plot", ""], "--plot"),
+        (["--plot", "/proc/out.png"], "--plot /proc/out.png: cannot write to /proc"),
         (["--plot", "{tmp}/absent/out.png"], "--plot {tmp}/absent/out.png: there is no folder {tmp}/absent"),
     ],
 )

@@ -94,7 +94,7 @@ def test_workers_do_not_change_the_environment(monkeypatch):
 
 def test_workers_do_not_hear_interrupts():
     code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
-    with simulated_folder._without(signal.SIGINT):
+    with simulated_folder._blocked(signal.SIGINT):
         inside = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     outside = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     assert (inside, outside) == ("True\n", "False\n")

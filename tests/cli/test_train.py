@@ -21,6 +21,7 @@ from modeling_diffusionvmr.training.checkpoints import LOCK, lock_training, writ
 SMALL = "--d_model 32 --encoder_layers 1 --decoder_layers 1 --encoder_ffn_dim 32 --decoder_ffn_dim 32 --roi_bins 4 "
 SMALL += "--dynamic_size 4 --max_steps 4 --eval_steps 2 --save_steps 2 --logging_steps 1 --use_cpu --disable_tqdm "
 SMALL += "--per_device_train_batch_size 4 --dataloader_pin_memory false"
+ONE_STEP = "--max_steps 1 --use_cpu --disable_tqdm"  # for a checkpoint, whose sizes stay
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +41,35 @@ def folder(tmp_path_factory):
     return folder
 
 
+def run_train(data, output, *arguments, small=SMALL, evaluate=True, video=("slowfast", "clip")) -> Path:
+    """Run the command on the data of `folder` and return its output folder."""
+    command = ["--annotations", data / "train.jsonl", "--text_features", data / "text"]
+    command += ["--video_features", *(data / name for name in video), "--output_dir", output]
+    command += ["--eval_annotations", data / "val.jsonl"] if evaluate else []
+    main(["train", *map(str, command), *small.split(), *map(str, arguments)])
+    return output
+
+
 @pytest.fixture
 def train(folder, tmp_path):
-    """Run the command and return its output folder."""
+    """Run the command and return its output folder, which is in `tmp_path`."""
 
-    def run(*arguments, small=SMALL, evaluate=True, video=("slowfast", "clip"), output="out") -> Path:
-        command = ["--annotations", folder / "train.jsonl", "--text_features", folder / "text"]
-        command += ["--video_features", *(folder / name for name in video), "--output_dir", tmp_path / output]
-        command += ["--eval_annotations", folder / "val.jsonl"] if evaluate else []
-        main(["train", *map(str, command), *small.split(), *map(str, arguments)])
-        return tmp_path / output
+    def run(*arguments, output="out", **options) -> Path:
+        return run_train(folder, tmp_path / output, *arguments, **options)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory) -> Path:
+    """The output folder of a training without other flags."""
+    return run_train(folder, tmp_path_factory.mktemp("trained") / "out")
+
+
+@pytest.fixture
+def copied(trained, tmp_path) -> Path:
+    """A copy of it, where `train` and `fail` write."""
+    return shutil.copytree(trained, tmp_path / "out")
 
 
 @pytest.fixture
@@ -95,7 +113,7 @@ def test_from_nothing(train, capsys):
 
 def test_moments_for_people_are_chosen(train, monkeypatch):
     chosen = {"threshold": 0.4, "nms_threshold": 0.3, "top_k": 2}
-    monkeypatch.setattr(moment_quality, "choose", lambda rows: chosen)
+    monkeypatch.setattr(moment_quality, "choose_post_processing", lambda rows: chosen)
     processor = AutoProcessor.from_pretrained(train(output="few"))  # twelve sentences are too few
     assert (processor.threshold, processor.nms_threshold, processor.top_k) == (0.0, 0.5, 5)
     monkeypatch.setattr(moment_quality, "MIN_SENTENCES", 12)
@@ -103,18 +121,15 @@ def test_moments_for_people_are_chosen(train, monkeypatch):
     assert (processor.threshold, processor.nms_threshold, processor.top_k) == (0.4, 0.3, None)
 
 
-def test_resume_ends_with_the_same_weights(train, fail, capsys):
-    whole = load_file(train(output="whole") / "model.safetensors")
-    output = train(output="stopped")
-    for name in ("checkpoint-4", "model.safetensors"):
-        path = output / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    capsys.readouterr()
-    resumed = load_file(train("--resume", output="stopped") / "model.safetensors")
+def test_resume_ends_with_the_same_weights(trained, copied, train, fail, capsys):
+    whole = load_file(trained / "model.safetensors")
+    shutil.rmtree(copied / "checkpoint-4")
+    (copied / "model.safetensors").unlink()
+    resumed = load_file(train("--resume") / "model.safetensors")
     assert capsys.readouterr().out.count("'loss': ") == 2  # steps 3 and 4
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
-    assert "stopped: not empty; use --resume to continue the training in it" in fail(output="stopped")
-    (output.parent / "file").touch()
+    assert "out: not empty; use --resume to continue the training in it" in fail()
+    (copied.parent / "file").touch()
     assert "file is a file, not a folder" in fail(output="file")
 
 
@@ -131,27 +146,23 @@ def test_a_folder_in_which_another_training_runs(train, fail, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_resume_with_states_of_something_else(train, fail, name):
+def test_resume_with_states_of_something_else(copied, fail, name):
     """They are valid files with right digests."""
-    checkpoint = train() / "checkpoint-4"
+    checkpoint = copied / "checkpoint-4"
     torch.save({"weights": torch.zeros(3)}, checkpoint / name)
     write_manifest(checkpoint)
     assert f"checkpoint-4: cannot resume from it: {name[:9]}" in fail("--resume")
 
 
-def test_fine_tuning_on_other_features(train, capsys):
-    first = train()
-    capsys.readouterr()
-    second = train(
-        "--model", first, video=("clip",), output="second", small="--max_steps 1 --use_cpu --disable_tqdm --dropout 0"
-    )
+def test_fine_tuning_on_other_features(trained, train, capsys):
+    second = train("--model", trained, video=("clip",), small=f"{ONE_STEP} --dropout 0", evaluate=False)
     printed = capsys.readouterr().out
     assert "feature sizes 4 (video) and 6 (text) instead of 12 and 6: the input layers are newly" in printed
-    (line,) = [line for line in printed.splitlines() if line.startswith(f"newly initialized (not in {first}): ")]
+    (line,) = [line for line in printed.splitlines() if line.startswith(f"newly initialized (not in {trained}): ")]
     config = AutoModel.from_pretrained(second).config
     assert (config.video_feature_size, config.d_model, config.dropout) == (4, 32, 0)
     # Only what reads the video is new
-    old, new = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    old, new = load_file(trained / "model.safetensors"), load_file(second / "model.safetensors")
     changed = [name for name in new if new[name].shape != old[name].shape]
     assert changed and all(name in line for name in changed)
     assert len(line.split(": ")[1].split(", ")) == len(changed)
@@ -159,32 +170,32 @@ def test_fine_tuning_on_other_features(train, capsys):
 
 def test_fine_tuning_keeps_the_settings_of_the_processor(train):
     own = "--round_to 0.5 --threshold 0.1 --top_k 9 --nms_threshold 0.7 --max_clips 12 --max_tokens 4"
-    first = train(*own.split())
+    first = train(*own.split(), small=SMALL.replace("max_steps 4", "max_steps 1"), evaluate=False)
 
     def settings(output):
         processor = AutoProcessor.from_pretrained(output)
         names = "round_to threshold top_k nms_threshold max_clips max_tokens".split()
         return [getattr(processor, name) for name in names], processor.video_feature_sizes
 
-    small = "--max_steps 1 --use_cpu --disable_tqdm"
-    kept = train("--model", first, small=small, video=("clip",), output="kept")
+    one = {"small": ONE_STEP, "evaluate": False}
+    kept = train("--model", first, **one, video=("clip",), output="kept")
     assert settings(kept) == ([0.5, 0.1, 9, 0.7, 12, 4], [4])
-    flags = train("--model", first, "--top_k", "null", "--max_clips", 13, small=small, output="flags")
+    flags = train("--model", first, "--top_k", "null", "--max_clips", 13, **one, output="flags")
     assert settings(flags) == ([0.5, 0.1, None, 0.7, 13, 4], [8, 4])
     assert AutoModel.from_pretrained(flags).config.max_clips == 13
-    preset = train("--model", first, "--preset", "charades_sta", small=small, output="preset")
+    preset = train("--model", first, "--preset", "charades_sta", **one, output="preset")
     assert settings(preset) == ([None, 0.1, 9, 0.7, 12, 4], [8, 4])
     (first / "processor_config.json").unlink()
-    alone = train("--model", first, small=small, output="alone")
+    alone = train("--model", first, **one, output="alone")
     assert settings(alone) == ([None, 0.0, 5, 0.5, 12, 4], [8, 4])
 
 
-def test_fine_tuning_a_checkpoint_in_bfloat16(train):
+def test_fine_tuning_a_checkpoint_in_bfloat16(trained, train, tmp_path):
     """It is trained in float32, since a step of 1e-4 is lost in bfloat16."""
-    first = train()
-    AutoModel.from_pretrained(first, dtype=torch.bfloat16).save_pretrained(first)
+    first = tmp_path / "first"
+    AutoModel.from_pretrained(trained, dtype=torch.bfloat16).save_pretrained(first)
     assert load_file(first / "model.safetensors")["model.video_projection.2.weight"].dtype == torch.bfloat16
-    second = train("--model", first, small="--max_steps 1 --use_cpu --disable_tqdm", output="second")
+    second = train("--model", first, small=ONE_STEP, evaluate=False)
     assert {tensor.dtype for tensor in load_file(second / "model.safetensors").values()} == {torch.float32}
 
 
@@ -258,8 +269,7 @@ def test_bfloat16_without_a_gpu(fail, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_resume_with_other_settings(train, fail):
-    train()
+def test_resume_with_other_settings(copied, fail):
     error = fail("--resume", small=SMALL.replace("--d_model 32", "--d_model 64"))
     assert "out/checkpoint-4: `" in error and "resume with the same settings and features" in error
     error = fail("--resume", video=("clip",))
@@ -276,6 +286,15 @@ def test_checkpoints_that_cannot_be_loaded(fail, tmp_path):
 
 def test_metric_that_is_not_computed(fail):
     assert "'eval_nosuch'" in fail("--metric_for_best_model", "nosuch")
+
+
+def test_nothing_to_score(fail, folder, tmp_path):
+    rows = [json.loads(line) for line in (folder / "val.jsonl").read_text().splitlines()]
+    lines = [json.dumps({**row, "relevant_windows": []}) for row in rows]
+    (tmp_path / "absent.jsonl").write_text("\n".join(lines))
+    error = fail("--eval_annotations", tmp_path / "absent.jsonl")
+    assert f"none of the {len(rows)} rows" in error and "`metric_for_best_model` (MR-full-mAP)" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_evaluation_features_of_another_size(fail, folder, tmp_path):

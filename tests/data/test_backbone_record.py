@@ -99,11 +99,16 @@ def test_backbone_that_is_not_here(store):
         )
 
 
-def test_backbone_that_is_not_here_but_known(store):
-    """Features that another machine extracted with the backbone of the checkpoint to fine-tune."""
-    video = [store("v", 4, backbone="/gone/clip", clip_seconds=2.0)]
-    entry = {"name": "clip", "folder": "clip", "feature_size": 4, "text_feature_size": 3, "clip_seconds": 2.0}
-    check(video, store("t", 3, TEXT_KEY, backbone="/gone/clip"), [entry], known=[entry])
+def test_backbone_of_another_machine_may_be_that_of_the_model(store):
+    """Features are extracted on one machine and trained on with the same checkpoint on another one."""
+    known = [{"name": "clip", "folder": "clip", "feature_size": 4, "text_feature_size": 3, "clip_seconds": 2.0}]
+    gone = {"backbone": "/home/somebody/model/clip"}
+    video, text = [store("v", 4, clip_seconds=2.0, **gone)], store("t", 3, TEXT_KEY, **gone)
+    with pytest.warns(UserWarning, match="which is not here, assuming backbone `clip` of the model or preset"):
+        check(video, text, known, known=known)
+    other = [{**known[0], "name": "other"}]
+    with pytest.warns(UserWarning, match="which is not here, so the model will not run on videos"):
+        check(video, text, [{key: value for key, value in known[0].items() if key != "folder"}], known=other)
 
 
 def test_record_that_is_not_text(store):

@@ -10,7 +10,7 @@ import pytest
 
 import benchmark
 from modeling_diffusionvmr import evaluate_predictions
-from modeling_diffusionvmr.cli.options import run_safely
+from modeling_diffusionvmr.cli.errors import run_safely
 from modeling_diffusionvmr.data.annotations import check_row
 from modeling_diffusionvmr.data.files import save_jsonl
 

@@ -22,7 +22,7 @@ def test_stages_after_the_clip(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "TRAINING_STEPS", 2)
     monkeypatch.setattr(script, "OTHER_VIDEOS", 2)
     monkeypatch.setattr(script, "make_backbones", None)  # never called, since the folder of this stage exists
-    monkeypatch.setattr(script, "choose", lambda rows: chosen.append(rows) or CHOICE)
+    monkeypatch.setattr(script, "choose_post_processing", lambda rows: chosen.append(rows) or CHOICE)
     in_two_processes, rendered, chosen = script.in_two_processes, [], []
 
     def in_one_pool(function, items, description, *state):
@@ -63,7 +63,7 @@ def test_only_the_defaults_are_chosen(tmp_path, monkeypatch):
     monkeypatch.setattr(
         script, "in_two_processes", lambda call, items, _, *state: [call(item, *state) for item in items]
     )
-    monkeypatch.setattr(script, "choose", lambda rows: CHOICE)
+    monkeypatch.setattr(script, "choose_post_processing", lambda rows: CHOICE)
     monkeypatch.setattr(script, "evaluate", lambda *_: None)
     model = shutil.copytree(DEFAULT_MODEL, tmp_path / "model")
     run("--choose_defaults", "--model", model)

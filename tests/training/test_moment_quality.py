@@ -1,4 +1,4 @@
-"""Judging moments, by hand and against the pipeline."""
+"""Measuring moments, by hand and against the pipeline."""
 
 import numpy as np
 import pytest
@@ -9,6 +9,13 @@ from modeling_diffusionvmr import DEFAULT_MODEL, MomentRetrievalDataset
 from modeling_diffusionvmr.modeling_diffusionvmr import TASK
 from modeling_diffusionvmr.synthetic.rendered_world import annotation_rows, plan_video, write_video
 from modeling_diffusionvmr.training import moment_quality
+from modeling_diffusionvmr.training.moment_quality import (
+    choose_on_dataset,
+    choose_post_processing,
+    match_moments,
+    measure_moments,
+    with_other_videos,
+)
 from modeling_diffusionvmr.training.prediction import EVERY_PROPOSAL, every_proposal
 
 PRESENT = {
@@ -25,23 +32,23 @@ ALL = {"threshold": 0.0, "nms_threshold": None, "top_k": None}
 
 
 def test_matching_is_one_to_one():
-    assert moment_quality.judge(PRESENT, None) == [(0.9, True), (0.8, False), (0.7, True), (0.6, False)]
-    assert moment_quality.judge(PRESENT, 0.7) == [(0.9, True), (0.7, True), (0.6, False)]
-    assert moment_quality.judge(ABSENT, 0.7) == [(0.75, False), (0.65, False)]
-    assert moment_quality.judge({**ABSENT, "pred_relevant_windows": []}, 0.7) == []
+    assert match_moments(PRESENT, None) == [(0.9, True), (0.8, False), (0.7, True), (0.6, False)]
+    assert match_moments(PRESENT, 0.7) == [(0.9, True), (0.7, True), (0.6, False)]
+    assert match_moments(ABSENT, 0.7) == [(0.75, False), (0.65, False)]
+    assert match_moments({**ABSENT, "pred_relevant_windows": []}, 0.7) == []
 
 
 def test_a_moment_takes_the_best_free_window():
     # The first takes the window that it fits best, which leaves the other one for the second
     row = {"relevant_windows": [[0, 10], [4, 12]], "pred_relevant_windows": [[4, 12, 0.9], [1, 10, 0.8]]}
-    assert moment_quality.judge(row, None) == [(0.9, True), (0.8, True)]
+    assert match_moments(row, None) == [(0.9, True), (0.8, True)]
 
 
 def test_figures():
     columns = ("n", "moments per sentence", "precision", "recall", "F1", "no moment")
 
     def figures(rows, **changes):
-        return tuple(moment_quality.measure(rows, **{**ALL, **changes})[column] for column in columns)
+        return tuple(measure_moments(rows, **{**ALL, **changes})[column] for column in columns)
 
     assert figures([PRESENT, ABSENT]) == (2, 3.0, pytest.approx(100 / 3), 100.0, 50.0, 0.0)
     assert figures([PRESENT, ABSENT], nms_threshold=0.7, threshold=0.7) == (2, 1.5, pytest.approx(200 / 3), 100, 80, 0)
@@ -52,7 +59,14 @@ def test_figures():
 
 def test_the_best_f1_is_chosen():
     # Both right moments, without [1, 10], [26, 31] and one of the two moments of the absent sentence
-    assert moment_quality.choose([PRESENT, ABSENT]) == {"threshold": 0.7, "nms_threshold": 0.1, "top_k": 2}
+    assert choose_post_processing([PRESENT, ABSENT]) == {"threshold": 0.7, "nms_threshold": 0.1, "top_k": 2}
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_is_chosen_without_a_right_moment():
+    missed = {"relevant_windows": [[50, 60]], "pred_relevant_windows": PRESENT["pred_relevant_windows"]}
+    assert choose_post_processing([missed, ABSENT]) == {}
+    assert choose_post_processing([ABSENT, ABSENT]) == {}
 
 
 def test_the_pipeline_returns_what_is_measured(tmp_path):
@@ -66,16 +80,16 @@ def test_the_pipeline_returns_what_is_measured(tmp_path):
     defaults = {name: getattr(processor, name) for name in EVERY_PROPOSAL}
     assert {len(row["pred_relevant_windows"]) for row in every} == {20}
     assert 0 < sum(len(row["pred_relevant_windows"]) for row in by_default) < 5 * len(rows)
-    assert moment_quality.measure(by_default, **EVERY_PROPOSAL) == moment_quality.measure(every, **defaults)
+    assert measure_moments(by_default, **EVERY_PROPOSAL) == measure_moments(every, **defaults)
 
 
 def test_sentences_with_other_videos():
     rows = [{"qid": qid, "query": "a", "vid": vid, "duration": 10 + vid} for qid, vid in enumerate((3, 3, 1, 2))]
-    paired = moment_quality.with_other_videos(rows)
+    paired = with_other_videos(rows)
     found = [(row["qid"], row["vid"], row["duration"]) for row in paired]
     assert found == [(0, 1, 11), (1, 1, 11), (2, 2, 12), (3, 3, 13)]
     assert all(row["relevant_windows"] == [] for row in paired)
-    assert moment_quality.with_other_videos(rows[:2]) == []
+    assert with_other_videos(rows[:2]) == []
 
 
 def test_choice_on_validation_data(tmp_path, monkeypatch):
@@ -88,11 +102,11 @@ def test_choice_on_validation_data(tmp_path, monkeypatch):
     videos = {f"v{i}": rng.normal(size=(20, 192)) for i in range(4)}
     texts = {i: rng.normal(size=(5, 192)) for i in range(20)}
     seen = []
-    monkeypatch.setattr(moment_quality, "choose", lambda judged: seen.extend(judged) or {"threshold": 0.3})
+    monkeypatch.setattr(moment_quality, "choose_post_processing", lambda rows: seen.extend(rows) or {"threshold": 0.3})
     dataset = MomentRetrievalDataset(rows, videos, texts, processor, clip_seconds=2.0)
-    assert moment_quality.choose_for_people(model, processor, dataset) == {"threshold": 0.3}
+    assert choose_on_dataset(model, processor, dataset) == {"threshold": 0.3}
     assert len(seen) == 40 and all(len(row["pred_relevant_windows"]) == 20 for row in seen)  # every proposal
     assert [row["relevant_windows"] for row in seen] == [[[4, 16]]] * 20 + [[]] * 20
     few = MomentRetrievalDataset(rows[:19], videos, texts, processor, clip_seconds=2.0)
-    assert moment_quality.choose_for_people(model, processor, few) == {}
-    assert moment_quality.choose_for_people(model, processor, None) == {}
+    assert choose_on_dataset(model, processor, few) == {}
+    assert choose_on_dataset(model, processor, None) == {}

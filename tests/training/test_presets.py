@@ -11,6 +11,7 @@ from modeling_diffusionvmr import (
 )
 from modeling_diffusionvmr.cli.settings import NO_FLAGS, SettingsParser
 from modeling_diffusionvmr.training.presets import PRESETS, SECTIONS, load_preset
+from test_configuration import DEFAULTS
 
 # Settings for which `Trainer` has another default than the paper and Moment-DETR
 EXPLICIT = ("learning_rate", "weight_decay", "num_train_epochs", "per_device_train_batch_size", "lr_scheduler_type")
@@ -20,30 +21,7 @@ EXPLICIT += ("max_grad_norm", "warmup_steps", "optim", "adam_beta1", "adam_beta2
 # What the benchmarks' presets resolve to. They share settings with the neutral preset, which must not change them
 QVHIGHLIGHTS = {
     "config": {
-        "d_model": 512,
-        "encoder_layers": 6,
-        "decoder_layers": 6,
-        "encoder_attention_heads": 8,
-        "decoder_attention_heads": 8,
-        "encoder_ffn_dim": 2048,
-        "decoder_ffn_dim": 2048,
-        "dropout": 0.1,
-        "input_dropout": 0.5,
-        "video_feature_size": 2816,
-        "text_feature_size": 512,
-        "max_clips": 75,
-        "max_tokens": 32,
-        "num_diffusion_steps": 1000,
-        "max_training_proposals": 20,
-        "num_proposals": 20,
-        "num_sampling_steps": 1,
-        "l1_loss_coefficient": 10,
-        "iou_loss_coefficient": 2,
-        "class_loss_coefficient": 4,
-        "hinge_loss_coefficient": 1,
-        "contrastive_loss_coefficient": 1,
-        "background_coefficient": 0.1,
-        "saliency_margin": 0.2,
+        **{name: value for name, value in DEFAULTS.items() if name != "signal_scale"},
         "backbones": [
             {"name": "slowfast", "feature_size": 2304, "clip_seconds": 2.0},
             {

@@ -520,9 +520,12 @@ def test_training_in_bfloat16(make_trainer, tiny_config, tmp_path):
 
 
 def test_evaluation_in_bfloat16(make_trainer, tmp_path):
-    """With `bf16_full_eval` the model is bfloat16, and batches are converted."""
-    metrics = make_trainer(tmp_path, bf16_full_eval=True, use_cpu=True).evaluate()
+    """With `bf16_full_eval` the model is bfloat16 meanwhile, and batches are converted."""
+    trainer = make_trainer(tmp_path, bf16_full_eval=True, use_cpu=True)
+    before = small_training.weights_of(trainer.model)
+    metrics = trainer.evaluate()
     assert np.isfinite(metrics["eval_loss"]) and metrics_of(metrics)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.named_parameters())
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

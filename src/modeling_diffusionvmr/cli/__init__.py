@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
-from .options import CommandParser, ending_on_interrupt, run_safely
+from .errors import ending_on_interrupt, run_safely
+from .options import CommandParser
 
 COMMANDS = {
     "retrieve": "find the moments of a video that sentences describe",

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from .options import (
-    POST_PROCESSING,
     CommandParser,
     add_data_arguments,
     add_device_argument,
@@ -53,6 +52,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the predictions and their metrics."""
+    from ..processing_diffusionvmr import POST_PROCESSING
     from ..training.metrics import evaluate_predictions, scorable
     from ..training.prediction import every_proposal, predict_moments
 

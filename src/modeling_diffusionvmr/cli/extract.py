@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..messages import listed
+from .errors import loading
 from .options import (
     DTYPES,
     CommandParser,
@@ -14,12 +16,10 @@ from .options import (
     check_model_type,
     check_output,
     choose_device,
-    loading,
     resolve_model,
 )
 
 DEFAULT_CLIP_SECONDS = 2.0
-MAX_NAMES = 10  # number of file names to list in a message
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -101,13 +101,13 @@ def _choose_videos(arguments: argparse.Namespace, vids: Sequence[str]) -> tuple[
 
     videos, others = find_videos(arguments.videos)
     if others:
-        print(f"{arguments.videos}: ignored (not video files): {_listed(others)}", file=sys.stderr)
+        print(f"{arguments.videos}: ignored (not video files): {listed(others)}", file=sys.stderr)
     if not vids:
         return videos, {}
     missing = [vid for vid in vids if vid not in videos]
     if missing and not arguments.skip_invalid:
         raise ValueError(
-            f"{arguments.videos}: {len(missing)} of {len(vids)} annotated videos are missing: {_listed(missing)}"
+            f"{arguments.videos}: {len(missing)} of {len(vids)} annotated videos are missing: {listed(missing)}"
         )
     chosen = {vid: videos[vid] for vid in vids if vid in videos}
     return chosen, dict.fromkeys(missing, f"no such file in {arguments.videos}")
@@ -161,11 +161,6 @@ def _open_backbones(arguments: argparse.Namespace) -> tuple[float, list[_Backbon
         )
         for description, model in zip(loaded.descriptions, loaded.models)
     ]
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - MAX_NAMES
-    return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _report(what: str, number: int, skipped: Mapping[Any, str], folder: Path) -> None:

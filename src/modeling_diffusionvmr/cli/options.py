@@ -1,26 +1,15 @@
-"""Code that subcommands share: the parser, one-line errors, and options for models and data."""
+"""Flags that subcommands share, their parser, and checks of their values."""
 
 import argparse
-import errno
 import os
-import re
-import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+from .errors import loading
 
 DTYPES = ("float16", "float32")  # of written features
-TRAIN_MODULES = ("accelerate", "datasets", "evaluate", "h5py", "matplotlib", "pyarrow", "yaml")  # of the extra `train`
-DAMAGED_WEIGHTS = "weights are damaged or cut off"
 EMBEDDED = "embedded"  # as a value of --model
-POST_PROCESSING = ("threshold", "top_k", "nms_threshold", "round_to")  # the processor's choice of moments
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-# Neither safetensors nor `torch.save` raises OSError, and the latter does not say why it cannot write
-SIGNS_OF_FULL_DISK = ("(os error 28)", "(os error 122)", "PytorchStreamWriter failed", "unexpected pos")
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -34,122 +23,6 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str):
         """Print one line and exit with status 2."""
         self.exit(2, f"error: {message} (`{self.prog} --help` lists all arguments)\n")
-
-
-@contextmanager
-def ending_on_interrupt() -> Iterator[None]:
-    """End the process with one line and exit status 130 on Ctrl-C, as shells expect."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-@ending_on_interrupt()
-def run_safely(run: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
-    """
-    Run a command. Bad input ends with one line on stderr and exit status 1, and so does a full disk; warnings are
-    printed as one line. See also `ending_on_interrupt`.
-    """
-    with warnings.catch_warnings():
-        # Python's default format includes a line of code, which means nothing to the user of a command
-        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-        try:
-            run(arguments)
-        except Exception as error:
-            line = _describe(error, arguments)
-            if line is None:
-                raise
-            sys.exit(f"error: {line}")
-
-
-def _describe(error: Exception, arguments: argparse.Namespace) -> str | None:
-    """Return the line that tells the user of a command about an error, or `None` for a fault of the code."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    if _is_full_disk(error):
-        where = _output_of(arguments) or "the output"
-        return f"{where}: cannot be written, because the disk is full ({_one_line(error)})"
-    if isinstance(error, SafetensorError):
-        return f"{getattr(arguments, 'model', None)}: {DAMAGED_WEIGHTS} ({error})"
-    if isinstance(error, (ValueError, OSError, ImportError, StrictDataclassError)):
-        in_extra = isinstance(error, ModuleNotFoundError) and error.name in TRAIN_MODULES
-        hint = "; install it with: pip install 'modeling_diffusionvmr[train]'" if in_extra else ""
-        return f"{_cause(error)}{hint}"
-    if _is_out_of_memory(error):
-        return f"not enough memory; use smaller sizes or batches ({_one_line(error)})"
-    return None
-
-
-def _is_full_disk(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in FULL_DISK
-    return any(sign in str(error) for sign in SIGNS_OF_FULL_DISK)
-
-
-def _output_of(arguments: argparse.Namespace) -> Any:
-    return getattr(arguments, "output_dir", None) or getattr(arguments, "output", None)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # PyTorch has a special error type for GPUs, but only a special message for the CPU
-    return isinstance(error, MemoryError) or any(
-        sign in f"{type(error).__name__}: {error}" for sign in ("OutOfMemoryError", "DefaultCPUAllocator")
-    )
-
-
-@contextmanager
-def loading(checkpoint: str) -> Iterator[None]:
-    """Turn whatever `transformers` raises for an unusable checkpoint into a one-line `ValueError` that names it."""
-    from safetensors import SafetensorError
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # `transformers` lists missing weights in a long table. Commands refuse or print them
-    try:
-        yield
-    except ImportError:  # a package is missing, which is not the checkpoint's fault
-        raise
-    except SafetensorError as error:
-        raise ValueError(f"{checkpoint}: {DAMAGED_WEIGHTS} ({error})") from error
-    # A broken config.json causes errors of many types: TypeError, AttributeError, KeyError and more
-    except Exception as error:
-        reason = _unusable_json(checkpoint) or _cause(error)
-        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in reason:
-            reason = "the sizes in its config.json do not fit its weights"
-        if not reason.startswith(str(checkpoint)):
-            reason = f"{checkpoint}: cannot be loaded ({reason})"
-        raise ValueError(reason) from error
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def _unusable_json(checkpoint: str) -> str | None:
-    """
-    Return what is wrong with the configuration files in a checkpoint folder and in the folders of its backbones, or
-    `None`. Each must be a JSON object.
-    """
-    from ..data.files import parse_json_object
-
-    for path in sorted([*Path(checkpoint).glob("*config.json"), *Path(checkpoint).glob("*/*config.json")]):
-        try:
-            parse_json_object(path.read_bytes())
-        except (ValueError, OSError) as error:
-            return f"{path}: {_one_line(error)}"
-    return None
-
-
-def _cause(error: BaseException) -> str:
-    """Return the message of an error, or of the cause of a `StrictDataclassError`, which only names a validator."""
-    from huggingface_hub.errors import StrictDataclassError
-
-    return _one_line((isinstance(error, StrictDataclassError) and error.__cause__) or error)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -207,7 +80,7 @@ def add_retrieval_arguments(parser: argparse.ArgumentParser) -> None:
 def check_retrieval_arguments(arguments: argparse.Namespace, num_proposals: Sequence[int]) -> None:
     """Raise `ValueError` for an invalid number or threshold of `retrieve` or `evaluate`, before the model is loaded."""
     from ..checks import check_positive
-    from ..processing_diffusionvmr import check_post_processing
+    from ..processing_diffusionvmr import POST_PROCESSING, check_post_processing
 
     for number in num_proposals:
         check_positive(number, "--num_proposals")
@@ -278,11 +151,13 @@ def resolve_model(model: str | None) -> str:
 
 def check_checkpoint(path_or_id: str) -> str:
     """Return a folder or Hub id. Raise `ValueError` if it cannot be either, without asking the Hub."""
+    from ..configuration_diffusionvmr import FOLDER_NAME, HUB_ID
+
     if os.path.isdir(path_or_id):
         return path_or_id
     if os.path.exists(path_or_id):
         raise ValueError(f"{path_or_id}: a checkpoint must be a folder, not a file")
-    if not HUB_ID.fullmatch(path_or_id):
+    if not (HUB_ID.fullmatch(path_or_id) or FOLDER_NAME.fullmatch(path_or_id)):  # the oldest ids have no USER
         raise ValueError(f"{path_or_id}: not a local folder or a valid Hub id")
     return path_or_id
 
@@ -306,6 +181,7 @@ def load_model(arguments: argparse.Namespace):
     """
     from transformers import AutoModel, AutoProcessor
 
+    from ..checkpoint import check_processor
     from ..weights import check_weights
 
     model = resolve_model(arguments.model)
@@ -314,4 +190,6 @@ def load_model(arguments: argparse.Namespace):
     with loading(model):
         network = AutoModel.from_pretrained(model, **options)
         check_weights(network, network.missing_weights, model)
-        return network, AutoProcessor.from_pretrained(model, **options)
+        processor = AutoProcessor.from_pretrained(model, **options)
+        check_processor(processor, network.config, model)
+        return network, processor

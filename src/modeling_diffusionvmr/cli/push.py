@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .options import CommandParser, check_model_type, loading
+from .errors import loading
+from .options import CommandParser, check_model_type
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -18,13 +19,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("repository", metavar="USER/NAME", help="repository on the Hub; created if missing")
     parser.add_argument("--private", action="store_true", help="create a private repository")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to push to; created if missing (default: main)")
-    parser.add_argument("--message", help="title of the commit")
+    parser.add_argument("--message", default="Upload model", help="title of the commit (default: Upload model)")
     return parser.parse_args(argv)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Load the checkpoint, so that only a complete one is pushed, and push it."""
     from .. import DiffusionVMRForMomentRetrieval
+    from ..checkpoint import check_backbones
     from ..configuration_diffusionvmr import HUB_ID
     from ..weights import check_weights
 
@@ -37,10 +39,11 @@ def run(arguments: argparse.Namespace) -> None:
     with loading(str(folder)):
         model = DiffusionVMRForMomentRetrieval.from_pretrained(folder)
         check_weights(model, model.missing_weights, folder)
+        check_backbones(model.config, folder)
     url = model.push_to_hub(
         arguments.repository,
         private=arguments.private or None,
         revision=arguments.revision,
-        commit_message=arguments.message or "Upload model",
+        commit_message=arguments.message,
     )
     print(f"pushed to {url}")

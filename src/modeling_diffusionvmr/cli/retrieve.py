@@ -5,13 +5,14 @@ import json
 import sys
 from collections.abc import Sequence
 
+from .errors import loading
 from .options import (
     CommandParser,
     add_model_arguments,
     add_retrieval_arguments,
+    check_output,
     check_retrieval_arguments,
     load_model,
-    loading,
 )
 
 NUM_FRAMES = 12  # number of frames below the timeline
@@ -74,6 +75,7 @@ def _check(arguments: argparse.Namespace) -> None:
         from ..plotting import check_picture
 
         check_picture(arguments.plot, "--plot")
+        check_output(arguments.plot, "--plot", is_folder=False)
 
 
 def _plot(arguments: argparse.Namespace, results: list[dict]) -> None:

@@ -20,7 +20,8 @@ from ..processing_diffusionvmr import DiffusionVMRProcessor
 from ..training.arguments import DiffusionVMRTrainingArguments
 from ..training.presets import SECTIONS
 from ..weights import check_weights
-from .options import add_data_arguments, check_model_type, check_output, clip_seconds_of, loading, resolve_model
+from .errors import loading
+from .options import add_data_arguments, check_model_type, check_output, clip_seconds_of, resolve_model
 from .settings import SettingsParser
 
 USAGE = """diffusionvmr train [--preset NAME] --output_dir DIR --annotations PATH --video_features PATH [PATH ...]
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     from .. import DiffusionVMRTrainer, MomentRetrievalDataset
     from ..data.features import open_text_features, open_video_features
     from ..training.checkpoints import check_shapes
-    from ..training.moment_quality import choose_for_people
+    from ..training.moment_quality import choose_on_dataset
 
     training_arguments = make_training_arguments(arguments)
     checkpoint = find_checkpoint(arguments, training_arguments)
@@ -85,6 +86,8 @@ def run(arguments: argparse.Namespace) -> None:
         check_model_type(arguments.model)
 
     train_rows, eval_rows = load_rows(arguments)
+    if eval_rows:
+        check_best_metric(training_arguments.metric_for_best_model, eval_rows)
     video = open_video_features(arguments.video_features)
     text = open_text_features(arguments.text_features, [*train_rows, *eval_rows])
     eval_video = open_video_features(arguments.eval_video_features) if arguments.eval_video_features else video
@@ -121,7 +124,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(error.args[0]) from None
     metrics = trainer.evaluate() if eval_rows else None  # before saving, so that the card has the metrics
     if trainer.is_world_process_zero():
-        for name, value in choose_for_people(model, processor, eval_dataset).items():
+        for name, value in choose_on_dataset(model, processor, eval_dataset).items():
             if name not in arguments.given:
                 setattr(processor, name, value)
     trainer.save_model()
@@ -235,6 +238,16 @@ def load_rows(arguments: argparse.Namespace) -> tuple[list, list]:
     return train_rows, []
 
 
+def check_best_metric(name: str | None, eval_rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `ValueError` if the best checkpoint is chosen by a metric, but no row to evaluate on can be scored."""
+    if name in (None, "loss", "eval_loss") or any(row.get("relevant_windows") for row in eval_rows):
+        return
+    raise ValueError(
+        f"none of the {len(eval_rows)} rows to evaluate on has windows in `relevant_windows`, which "
+        f"`metric_for_best_model` ({name}) needs"
+    )
+
+
 def name_data(arguments: argparse.Namespace, train_dataset, eval_dataset) -> None:
     """Name the datasets for the model's card: by their Hub id, or else without the path."""
     from ..data.hub import has_splits, is_hub_id
@@ -259,16 +272,27 @@ def feature_sizes(rows: Sequence[Mapping[str, Any]], video: Sequence[Mapping], t
 
 def make_model(arguments: argparse.Namespace, sizes: FeatureSizes, video: Sequence[Mapping], text: Mapping):
     """Return a new model, or that of `--model`, that fits the features and knows the backbones that computed them."""
+    make = new_model if arguments.model is None else model_to_fine_tune
+    return make(arguments, sizes, video, text)
+
+
+def new_model(arguments: argparse.Namespace, sizes: FeatureSizes, video: Sequence[Mapping], text: Mapping):
+    """Return a model with random weights, see `make_model`."""
     from .. import DiffusionVMRForMomentRetrieval
 
-    if arguments.model is None:
-        fields = dict(arguments.config)
-        known, clip_seconds = fields.get("backbones"), arguments.clip_seconds
-        fields["backbones"], sources = describe_backbones(video, text, *sizes, clip_seconds, known)
-        fields |= {"video_feature_size": sum(sizes.video), "text_feature_size": sizes.text}
-        model = DiffusionVMRForMomentRetrieval(DiffusionVMRConfig(**fields))
-        model.backbone_sources = sources
-        return model
+    fields = dict(arguments.config)
+    fields["backbones"], sources = describe_backbones(
+        video, text, *sizes, arguments.clip_seconds, fields.get("backbones")
+    )
+    fields |= {"video_feature_size": sum(sizes.video), "text_feature_size": sizes.text}
+    model = DiffusionVMRForMomentRetrieval(DiffusionVMRConfig(**fields))
+    model.backbone_sources = sources
+    return model
+
+
+def model_to_fine_tune(arguments: argparse.Namespace, sizes: FeatureSizes, video: Sequence[Mapping], text: Mapping):
+    """Return the model of `--model`, see `make_model`. Print which weights are new."""
+    from .. import DiffusionVMRForMomentRetrieval
 
     given = {name: value for name, value in arguments.config.items() if name in arguments.given}
     with loading(arguments.model):

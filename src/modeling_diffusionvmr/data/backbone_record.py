@@ -34,8 +34,8 @@ def describe_backbones(
         text_features: the store of the sentences.
         video_sizes, text_size: sizes of their vectors.
         clip_seconds: length of a clip, where a store does not state it.
-        known: descriptions to use for features that do not record their backbone, or whose backbone is not on this
-            machine, if the sizes agree: those of a preset or of the checkpoint that training starts from.
+        known: descriptions to use for features that do not record their backbone, if the sizes agree: those of a preset
+            or of the checkpoint that training starts from.
 
     Returns:
         `backbones` for the configuration, and `backbone_sources` for the model: local folders by name.
@@ -52,8 +52,9 @@ def describe_backbones(
         known_entry = known_video[index] if known_video else {}
         seconds = getattr(store, "clip_seconds", None) or clip_seconds or known_entry.get("clip_seconds")
         sizes = {"feature_size": size} | ({} if seconds is None else {"clip_seconds": seconds})
-        parts.append((_recorded(store) or _place(known_entry) or _unknown(store), sizes))
-    if (recorded := _recorded(text_features)) is None and known_text:
+        parts.append((_recorded(store, known_entry) or _place(known_entry) or _unknown(store), sizes))
+    recorded = _recorded(text_features, known_text[0] if len(known_text) == 1 else {})
+    if recorded is None and known_text:
         parts += [(_place(entry), {"text_feature_size": entry["text_feature_size"]}) for entry in known_text]
     else:
         parts.append((recorded or _unknown(text_features), {"text_feature_size": text_size}))
@@ -61,7 +62,10 @@ def describe_backbones(
     backbones: list[dict[str, Any]] = []
     for place, sizes in parts:
         same = [entry for entry in backbones if _place(entry) == place and not entry.keys() & sizes.keys()]
-        same[0].update(sizes) if same else backbones.append({**place, **sizes})
+        if same:
+            same[0].update(sizes)
+        else:
+            backbones.append({**place, **sizes})
     return backbones, _name(backbones)
 
 
@@ -69,10 +73,10 @@ def _place(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key not in SIZES}
 
 
-def _recorded(store: Mapping) -> dict[str, Any] | None:
+def _recorded(store: Mapping, known: Mapping[str, Any]) -> dict[str, Any] | None:
     """
-    Return where the backbone is that computed some features. A local folder is a `source`. Return `None` if the
-    features do not record it, or the folder is not on this machine.
+    Return where the backbone is that computed some features, if they record it. A local folder is a `source`. If it is
+    gone, as where features were copied from another machine, it may be the known one: that of the same name.
     """
     if (backbone := getattr(store, "backbone", None)) is None:
         return None
@@ -80,17 +84,16 @@ def _recorded(store: Mapping) -> dict[str, Any] | None:
     name = _cleaned(Path(backbone).name)
     if os.path.isdir(backbone):
         return {"name": name, "source": backbone}
-    return {"name": name, "id": backbone} if HUB_ID.fullmatch(backbone) else None
+    if HUB_ID.fullmatch(backbone):
+        return {"name": name, "id": backbone}
+    is_known = name == known.get("name") and bool({"folder", "id"} & known.keys())
+    result = f"assuming backbone `{name}` of the model or preset" if is_known else "so the model will not run on videos"
+    warnings.warn(f"{name_of(store)}: computed by {backbone}, which is not here, {result}", stacklevel=4)
+    return _place(known) if is_known else {"name": name}
 
 
 def _unknown(store: Mapping) -> dict[str, Any]:
-    if (backbone := getattr(store, "backbone", None)) is None:
-        return {"name": _cleaned(getattr(store, "column", None) or Path(name_of(store)).name)}
-    warnings.warn(
-        f"{name_of(store)}: computed by {backbone}, which is not here, so the model will not run on videos",
-        stacklevel=3,
-    )
-    return {"name": _cleaned(Path(backbone).name)}
+    return {"name": _cleaned(getattr(store, "column", None) or Path(name_of(store)).name)}
 
 
 def _cleaned(name: str) -> str:

@@ -116,7 +116,7 @@ def _run(tasks: Sequence[Task], write: _Writer, workers: int) -> Iterator[bool]:
         return
     with _one_thread_each():
         resource_tracker.ensure_running()  # otherwise the first worker starts it, which unblocks the signal
-        with _without(signal.SIGINT):  # Ctrl-C goes to every process, but the main one reports it and ends the others
+        with _blocked(signal.SIGINT):  # Ctrl-C goes to every process, but the main one reports it and ends the others
             pool = multiprocessing.get_context("spawn").Pool(workers, _start_worker, [write])
         with pool:
             yield from pool.imap_unordered(_write, tasks, chunksize=16)
@@ -138,8 +138,8 @@ def _one_thread_each() -> Iterator[None]:
 
 
 @contextmanager
-def _without(signal_number: int) -> Iterator[None]:
-    """Let this process, and processes that are started inside the block, not hear a signal until the block ends."""
+def _blocked(signal_number: int) -> Iterator[None]:
+    """Block a signal until the end, in this process and in processes that are started meanwhile."""
     if not hasattr(signal, "pthread_sigmask"):  # on Windows
         yield
         return
@@ -159,5 +159,5 @@ def _start_worker(writer: _Writer) -> None:
 
 
 def _write(task: Task) -> bool:
-    with _without(signal.SIGTERM):  # with which the main process ends workers: finish the file first
+    with _blocked(signal.SIGTERM):  # with which the main process ends workers: finish the file first
         return _writer(task)

@@ -59,9 +59,9 @@ class CardFacts(TrainerCallback):
         self._started, self._first_step = time.monotonic(), state.global_step
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.update()
+        self.update()  # the duration
         self.in_training = False
-        self.update()
+        self.update()  # `Trainer` may have loaded the weights of the best checkpoint, which are of an earlier step
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.update()

@@ -18,6 +18,7 @@ from transformers import TrainerState
 
 from ..checks import is_number
 from ..data.files import locked
+from ..messages import one_line
 
 STAGING_FOLDER = "_saving"  # `Trainer` never uploads a name that begins with "_"
 LOCK = ".training.lock"  # in an output folder while a training writes to it
@@ -71,7 +72,15 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
 
 def find_fault(checkpoint: str | Path) -> str | None:
     """Return why training cannot resume from a checkpoint, naming the file, or `None` if it can."""
-    checkpoint = Path(checkpoint)
+    for find in (_fault_of_json, _fault_of_presence, _fault_of_weights, _fault_of_archives):
+        fault = find(Path(checkpoint))
+        if fault is not None:
+            return fault
+    return None
+
+
+def _fault_of_json(checkpoint: Path) -> str | None:
+    """Check the state of the trainer, the configurations, and the manifest with the files that it lists."""
     for path in (checkpoint / "trainer_state.json", *sorted(checkpoint.glob("*config.json")), checkpoint / MANIFEST):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -90,9 +99,17 @@ def find_fault(checkpoint: str | Path) -> str | None:
             fault = _fault_of_files(checkpoint, content)
         if fault is not None:
             return fault
+    return None
+
+
+def _fault_of_presence(checkpoint: Path) -> str | None:
     present = [any(checkpoint.glob(pattern)) for pattern in RESUME_FILES]
     if any(present) and not all(present):
         return f"{RESUME_FILES[present.index(False)]} is missing"
+    return None
+
+
+def _fault_of_weights(checkpoint: Path) -> str | None:
     weights = sorted(checkpoint.glob("*.safetensors"))
     if not weights:
         return "no weights"
@@ -102,6 +119,11 @@ def find_fault(checkpoint: str | Path) -> str | None:
                 pass
         except (SafetensorError, OSError) as error:
             return f"{path.name} cannot be read ({error})"
+    return None
+
+
+def _fault_of_archives(checkpoint: Path) -> str | None:
+    """Check the zip files that `torch.save` writes."""
     for path in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]):
         try:
             with zipfile.ZipFile(path) as archive:
@@ -167,9 +189,8 @@ def resuming(checkpoint: str, names: str) -> Iterator[None]:
     except torch.cuda.OutOfMemoryError:  # a RuntimeError, which is not the checkpoint's fault
         raise
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, UnpicklingError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"{checkpoint}: cannot resume from it: {names} does not fit this training ({reason}); "
+            f"{checkpoint}: cannot resume from it: {names} does not fit this training ({one_line(error)}); "
             "resume with the same settings and features"
         ) from error
 

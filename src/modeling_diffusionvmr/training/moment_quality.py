@@ -26,7 +26,7 @@ NMS_THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 TOP_K = (1, 2, 3, 4, 5, 7, 10, 20)
 
 
-def judge(row: Mapping[str, Any], nms_threshold: float | None) -> list[tuple[float, bool]]:
+def match_moments(row: Mapping[str, Any], nms_threshold: float | None) -> list[tuple[float, bool]]:
     """
     Return (score, whether it is right) for each moment of a row that NMS keeps, by descending score.
 
@@ -38,19 +38,19 @@ def judge(row: Mapping[str, Any], nms_threshold: float | None) -> list[tuple[flo
         kept = kept[nms(kept[:, :2], nms_threshold)]
     truth = torch.tensor(row["relevant_windows"], dtype=torch.float64).reshape(-1, 2)
     ious, _ = iou_and_generalized_iou(window_to_span(kept[:, :2])[:, None], window_to_span(truth)[None])
-    free = dict.fromkeys(range(len(truth)))
-    judged = []
+    free = list(range(len(truth)))
+    matched = []
     for score, overlaps in zip(kept[:, 2].tolist(), ious.tolist()):
         best = max(free, key=overlaps.__getitem__, default=None)
-        right = False
         if best is not None and overlaps[best] >= MIN_IOU:
-            del free[best]
-            right = True
-        judged.append((score, right))
-    return judged
+            free.remove(best)
+            matched.append((score, True))
+        else:
+            matched.append((score, False))
+    return matched
 
 
-def measure(
+def measure_moments(
     rows: Sequence[Mapping[str, Any]], threshold: float, nms_threshold: float | None, top_k: int | None
 ) -> dict[str, Any]:
     """
@@ -60,7 +60,8 @@ def measure(
         `n`, the number of rows; the mean number of moments; precision, recall and F1 in percent, "-" where there is
         nothing to count; and the percentage of rows without a moment.
     """
-    shown = [[right for score, right in judge(row, nms_threshold)[:top_k] if score >= threshold] for row in rows]
+    matched = [match_moments(row, nms_threshold)[:top_k] for row in rows]
+    shown = [[right for score, right in moments if score >= threshold] for moments in matched]
     moments, right = sum(map(len, shown)), sum(map(sum, shown))
     true = sum(len(row["relevant_windows"]) for row in rows)
     return {
@@ -77,24 +78,28 @@ def _percent(part: int, whole: int) -> float | str:
     return 100 * part / whole if whole else "-"
 
 
-def choose(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the `threshold`, `nms_threshold` and `top_k` with the best F1 over all rows. Ties go to smaller values."""
+def choose_post_processing(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """
+    Return the `threshold`, `nms_threshold` and `top_k` with the best F1 over all rows. Ties go to smaller values.
+
+    Return nothing if no moment is right: all values would be equally bad.
+    """
     true = sum(len(row["relevant_windows"]) for row in rows)
     best: dict[str, Any] = {}
-    best_f1 = -1.0
+    best_f1 = 0.0
     for nms_threshold in NMS_THRESHOLDS:
-        moments = [(rank, *moment) for row in rows for rank, moment in enumerate(judge(row, nms_threshold))]
+        moments = [(rank, *moment) for row in rows for rank, moment in enumerate(match_moments(row, nms_threshold))]
         ranks, scores, right = np.array(moments).T
         for top_k, threshold in itertools.product(TOP_K, THRESHOLDS):
             shown = (ranks < top_k) & (scores >= threshold)
-            f1 = 2 * right[shown].sum() / (shown.sum() + true)
+            f1 = 2 * right[shown].sum() / max(shown.sum() + true, 1)
             if f1 > best_f1:
                 best_f1 = f1
                 best = {"threshold": threshold, "nms_threshold": nms_threshold, "top_k": top_k}
     return best
 
 
-def choose_for_people(
+def choose_on_dataset(
     model, processor: DiffusionVMRProcessor, dataset: MomentRetrievalDataset | None
 ) -> dict[str, Any]:
     """
@@ -102,20 +107,21 @@ def choose_for_people(
     a validation dataset: half of them with their own video, half with another one, where they should give nothing.
 
     Returns:
-        The values, or nothing if there are fewer than `MIN_SENTENCES` labeled sentences or only one video.
+        The values, or nothing if there are fewer than `MIN_SENTENCES` labeled sentences, only one video, or no moment
+        that is right.
     """
     rows = [] if dataset is None else [row for row in dataset.rows if "relevant_windows" in row]
     absent = with_other_videos(rows)
     if dataset is None or len(rows) < MIN_SENTENCES or not absent:
         return {}
-    judged = []
+    predicted = []
     for part in (rows, absent):
         own = MomentRetrievalDataset(
             part, dataset.video_features, dataset.text_features, processor, clip_seconds=dataset.clip_seconds
         )
         predictions = predict_moments(model, own, progress=False)
-        judged += [{**row, **prediction} for row, prediction in zip(own.rows, predictions)]
-    return choose(judged)
+        predicted += [{**row, **prediction} for row, prediction in zip(own.rows, predictions)]
+    return choose_post_processing(predicted)
 
 
 def with_other_videos(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -127,9 +133,10 @@ def with_other_videos(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     if len(videos) < 2:
         return []
     vids = list(videos)
-    after = dict(zip(vids, (*vids[1:], vids[0])))
-    return [
-        {"qid": row["qid"], "query": row["query"], "vid": vid, "duration": videos[vid], "relevant_windows": []}
-        for row in rows
-        for vid in [after[row["vid"]]]
-    ]
+    next_vid = dict(zip(vids, [*vids[1:], vids[0]]))
+    absent = []
+    for row in rows:
+        vid = next_vid[row["vid"]]
+        video = {"vid": vid, "duration": videos[vid]}
+        absent.append({"qid": row["qid"], "query": row["query"], **video, "relevant_windows": []})
+    return absent

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ..configuration_diffusionvmr import DiffusionVMRConfig
+from ..messages import one_line
 from ..processing_diffusionvmr import DiffusionVMRProcessor
 from .arguments import DiffusionVMRTrainingArguments
 
@@ -88,7 +89,7 @@ def _read_yaml(path: Path) -> Any:
         raise ValueError(f"{path}: not text ({error})") from None
     # ValueError: a date that does not exist. RecursionError: brackets nested too deeply
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+        raise ValueError(f"{path}: not YAML ({one_line(error)})") from None
 
 
 def _check_name(name: Any, known: Iterable[str], message: str) -> None:

@@ -98,7 +98,7 @@ class DiffusionVMRTrainer(TrainerInternals):
         self.processor = processing_class
         if processing_class is None:
             self.processor = getattr(self.train_dataset, "processor", None)
-        self._know_backbones()
+        self._describe_backbones()
         self.add_callback(SetEpochCallback())
         self.card = CardFacts(self)
         self.add_callback(self.card)
@@ -113,8 +113,8 @@ class DiffusionVMRTrainer(TrainerInternals):
         self._all_labeled = False  # whether every row of the evaluation has a label
         self._warned: set[str] = set()  # messages about rows that are not scored
 
-    def _know_backbones(self) -> None:
-        """Let a model that names no backbones know those that computed the features, so that it runs on videos."""
+    def _describe_backbones(self) -> None:
+        """Set `backbones` of a model that has none to those that computed the features, so that it runs on videos."""
         model: Any = self.accelerator.unwrap_model(self.model)
         dataset: Any = self.train_dataset
         video, text = getattr(dataset, "video_features", ()), getattr(dataset, "text_features", {})
@@ -240,7 +240,8 @@ class DiffusionVMRTrainer(TrainerInternals):
         self.card.evaluated[metric_key_prefix] = dataset
         # Processes gather their losses batch by batch, so either every batch has one or none has
         self._all_labeled = all("relevant_windows" in row for row in dataset.rows)
-        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+        with self._keeping_weights():
+            output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
         dataset.set_epoch(epoch)  # accelerate changes it, and training may use the same dataset
         # If the rows cannot be divided evenly among the processes, some occur twice
         _, first = np.unique(output.predictions[0], return_index=True)
@@ -258,6 +259,17 @@ class DiffusionVMRTrainer(TrainerInternals):
                     metrics[f"{metric_key_prefix}_{name}"] = value
         # `Trainer` passes these through unchanged, although its annotation only allows arrays
         return output._replace(predictions=predictions, metrics=metrics)  # type: ignore[arg-type]
+
+    @contextmanager
+    def _keeping_weights(self) -> Iterator[None]:
+        """Undo the rounding of the weights by `fp16_full_eval` and `bf16_full_eval`: they may be saved afterwards."""
+        if self.is_in_train or not (self.args.fp16_full_eval or self.args.bf16_full_eval):
+            yield
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        dtype, weights = model.dtype, {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
+        yield
+        model.to(dtype).load_state_dict(weights)
 
     # Checkpoints
 
