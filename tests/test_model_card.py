@@ -272,12 +272,23 @@ def test_facts_of_a_training(trained, tmp_path):
     assert {f"eval_{metric['type']}": metric["value"] for metric in result["metrics"]}.items() <= best.items()
     assert result["dataset"] == {"type": "more-holidays", "name": "more holidays"}
     training = section(card(tmp_path), "Training")
-    assert f"The weights are those after step {state.best_global_step}." in training
+    assert f"The weights are those after step {state.best_global_step} of {state.max_steps}." in training
     assert "| learning_rate | 0.001 |" in training and "| proposal_schedule | progress |" in training
-    assert "The checkpoint was chosen by its `MR-full-mAP`." in section(card(tmp_path), "Results")
+    assert "The checkpoint was chosen by its `MR-full-mAP` on the same sentences" in section(card(tmp_path), "Results")
     checkpoint = tmp_path / "checkpoint-2"
-    assert "The weights are those after step 2." in section(card(checkpoint), "Training")
+    assert "The weights are those after step 2 of 4." in section(card(checkpoint), "Training")
     assert "The checkpoint was chosen" not in section(card(checkpoint), "Results")
+
+
+def test_time_of_a_resumed_training(trained, tiny_config, tmp_path):
+    """It includes the time before the interruption, which the card of the checkpoint states."""
+    path = tmp_path / "checkpoint-2" / "README.md"
+    path.write_text(re.sub(r'"seconds": [0-9.]+', '"seconds": 7200.0', path.read_text()))
+    trainer = make_trainer(tmp_path, trained.model.config, max_steps=4)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    trainer.save_model()
+    assert "It took 2:00:0" in section(card(tmp_path), "Training")
+    assert "from step" not in section(card(tmp_path), "Training")
 
 
 def test_every_way_of_saving_after_a_training(trained, tmp_path):

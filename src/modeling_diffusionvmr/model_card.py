@@ -12,7 +12,7 @@ the training) is called the facts, a dict of plain values:
     settings, versions: names and values, for tables.
     hardware: what the training ran on.
     seconds: duration of the training. `first_step`: the step that it was resumed from.
-    step: number of training steps of the saved weights.
+    step: number of training steps of the saved weights. `steps`: number of steps of the whole training.
     results: one `{"data": like train_data, "metrics": official names and values, in percent}` per evaluation.
     evaluation: how the model was evaluated, in words.
 
@@ -38,6 +38,7 @@ from .messages import one_line
 
 CARD_NAME = "README.md"
 PLACEHOLDER = "FOLDER_OR_ID"  # stands for the model in the usage example until it is pushed
+EMBEDDED = "the embedded model of modeling_diffusionvmr"
 SIMULATED = "simulated features, made from the annotations without any video"
 CLIP_SECONDS = 2.0  # in the usage example, if the backbones state none
 
@@ -98,8 +99,12 @@ retrieve = pipeline("video-moment-retrieval", model="$model", trust_remote_code=
 retrieve("video.mp4", "a dog jumps into the water")  # [{"start": seconds, "end": seconds, "score": 0 to 1}, ...]
 ```
 
-Moments come in descending order of their scores. This needs the packages `torch`, `transformers`, `av`, `pillow` and
-`scipy`. Where `modeling_diffusionvmr` is installed and imported, omit `trust_remote_code=True`."""
+Moments come in descending order of their scores. $moments
+
+Videos and sentences are read by the frozen backbones $backbones.
+
+This needs the packages `torch`, `transformers`, `av`, `pillow` and `scipy`. Where `modeling_diffusionvmr` is installed
+and imported, omit `trust_remote_code=True`."""
 
 FEATURES_USAGE = """\
 ```python
@@ -316,9 +321,9 @@ def _dataset_entry(data: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _usage(folder: str | os.PathLike, config: Mapping[str, Any], model: str) -> str:
-    if _runs_on_video(config):
-        return Template(VIDEO_USAGE).substitute(model=model)
     processor = _read_json(Path(folder, "processor_config.json"))
+    if _runs_on_video(config):
+        return Template(VIDEO_USAGE).substitute(model=model, moments=_moments(processor), backbones=_backbones(config))
     clips = config.get("max_clips", 75)
     return Template(FEATURES_USAGE).substitute(
         model=model,
@@ -327,6 +332,25 @@ def _usage(folder: str | os.PathLike, config: Mapping[str, Any], model: str) -> 
         text_size=config.get("text_feature_size", 512),
         duration=clips * (_clip_seconds(config) or CLIP_SECONDS),
     )
+
+
+def _moments(processor: Mapping[str, Any]) -> str:
+    """Say which moments the processor returns."""
+    top_k, threshold, nms = (processor.get(name) for name in ("top_k", "threshold", "nms_threshold"))
+    text = "By default, these are " + ("all candidates" if top_k is None else f"at most {top_k}")
+    text += f" with a score of at least {threshold:g}" if threshold else ""
+    return text + ("." if nms is None else f", without those that overlap a better one by an IoU above {nms:g}.")
+
+
+def _backbones(config: Mapping[str, Any]) -> str:
+    """Name the backbones, with links to those on the Hub."""
+    names = []
+    for entry in config["backbones"]:
+        identifier, seconds = entry.get("id"), entry.get("clip_seconds")
+        link = f"[{identifier}](https://huggingface.co/{identifier})"
+        where = link if identifier else f"`{entry['name']}` (included)"
+        names.append(where + (f", one clip per {seconds:g} s" if seconds else ""))
+    return "; ".join(names)
 
 
 def _runs_on_video(config: Mapping[str, Any]) -> bool:
@@ -356,7 +380,8 @@ def _training(facts: Mapping[str, Any]) -> str:
         resumed = f", from step {facts['first_step']}" if facts.get("first_step") else ""
         parts[0] += f" It took {_duration(facts['seconds'])} on {facts['hardware']}{resumed}."
     if "step" in facts:
-        parts[0] += f" The weights are those after step {facts['step']}."
+        of_all = f" of {facts['steps']}" if "steps" in facts else ""
+        parts[0] += f" The weights are those after step {facts['step']}{of_all}."
     parts += [_table(header, facts[name]) for name, header in (("settings", "setting"), ("versions", "software"))]
     return "\n\n".join(parts)
 
@@ -380,6 +405,8 @@ def _limits(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     length = f" ({clips * seconds:g} s)" if seconds else ""
     lines.append(f"A video of more than {clips} clips{length} is averaged down to {clips}, which is less precise.")
     lines.append("Scores rank the moments of one sentence. They are not calibrated probabilities.")
+    if facts.get("started_from") == EMBEDDED:
+        lines.append("Training started from a model that only knows rendered shapes: not suited to photographic video.")
     if facts.get("train_data", {}).get("simulated"):
         lines.append(f"Trained on {SIMULATED}: it shows that training works, and cannot search real videos.")
     if any(result["data"].get("simulated") for result in facts.get("results", ())):
@@ -390,7 +417,8 @@ def _limits(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
 def _described(data: Mapping[str, Any]) -> str:
     text = f"{data['name']} ({data['split']})" if "split" in data else data["name"]
     if "queries" in data:
-        text += f", {data['queries']} queries on {data['videos']} videos"
+        counts = [(data["queries"], "query", "queries"), (data["videos"], "video", "videos")]
+        text += ", " + " on ".join(f"{number} {one if number == 1 else many}" for number, one, many in counts)
     return f"{text} ({SIMULATED})" if data.get("simulated") else text
 
 

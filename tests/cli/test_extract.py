@@ -170,7 +170,9 @@ def test_annotated_videos_that_are_missing(world, extract, extract_error, tmp_pa
     videos = copied(world, tmp_path / "videos")
     (videos / f"{world.vids[0]}.mp4").unlink()
     arguments = ("--videos", videos, "--annotations", world.annotations)
-    assert extract_error(*arguments).endswith(f"1 of 2 annotated videos are missing: {world.vids[0]}")
+    assert extract_error(*arguments).endswith(
+        f"1 of 2 annotated videos are missing: {world.vids[0]} (a vid is a file name without its extension)"
+    )
     output = extract(*arguments, "--skip_invalid")
     assert list(open_features(output / "clip")) == world.vids[1:]
     said = capsys.readouterr()

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
@@ -68,3 +69,10 @@ def test_the_configuration_is_damaged(checkpoint):
 
 def test_offline(checkpoint):
     assert "offline" in error_of(checkpoint, "user/model").lower()
+
+
+def test_no_connection(checkpoint, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")  # where nothing listens
+    error = error_of(checkpoint, "user/model")
+    assert error.startswith("error: user/model: http://127.0.0.1:1 cannot be reached (")

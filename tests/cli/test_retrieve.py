@@ -185,3 +185,8 @@ def test_plot_without_matplotlib(video, tmp_path, monkeypatch, error_of, capsys)
     error = error_of("retrieve", video, QUERIES[0], "--plot", tmp_path / "out.png")
     assert "matplotlib" in error and error.endswith("pip install 'modeling_diffusionvmr[train]'")
     assert capsys.readouterr().out == error + "\n"
+
+
+def test_missing_video_is_noticed_before_the_model_is_loaded(error_of, monkeypatch):
+    monkeypatch.setattr("modeling_diffusionvmr.cli.retrieve.load_model", None)
+    assert error_of("retrieve", "absent.mp4", "a red circle") == "error: absent.mp4: no such file"

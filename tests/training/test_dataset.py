@@ -114,6 +114,18 @@ def test_windows_beyond_the_features(make_dataset):
     torch.testing.assert_close(spans, torch.tensor([[3, 2], [24, 12], [22.5, 5], [26, 8]]) / 30)
 
 
+@pytest.mark.parametrize("duration, warns", [(20.0, False), (24.0, False), (15.0, False), (28.0, True), (13.0, True)])
+def test_duration_that_does_not_fit_the_features(make_dataset, duration, warns):
+    dataset = make_dataset(
+        [{**ROWS[0], "duration": duration, "relevant_windows": [[2.0, 4.0]]}, ROWS[1]], clip_seconds=2.0
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _ = dataset[0], dataset[0]
+    expected = [f"qid 1: its video lasts {duration:g} s, but the features cover 20 s."] if warns else []
+    assert [str(warning.message)[: len(expected[0])] for warning in caught] == expected
+
+
 def test_rows_to_predict(make_dataset):
     rows = [{name: row[name] for name in ("qid", "query", "vid", "duration")} for row in ROWS]
     dataset = make_dataset(rows, train=False)

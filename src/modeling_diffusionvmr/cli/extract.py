@@ -107,7 +107,8 @@ def _choose_videos(arguments: argparse.Namespace, vids: Sequence[str]) -> tuple[
     missing = [vid for vid in vids if vid not in videos]
     if missing and not arguments.skip_invalid:
         raise ValueError(
-            f"{arguments.videos}: {len(missing)} of {len(vids)} annotated videos are missing: {listed(missing)}"
+            f"{arguments.videos}: {len(missing)} of {len(vids)} annotated videos are missing: {listed(missing)} "
+            "(a vid is a file name without its extension)"
         )
     chosen = {vid: videos[vid] for vid in vids if vid in videos}
     return chosen, dict.fromkeys(missing, f"no such file in {arguments.videos}")

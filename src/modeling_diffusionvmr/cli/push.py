@@ -1,9 +1,11 @@
 """`diffusionvmr push`: put a checkpoint on the Hub."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from ..messages import one_line
 from .errors import loading
 from .options import CommandParser, check_model_type
 
@@ -40,10 +42,29 @@ def run(arguments: argparse.Namespace) -> None:
         model = DiffusionVMRForMomentRetrieval.from_pretrained(folder)
         check_weights(model, model.missing_weights, folder)
         check_backbones(model.config, folder)
-    url = model.push_to_hub(
-        arguments.repository,
-        private=arguments.private or None,
-        revision=arguments.revision,
-        commit_message=arguments.message,
-    )
+    with pushing(arguments.repository):
+        url = model.push_to_hub(
+            arguments.repository,
+            private=arguments.private or None,
+            revision=arguments.revision,
+            commit_message=arguments.message,
+        )
     print(f"pushed to {url}")
+
+
+@contextmanager
+def pushing(repository: str) -> Iterator[None]:
+    """Turn errors of the connection into a one-line `OSError` that names the repository and says what to do."""
+    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        refused = error.response is not None and error.response.status_code in (401, 403)
+        advice = "; log in with `hf auth login` or set HF_TOKEN, with a token that may write there" if refused else ""
+        raise OSError(f"{repository}: {ENDPOINT} refused the push ({one_line(error)}){advice}") from error
+    except Exception as error:
+        if not type(error).__module__.startswith("http"):  # the HTTP library of huggingface_hub has changed its name
+            raise
+        raise OSError(f"{repository}: {ENDPOINT} cannot be reached ({one_line(error)})") from error

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from .errors import loading
 from .options import (
@@ -67,7 +68,10 @@ def run(arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     """Raise an error for invalid flags that would otherwise only fail after the work is done."""
     from ..checks import check_sentence
+    from ..download import URL
 
+    if not URL.match(arguments.video) and not Path(arguments.video).exists():
+        raise FileNotFoundError(f"{arguments.video}: no such file")
     for query in arguments.query:
         check_sentence(query)
     check_retrieval_arguments(arguments, [] if arguments.num_proposals is None else [arguments.num_proposals])

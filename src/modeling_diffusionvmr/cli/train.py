@@ -124,14 +124,18 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(error.args[0]) from None
     metrics = trainer.evaluate() if eval_rows else None  # before saving, so that the card has the metrics
     if trainer.is_world_process_zero():
-        for name, value in choose_on_dataset(model, processor, eval_dataset).items():
+        chosen = choose_on_dataset(model, processor, eval_dataset)
+        for name, value in chosen.items():
             if name not in arguments.given:
                 setattr(processor, name, value)
     trainer.save_model()
     if trainer.is_world_process_zero():
         if metrics is not None:
             print(json.dumps(metrics, indent=2))
-        print(f"saved {arguments.output_dir}", file=sys.stderr)
+        how = "chosen on the sentences to evaluate on" if chosen else "not chosen; too few sentences to evaluate on"
+        values = ", ".join(f"{name} {getattr(processor, name)}" for name in ("threshold", "nms_threshold", "top_k"))
+        print(f"moments for people: {values} ({how})", file=sys.stderr)
+        print(f"saved {arguments.output_dir}, with the weights of step {model.card_facts['step']}", file=sys.stderr)
 
 
 def evaluates(arguments: argparse.Namespace) -> bool:
@@ -146,7 +150,11 @@ def make_training_arguments(arguments: argparse.Namespace) -> DiffusionVMRTraini
     Return the training arguments, with evaluation turned off if there are no rows to evaluate on. Raise `ValueError` if
     they are invalid.
     """
+    import torch
+
     fields = {"output_dir": arguments.output_dir, **arguments.training}
+    if not torch.accelerator.is_available():  # PyTorch would warn at the start of every pass
+        fields.setdefault("dataloader_pin_memory", False)
     if not evaluates(arguments):
         fields |= {"eval_strategy": "no", "load_best_model_at_end": False, "metric_for_best_model": None}
     try:
@@ -334,6 +342,8 @@ def make_processor(
         with loading(arguments.model):
             saved, _ = DiffusionVMRProcessor.get_processor_dict(arguments.model)  # empty if there is no processor
             fields |= {name: saved[name] for name in SECTIONS["processor"] if name in saved}
+            if (saved.get("video_feature_sizes"), saved.get("text_feature_size")) != (sizes.video, sizes.text):
+                fields["threshold"] = 0.0  # it was chosen for scores of other weights
             DiffusionVMRProcessor(**fields)  # an error here names the checkpoint
     fields |= {**arguments.processor, "video_feature_sizes": sizes.video, "text_feature_size": sizes.text}
     return DiffusionVMRProcessor(**fields)

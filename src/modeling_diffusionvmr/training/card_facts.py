@@ -5,13 +5,14 @@ import os
 import platform
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from .. import DEFAULT_MODEL
-from ..model_card import card_beside, parse_card
+from ..model_card import CARD_NAME, EMBEDDED, card_beside, parse_card
 from .arguments import DiffusionVMRTrainingArguments
 from .dataset import MomentRetrievalDataset
 
@@ -41,13 +42,13 @@ class CardFacts(TrainerCallback):
         self.in_training = False
         self._first_step = 0
         self._started: float | None = None  # `None` before training
-        self._seconds = 0.0
+        self._seconds = self._seconds_before = 0.0
         model = trainer.accelerator.unwrap_model(trainer.model)
         self._base_model = model.hub_id
         self._is_new = not model.config.name_or_path
         self._started_from = "random weights" if self._is_new else "a local checkpoint"
         if model.config.name_or_path == DEFAULT_MODEL:
-            self._started_from = "the embedded model of modeling_diffusionvmr"
+            self._started_from = EMBEDDED
         try:
             self._base_card = parse_card("" if self._is_new else card_beside(model))
         except ValueError as error:
@@ -57,6 +58,12 @@ class CardFacts(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.in_training = True
         self._started, self._first_step = time.monotonic(), state.global_step
+        # A resumed training continues the time that the card of its checkpoint states
+        card = Path(str(args.output_dir), f"checkpoint-{self._first_step}", CARD_NAME)
+        before = parse_card(card.read_text(encoding="utf-8")).facts if self._first_step and card.is_file() else {}
+        self._seconds_before = before.get("seconds", 0.0)
+        if before:
+            self._first_step = 0
 
     def on_train_end(self, args, state, control, **kwargs):
         self.update()  # the duration
@@ -87,9 +94,10 @@ class CardFacts(TrainerCallback):
             "settings": _settings(trainer.args),
             "versions": {"python": platform.python_version(), **_versions()},
             "hardware": _hardware(trainer.args),
-            "seconds": round(self._seconds, 1),
+            "seconds": round(self._seconds_before + self._seconds, 1),
             "first_step": self._first_step,
             "step": self._step_of_weights(),
+            "steps": trainer.state.max_steps,
         }
         return {name: value for name, value in facts.items() if value is not None}
 
@@ -108,7 +116,10 @@ class CardFacts(TrainerCallback):
             f"{config.num_sampling_steps} sampling step{'s' if config.num_sampling_steps > 1 else ''}."
         )
         if args.load_best_model_at_end and self._started is not None and not self.in_training:
-            text += f" The checkpoint was chosen by its `{args.metric_for_best_model}`."
+            text += (
+                f" The checkpoint was chosen by its `{args.metric_for_best_model}` on the same sentences, which makes "
+                "the figures a little too good."
+            )
         return {"evaluation": text, "results": results}
 
     def _step_of_weights(self) -> int:

@@ -20,6 +20,7 @@ from ..processing_diffusionvmr import DiffusionVMRProcessor
 from .supervision import clip_scores, draw_saliency_pairs, true_spans
 
 DRAWING_FIELDS = ("max_training_proposals", "num_diffusion_steps", "signal_scale")  # of the config, for random draws
+MAX_CLIPS_APART, MAX_SHARE_APART = 2, 0.1  # a video may last this much more or less than its features cover
 MAX_AVERAGED_VIDEOS = 256  # kept in memory: 1.2 MB each with features of VGG or C3D
 
 
@@ -197,7 +198,21 @@ class MomentRetrievalDataset(Dataset):
             if len(spans) < len(row["relevant_windows"]):
                 self._warn_of_lost_windows(row, covered)
             sample["labels"] = {"spans": spans}
+        self._check_duration(row, covered)
         return sample
+
+    def _check_duration(self, row: Mapping[str, Any], covered: float) -> None:
+        """Warn once of features that cover another time than the video lasts: its moments would be elsewhere."""
+        gap = abs(covered - row["duration"])
+        if self._has_warned or self.clip_seconds is None:
+            return
+        if gap > MAX_CLIPS_APART * self.clip_seconds + MAX_SHARE_APART * row["duration"]:
+            self._has_warned = True
+            warnings.warn(
+                f"qid {row['qid']}: its video lasts {row['duration']:g} s, but the features cover {covered:g} s. Other "
+                "rows may differ too; check `duration` and the length of a clip.",
+                stacklevel=5,
+            )
 
     def _warn_of_lost_windows(self, row: Mapping[str, Any], covered: float) -> None:
         if not self._has_warned:
