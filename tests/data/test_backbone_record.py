@@ -44,6 +44,16 @@ def test_features_of_a_local_folder(store, tmp_path):
     check([store("v", 4, backbone=backbone + "/")], text, [{**entry, "clip_seconds": 2.0}], sources, clip_seconds=2.0)
 
 
+@pytest.mark.parametrize("name", ["checkpoint-500", "last-checkpoint"])
+def test_backbone_in_a_folder_that_a_training_wrote(store, tmp_path, name):
+    """Under that name, it would be saved into the checkpoint of a training."""
+    (tmp_path / name).mkdir()
+    backbone, kept = str(tmp_path / name), f"backbone-{name}"
+    entry = {"name": kept, "folder": kept, "feature_size": 4, "clip_seconds": 2.0, "text_feature_size": 3}
+    video, text = store("v", 4, backbone=backbone, clip_seconds=2.0), store("t", 3, TEXT_KEY, backbone=backbone)
+    check([video], text, [entry], {kept: backbone})
+
+
 def test_features_of_the_hub(store):
     video = [
         store("a", 4, backbone="user/clip", clip_seconds=2.0),

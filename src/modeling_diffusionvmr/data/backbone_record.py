@@ -10,6 +10,7 @@ from typing import Any
 from ..configuration_diffusionvmr import HUB_ID
 from .features import name_of
 
+TRAINING_FOLDER = re.compile(r"checkpoint-\d+|last-checkpoint")
 SIZES = ("feature_size", "text_feature_size", "clip_seconds")
 
 
@@ -97,8 +98,12 @@ def _unknown(store: Mapping) -> dict[str, Any]:
 
 
 def _cleaned(name: str) -> str:
-    """Return a name that can be a folder of a checkpoint: letters, digits, "_", "." and "-"."""
-    return re.sub(r"[^\w.-]", "_", name).lstrip(".-") or "backbone"
+    """
+    Return a name that can be a folder of a checkpoint: letters, digits, "_", "." and "-". It is none of those that
+    `Trainer` gives to its checkpoints, since a fine-tuned backbone may be in such a folder.
+    """
+    name = re.sub(r"[^\w.-]", "_", name).lstrip(".-") or "backbone"
+    return f"backbone-{name}" if TRAINING_FOLDER.fullmatch(name) else name
 
 
 def _name(backbones: list[dict[str, Any]]) -> dict[str, str]:
