@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
+from modeling_diffusionvmr.data import features as features_module
 from modeling_diffusionvmr.data.features import (
     common_clip_seconds,
     open_features,
@@ -163,6 +165,61 @@ def test_rejected_data_sets(tmp_path):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"a\.h5"):
         features["good"]
+
+
+def test_small_files_of_large_arrays(tmp_path, monkeypatch):
+    """They are refused before memory is allocated."""
+    monkeypatch.setattr(features_module, "EXPANDABLE_BYTES", 10_000)
+    monkeypatch.setattr(features_module, "MAX_ARRAY_BYTES", 1_000_000)
+    zeros = np.zeros((1, 10_000), np.float32)
+    for folder in ("expands", "stored", "npy"):
+        (tmp_path / folder).mkdir()
+    np.savez_compressed(tmp_path / "expands" / "v.npz", features=zeros)
+    np.savez_compressed(tmp_path / "expands" / "small.npz", features=zeros[:, :1000])
+    np.savez(tmp_path / "stored" / "v.npz", features=zeros)
+    np.save(tmp_path / "npy" / "v.npy", np.zeros((1, 300_000), np.float32))
+    with h5py.File(tmp_path / "claims.h5", "w") as file:
+        file.create_dataset("v", shape=(10**6, 10**6), dtype="f4", chunks=(1, 1000))  # nothing is stored
+    for name, message in (
+        ("expands", "an array of 40,128 bytes, of which the file stores"),
+        ("npy", "an array of 1,200,128 bytes; the limit is 1,000,000"),
+        ("claims.h5", "an array of 4,000,000,000,000 bytes; the limit is 1,000,000"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_features(tmp_path / name)["v"]
+    assert open_features(tmp_path / "expands")["small"].shape == (1, 1000)
+    assert open_features(tmp_path / "stored")["v"].shape == zeros.shape
+
+
+@pytest.mark.parametrize("kind", ["external link", "virtual", "raw"])
+def test_values_in_other_files(tmp_path, kind):
+    with h5py.File(tmp_path / "secret.h5", "w") as file:
+        file["v"] = ARRAY
+    (tmp_path / "secret.raw").write_bytes(ARRAY.astype("f4").tobytes())
+    with h5py.File(tmp_path / "features.h5", "w") as file:
+        file["own"] = ARRAY
+        if kind == "external link":
+            file["v"] = h5py.ExternalLink(str(tmp_path / "secret.h5"), "v")
+        elif kind == "virtual":
+            layout = h5py.VirtualLayout(ARRAY.shape, "f4")
+            layout[...] = h5py.VirtualSource(tmp_path / "secret.h5", "v", ARRAY.shape)
+            file.create_virtual_dataset("v", layout)
+        else:
+            file.create_dataset("v", ARRAY.shape, "f4", external=str(tmp_path / "secret.raw"))
+    features = open_features(tmp_path / "features.h5")
+    np.testing.assert_array_equal(features["own"], ARRAY)
+    with pytest.raises(ValueError, match="another file"):
+        features["v"]
+
+
+def test_named_pipes(tmp_path):
+    """Opening one would wait for somebody to write to it."""
+    write_features(tmp_path / "clip", "v", ARRAY)
+    os.mkfifo(tmp_path / "clip" / "w.npz")
+    os.mkfifo(tmp_path / "features.h5")
+    assert list(open_features(tmp_path / "clip")) == ["v"]
+    with pytest.raises(ValueError, match="neither a file nor a folder of features"):
+        open_features(tmp_path / "features.h5")
 
 
 @pytest.mark.parametrize("damage", [b"TREE", b"HEAP", b"SNOD"])

@@ -22,6 +22,10 @@ from .parquet import TEXT_COLUMN, ParquetFeatures, is_converted, video_backbones
 
 VIDEO_KEY, TEXT_KEY = "features", "last_hidden_state"  # names of the arrays in the official npz files
 SENTENCE_KEY = "sentence"  # beside the features of a sentence, in files that the library extracts
+# A small file can claim, or decompress to, any size. Three hours of 6 vectors of 4,096 numbers per second take 1.06 GB
+# in float32, and real features hardly compress
+MAX_ARRAY_BYTES = 2**31
+MAX_EXPANSION, EXPANDABLE_BYTES = 100, 2**26  # an array above the second may have the first times its bytes in the file
 METADATA_FILE = "features.json"  # in folders that the library writes
 
 
@@ -136,7 +140,7 @@ class FolderFeatures(FeatureStore):
                 name, suffix = os.path.splitext(file.name)
                 if file.name == METADATA_FILE:
                     metadata = _read_metadata(Path(file.path))
-                if suffix not in (".npz", ".npy") or name.startswith("."):
+                if suffix not in (".npz", ".npy") or name.startswith(".") or not file.is_file():
                     continue
                 if name in places:
                     raise ValueError(f"{path}: contains both {name}.npz and {name}.npy")
@@ -145,14 +149,29 @@ class FolderFeatures(FeatureStore):
         self.metadata = metadata
 
     def _read(self, place):
+        size = os.path.getsize(place)
+        _check_size(size, size)
         loaded = np.load(place, allow_pickle=False)  # unpickling would run code from the file
         if isinstance(loaded, np.ndarray):
             return loaded
         with loaded:
             for key in (VIDEO_KEY, TEXT_KEY):
                 if key in loaded:
+                    member = loaded.zip.getinfo(f"{key}.npy")
+                    _check_size(member.file_size, member.compress_size)
                     return loaded[key]
             raise ValueError(f"needs an array `{VIDEO_KEY}` or `{TEXT_KEY}`, has {loaded.files}")
+
+
+def _check_size(num_bytes: int, stored_bytes: int) -> None:
+    """Raise ValueError for an array of a size that no features have, before it is read."""
+    if num_bytes > MAX_ARRAY_BYTES:
+        raise ValueError(f"an array of {num_bytes:,} bytes; the limit is {MAX_ARRAY_BYTES:,}")
+    if num_bytes > max(EXPANDABLE_BYTES, MAX_EXPANSION * stored_bytes):
+        raise ValueError(
+            f"an array of {num_bytes:,} bytes, of which the file stores {stored_bytes:,}; features do not compress "
+            f"more than {MAX_EXPANSION} times"
+        )
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
@@ -165,7 +184,7 @@ def _read_metadata(path: Path) -> dict[str, Any]:
 class Hdf5Features(FeatureStore):
     """
     An HDF5 file with one dataset per id and, optionally, a file attribute `clip_seconds`. The file is opened for each
-    read, since an open file does not survive a fork.
+    read, since an open file does not survive a fork. Datasets must be in the file itself.
     """
 
     def __init__(self, path: Path):
@@ -184,6 +203,8 @@ class Hdf5Features(FeatureStore):
             import h5py  # optional dependency, only needed for such files
         except ImportError:
             raise ImportError(f"{path}: h5py is required to read HDF5 files: `pip install h5py`") from None
+        if not path.is_file():  # opening a named pipe would wait for somebody to write to it
+            raise ValueError(f"{path}: neither a file nor a folder of features")
         try:
             return h5py.File(path, "r")
         except OSError as error:
@@ -191,9 +212,15 @@ class Hdf5Features(FeatureStore):
 
     def _read(self, place):
         with self._opened(self.path) as file:
-            if not hasattr(file[place], "shape"):
+            if type(file.get(place, getlink=True)).__name__ == "ExternalLink":
+                raise ValueError("a link to another file")
+            dataset = file[place]
+            if not hasattr(dataset, "shape"):
                 raise ValueError("a group, not a dataset")
-            return file[place][()]
+            if dataset.is_virtual or dataset.external:
+                raise ValueError("its values are in another file")
+            _check_size(dataset.nbytes, dataset.id.get_storage_size())
+            return dataset[()]
 
 
 def write_features(
