@@ -35,6 +35,8 @@ DEMUXERS = (
     "apng,asf,av1,avi,dv,flv,gif,gxf,h264,hevc,ivf,live_flv,m4v,matroska,mjpeg,mov,mpeg,mpegts,mpegvideo,mxf,nsv,nut,obu,"
     "ogg,rm,swf,wtv,yuv4mpegpipe"
 )
+# PyAV sets this flag of FFmpeg (AVFMT_FLAG_GENPTS). It invents wrong times for B-frames in AVI.
+GENERATE_PTS = 1
 # In seconds: a file that ends earlier than its header says was cut off, but headers are rounded and the streams of a
 # file end at slightly different times
 MISSING_END_TOLERANCE = Fraction(1, 2)
@@ -122,6 +124,11 @@ class FileVideo(Video):
         super().__init__(self._measure(), clip_seconds)
 
     def __iter__(self):
+        for clip, frame in enumerate(self._frames_of_clips()):
+            if clip < self.num_clips:  # decode to the end, since the last frames can be damaged
+                yield self._to_rgb(frame)
+
+    def _frames_of_clips(self) -> Iterator[Any]:
         graph = None
         for frame in self._decoded():
             if graph is None:
@@ -129,12 +136,10 @@ class FileVideo(Video):
                 graph = _filter_graph(frame, ("fps", f"fps={rate}:start_time=0"))
             # The filter ends where its last frame ends. It gives no frame at all for less than half a clip.
             frame.duration = math.ceil(max(self._end, self._clip / 2) / frame.time_base) - frame.pts
-            for picture in _filtered(graph, frame):
-                yield self._to_rgb(picture)
+            yield from _filtered(graph, frame)
         if graph is None:
             raise ValueError(f"{self.name}: no frames that can be decoded")
-        for picture in _filtered(graph, None):
-            yield self._to_rgb(picture)
+        yield from _filtered(graph, None)
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[Any, Any]]:
@@ -154,6 +159,7 @@ class FileVideo(Video):
             except (OSError, av.FFmpegError, TypeError) as error:  # TypeError: a file object opened in text mode
                 raise ValueError(f"{self.name}: not a readable video ({_reason(error)})") from error
             stack.enter_context(container)
+            container.flags &= ~GENERATE_PTS
             # The cover art of an audio file is a video stream of one picture
             cover = av.stream.Disposition.attached_pic
             streams = [stream for stream in container.streams.video if not stream.disposition & cover]
@@ -214,7 +220,8 @@ class FileVideo(Video):
                 if is_picture:
                     start = min(start, packet_start)
                     end = max(end, packet_end if packet.duration else packet_start + frame_seconds)
-            promised = Fraction(container.duration or 0, av.time_base)
+            # Headers count from 0
+            promised = Fraction((container.duration or 0) - (container.start_time or 0), av.time_base)
             if end_of_all < promised - MISSING_END_TOLERANCE and not _can_restart(container):  # those have no header
                 if self._is_cut_off(container.size):
                     raise ValueError(f"{self.name}: cut off at {float(end_of_all):.2f} s of {float(promised):.2f} s")
@@ -244,6 +251,7 @@ class FileVideo(Video):
                         f"{self.name}: decoding failed after {time:.2f} s of {self.duration:.2f} s ({_reason(error)})"
                     ) from error
                 for frame in frames:
+                    frame.pts = frame.dts if frame.pts is None else frame.pts
                     time = frame.time
                     if frame.is_corrupt and has_begun:
                         raise ValueError(f"{self.name}: the frame at {time:.2f} s is damaged")
