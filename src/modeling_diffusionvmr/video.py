@@ -233,7 +233,7 @@ class FileVideo(Video):
     def _decoded(self) -> Iterator[Any]:
         """Decode the pictures. Their timestamps count from the container's start."""
         av = _import_av()
-        time, has_begun = 0.0, False
+        time, following, has_begun = 0.0, 0, False
         with self._opened() as (container, stream):
             self._pixel_aspect = stream.sample_aspect_ratio or Fraction(1)
             # PyAV's default, one thread per frame, silently drops frames that cannot be decoded
@@ -251,8 +251,9 @@ class FileVideo(Video):
                         f"{self.name}: decoding failed after {time:.2f} s of {self.duration:.2f} s ({_reason(error)})"
                     ) from error
                 for frame in frames:
-                    frame.pts = frame.dts if frame.pts is None else frame.pts
-                    time = frame.time
+                    # B-frames in AVI have the time of decoding only, and the last of them none
+                    frame.pts = next(stamp for stamp in (frame.pts, frame.dts, following) if stamp is not None)
+                    following, time = frame.pts + frame.duration, frame.time
                     if frame.is_corrupt and has_begun:
                         raise ValueError(f"{self.name}: the frame at {time:.2f} s is damaged")
                     yield frame
