@@ -156,6 +156,8 @@ class FileVideo(Video):
                     metadata_errors="replace",
                     container_options={"format_whitelist": DEMUXERS, "protocol_whitelist": "none"},
                 )
+            except av.ArgumentError as error:  # FFmpeg's answer to formats that are not on the list
+                raise ValueError(f"{self.name}: not a readable video (not in a supported video format)") from error
             except (OSError, av.FFmpegError, TypeError) as error:  # TypeError: a file object opened in text mode
                 raise ValueError(f"{self.name}: not a readable video ({_reason(error)})") from error
             stack.enter_context(container)
@@ -182,7 +184,7 @@ class FileVideo(Video):
         shift, expected = -Fraction(container.start_time or 0, av.time_base), None
         try:
             for packet in container.demux():
-                if packet.stream_index == stream.index and packet.dts is not None and _can_restart(container):
+                if packet.stream is stream and packet.dts is not None and _can_restart(container):
                     decoded = packet.dts * packet.time_base
                     if expected is not None and not -MAX_STEP_BACK <= decoded - expected <= MAX_STEP_FORWARD:
                         shift += expected - decoded
@@ -206,7 +208,7 @@ class FileVideo(Video):
         with self._opened() as (container, stream):
             frame_seconds = 1 / stream.average_rate if stream.average_rate else 0
             for packet in self._packets(container, stream):
-                is_picture = packet.stream_index == stream.index
+                is_picture = packet.stream is stream
                 if is_picture and packet.is_corrupt:
                     raise ValueError(f"{self.name}: damaged or cut off at {float(end):.2f} s")
                 stamp = packet.pts if packet.pts is not None else packet.dts
@@ -239,7 +241,7 @@ class FileVideo(Video):
             # PyAV's default, one thread per frame, silently drops frames that cannot be decoded
             stream.thread_type = "SLICE"
             for packet in self._packets(container, stream):
-                if packet.stream_index != stream.index:
+                if packet.stream is not stream:
                     continue
                 has_begun |= packet.is_keyframe
                 try:
