@@ -222,9 +222,8 @@ def test_decoded_frames_follow_the_filter(fps, clip_seconds):
                     expected.append(int(graph.vpull().to_ndarray()[0, 0, 0]))
             except (BlockingIOError, EOFError):
                 pass
-        assert [int(frame[0, 0, 0]) for frame in open_video((pixels, float(fps)), clip_seconds)] == (
-            expected or [count - 1]
-        )
+        video = open_video((pixels, float(fps)), clip_seconds)
+        assert [int(frame[0, 0, 0]) for frame in video] == (expected or [count - 1])
 
 
 @pytest.mark.parametrize("flags", ["initial_discontinuity", "resend_headers"])
