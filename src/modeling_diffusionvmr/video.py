@@ -124,9 +124,14 @@ class FileVideo(Video):
         super().__init__(self._measure(), clip_seconds)
 
     def __iter__(self):
-        for clip, frame in enumerate(self._frames_of_clips()):
-            if clip < self.num_clips:  # decode to the end, since the last frames can be damaged
-                yield self._to_rgb(frame)
+        clip = 0
+        try:
+            for clip, frame in enumerate(self._frames_of_clips()):
+                if clip < self.num_clips:  # decode to the end, since the last frames can be damaged
+                    yield self._to_rgb(frame)
+        except (_import_av().FFmpegError, OverflowError) as error:
+            time = clip * self.clip_seconds
+            raise ValueError(f"{self.name}: FFmpeg's filters failed at {time:.2f} s ({_reason(error)})") from error
 
     def _frames_of_clips(self) -> Iterator[Any]:
         graph = None
@@ -193,7 +198,7 @@ class FileVideo(Video):
                 packet.pts = None if packet.pts is None else packet.pts + shift_in_ticks
                 packet.dts = None if packet.dts is None else packet.dts + shift_in_ticks
                 yield packet
-        except av.FFmpegError as error:
+        except (av.FFmpegError, OverflowError) as error:  # OverflowError: a damaged timestamp
             raise ValueError(f"{self.name}: reading failed ({_reason(error)})") from error
 
     def _measure(self) -> Fraction:
@@ -206,6 +211,7 @@ class FileVideo(Video):
         av = _import_av()
         start, end, end_of_all = math.inf, Fraction(0), Fraction(0)
         with self._opened() as (container, stream):
+            self._pixel_aspect = stream.sample_aspect_ratio or 1
             frame_seconds = 1 / stream.average_rate if stream.average_rate else 0
             for packet in self._packets(container, stream):
                 is_picture = packet.stream is stream
@@ -237,7 +243,6 @@ class FileVideo(Video):
         av = _import_av()
         time, following, has_begun = 0.0, 0, False
         with self._opened() as (container, stream):
-            self._pixel_aspect = stream.sample_aspect_ratio or Fraction(1)
             # PyAV's default, one thread per frame, silently drops frames that cannot be decoded
             stream.thread_type = "SLICE"
             for packet in self._packets(container, stream):
@@ -263,7 +268,8 @@ class FileVideo(Video):
     def _to_rgb(self, frame: Any) -> np.ndarray:
         """Return a picture as a player shows it: upright, with square pixels, in its colors. Reduce a large one."""
         width, height = max(1, round(frame.width * self._pixel_aspect)), frame.height
-        scale = min(1, MAX_SHORT_SIDE / min(width, height))
+        # The long side too: a damaged header can claim any shape of a pixel
+        scale = min(1, MAX_SHORT_SIDE / min(width, height), 16 * MAX_SHORT_SIDE / max(width, height))
         size = f"{max(1, round(width * scale))}:{max(1, round(height * scale))}"
         graph = _filter_graph(
             frame, ("scale", size + ":flags=bicubic"), ("setsar", "1"), *_upright(frame), ("format", "rgb24")
@@ -276,7 +282,7 @@ class FileVideo(Video):
         with open(self.file, "rb") if self.is_path else nullcontext(self.file) as file:
             file.seek(0)
             stated = _stated_bytes(file.read(4096))
-        return stated is None or size < stated
+        return stated is None or not size >= stated  # it can be NaN
 
 
 def _can_restart(container: Any) -> bool:
@@ -284,14 +290,14 @@ def _can_restart(container: Any) -> bool:
     return bool(container.format.flags & _import_av().format.Flags.ts_discont.value)
 
 
-def _stated_bytes(head: bytes) -> int | None:
+def _stated_bytes(head: bytes) -> float | None:
     """Return the size of a Matroska or FLV file according to its first bytes, `None` for other formats."""
     if segment := re.match(rb"\x1a\x45\xdf\xa3.*?\x18\x53\x80\x67([^\0])", head, re.DOTALL):
         # An EBML number: the leading zeros of its first byte are the number of bytes that follow
         first, length = segment.start(1), 9 - segment[1][0].bit_length()
         return first + length + int.from_bytes(head[first : first + length]) - (1 << 7 * length)
     if metadata := re.match(rb"FLV.*?filesize\0(.{8})", head, re.DOTALL):
-        return int(struct.unpack(">d", metadata[1])[0])
+        return struct.unpack(">d", metadata[1])[0]
     return None
 
 
