@@ -186,7 +186,7 @@ class FileVideo(Video):
         a jump of the pictures' clock is removed. In other formats it is a long frame.
         """
         av = _import_av()
-        shift, expected = -Fraction(container.start_time or 0, av.time_base), None
+        shift, expected, packet = -Fraction(container.start_time or 0, av.time_base), None, None
         try:
             for packet in container.demux():
                 if packet.stream is stream and packet.dts is not None and _can_restart(container):
@@ -199,7 +199,8 @@ class FileVideo(Video):
                 packet.dts = None if packet.dts is None else packet.dts + shift_in_ticks
                 yield packet
         except (av.FFmpegError, OverflowError) as error:  # OverflowError: a damaged timestamp
-            raise ValueError(f"{self.name}: reading failed ({_reason(error)})") from error
+            time = float((packet.dts or 0) * packet.time_base) if packet else 0.0
+            raise ValueError(f"{self.name}: reading failed at {time:.2f} s ({_reason(error)})") from error
 
     def _measure(self) -> Fraction:
         """
@@ -375,8 +376,8 @@ def open_video(
         FileNotFoundError: if the file does not exist.
         OSError: if a download fails.
         ValueError: if `video` is of another type, if a download is too large or its URL is invalid, if the file is not
-            a video, has no video stream or no frames, or is damaged or cut off (raised here or while iterating; the
-            message names the file and the second), or if the frames have another shape.
+            a video but, for example, a playlist, has no video stream or no frames, or is damaged or cut off (raised
+            here or while iterating; the message names the file and the second), or if the frames have another shape.
         ImportError: if a file is given and PyAV is not installed.
     """
     source = getattr(video, "_hf_encoded", video)  # `datasets` remembers there what it made a decoder of
