@@ -22,6 +22,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 
 from modeling_diffusionvmr.synthetic.rendered_world import (
     COLORS,
+    FRAME_RATE,
     PAIRS,
     SEEN_PAIRS,
     SHAPES,
@@ -460,7 +461,7 @@ def measure_clip(
 ) -> dict[str, dict[str, float]]:
     """
     Measure and print how well cosine similarity finds the clips of a video in which a sentence is true, with one frame
-    at each clip's center. Sentences that are true in all clips or in none are skipped.
+    in each clip's frame. Sentences that are true in all clips or in none are skipped.
 
     Args:
         clip: the model to measure.
@@ -510,7 +511,9 @@ def _scores(
     clip_seconds: float,
 ) -> list[tuple[Query, np.ndarray, np.ndarray]]:
     """Return each sentence of a video with its similarity to the clips and its truth there, float and bool (clips,)."""
-    times = np.arange(clip_seconds / 2, plan.duration, clip_seconds)
+    # A clip's frame is the last one before its center
+    centers = np.arange(clip_seconds / 2, plan.duration, clip_seconds)
+    times = (np.ceil(centers * FRAME_RATE - 1e-6) - 1) / FRAME_RATE
     if folder is None:
         frames = [render_frame(plan, time) for time in times]
     else:

@@ -166,6 +166,14 @@ def test_only_annotated_videos(world, extract, tmp_path, capsys):
     assert f"{videos}: ignored (not video files): notes.txt" in capsys.readouterr().err
 
 
+def test_names_in_another_unicode_normalization(world, extract, tmp_path):
+    (tmp_path / "videos").mkdir()
+    shutil.copy(world.videos / f"{world.vids[0]}.mp4", tmp_path / "videos" / "caf\u00e9.mp4")
+    save_jsonl([{**world.rows[0], "vid": "cafe\u0301"}], tmp_path / "rows.jsonl")
+    output = extract("--videos", tmp_path / "videos", "--annotations", tmp_path / "rows.jsonl")
+    assert [*open_features(output / "clip")] == ["cafe\u0301"]
+
+
 def test_annotated_videos_that_are_missing(world, extract, extract_error, tmp_path, capsys):
     videos = copied(world, tmp_path / "videos")
     (videos / f"{world.vids[0]}.mp4").unlink()

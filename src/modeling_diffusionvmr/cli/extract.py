@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 from ..messages import listed
 from .errors import loading
@@ -104,14 +105,17 @@ def _choose_videos(arguments: argparse.Namespace, vids: Sequence[str]) -> tuple[
         print(f"{arguments.videos}: ignored (not video files): {listed(others)}", file=sys.stderr)
     if not vids:
         return videos, {}
-    missing = [vid for vid in vids if vid not in videos]
+    # Some file systems decompose accented letters, so names that look the same can differ
+    by_name = {normalize("NFC", vid): path for vid, path in videos.items()}
+    chosen = {vid: videos.get(vid) or by_name.get(normalize("NFC", vid)) for vid in vids}
+    missing = [vid for vid, path in chosen.items() if path is None]
     if missing and not arguments.skip_invalid:
         raise ValueError(
             f"{arguments.videos}: {len(missing)} of {len(vids)} annotated videos are missing: {listed(missing)} "
             "(a vid is a file name without its extension)"
         )
-    chosen = {vid: videos[vid] for vid in vids if vid in videos}
-    return chosen, dict.fromkeys(missing, f"no such file in {arguments.videos}")
+    found = {vid: path for vid, path in chosen.items() if path is not None}
+    return found, dict.fromkeys(missing, f"no such file in {arguments.videos}")
 
 
 class _Backbone(NamedTuple):
