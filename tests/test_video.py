@@ -282,3 +282,17 @@ def test_real_video(shared):
     wanted = expected_indices(path, 2.0, 15)
     for frame, index in zip(video, wanted, strict=True):
         np.testing.assert_array_equal(frame, frames[index])
+
+
+def test_work_is_not_sized_by_what_a_file_claims(tmp_path):
+    """A file of two pictures that are four months apart, and frames at next to no rate."""
+    path = write_video(tmp_path / "far.mkv", np.array([0.0, 10_000_000.0]))
+    with pytest.raises(ValueError, match="far.mkv: lasts 1000000[01] s; the limit is 86400 s"):
+        open_video(path, 2.0)
+    frames = np.zeros((2, 8, 8, 3), np.uint8)
+    with pytest.raises(ValueError, match="the video: lasts .* the limit is 86400 s"):
+        open_video((frames, 1e-5), 2.0)
+    with pytest.raises(ValueError, match="the limit is 86400 s"):
+        open_video((frames, 1e-300), 2.0)
+    with pytest.raises(ValueError, match="the video: 2000000 clips of 1e-06 s; the limit is 1000000"):
+        open_video((frames, 1), 1e-6)

@@ -30,6 +30,7 @@ from .download import MAX_DOWNLOAD_BYTES, fetch
 # processors of CLIP reduce the short side to 224 or 336 with an antialiasing filter, so what is lost they would drop
 # too, but features differ a little. Frames of 1080p or less stay as they are.
 MAX_SHORT_SIDE = 1080
+MAX_SECONDS, MAX_CLIPS = 24 * 60 * 60, 1_000_000
 # FFmpeg's demuxers that read a single file and open no other one: no playlists (HLS, DASH, concat), no SDP, no images
 DEMUXERS = (
     "apng,asf,av1,avi,dv,flv,gif,gxf,h264,hevc,ivf,live_flv,m4v,matroska,mjpeg,mov,mpeg,mpegts,mpegvideo,mxf,nsv,nut,obu,"
@@ -59,6 +60,9 @@ class Video:
 
     Iterating yields `num_clips` frames (H, W, 3) uint8 RGB. A video can be iterated more than once.
 
+    Raises:
+        ValueError: if it lasts longer than `MAX_SECONDS`, or has more than `MAX_CLIPS` clips.
+
     Attributes:
         duration: in seconds, from the start of the container to the end of the last frame.
         clip_seconds: length of a clip in seconds.
@@ -72,6 +76,12 @@ class Video:
         self._end, self._clip = end, max(Fraction(clip_seconds).limit_denominator(10**6), Fraction(1, 10**6))
         self.duration = float(end)
         self.num_clips = max(1, math.floor(self._end / self._clip + Fraction(1, 2)))
+        # Work must not be sized by what a file claims: two pictures can be years apart
+        name = getattr(self, "name", "the video")
+        if end > MAX_SECONDS:
+            raise ValueError(f"{name}: lasts {self.duration:.0f} s; the limit is {MAX_SECONDS} s")
+        if self.num_clips > MAX_CLIPS:
+            raise ValueError(f"{name}: {self.num_clips} clips of {clip_seconds:g} s; the limit is {MAX_CLIPS}")
 
     def __iter__(self) -> Iterator[np.ndarray]:
         raise NotImplementedError
@@ -87,7 +97,7 @@ class FrameVideo(Video):
         if not self.frames.size:
             raise ValueError(f"frames must contain at least one frame and one pixel, got {self.frames.shape}")
         check_positive(fps, "fps")
-        self._frame_seconds = 1 / Fraction(float(fps)).limit_denominator(10**6)
+        self._frame_seconds = 1 / max(Fraction(float(fps)).limit_denominator(10**6), Fraction(1, 10**6))
         super().__init__(len(self.frames) * self._frame_seconds, clip_seconds)
 
     def __iter__(self):
