@@ -13,7 +13,6 @@ from transformers import pipeline
 from modeling_diffusionvmr import DEFAULT_MODEL
 from modeling_diffusionvmr.cli.errors import run_safely
 from modeling_diffusionvmr.cli.options import CommandParser
-from modeling_diffusionvmr.plotting import plot_refinement, plot_timeline, save_figure
 from modeling_diffusionvmr.synthetic.rendered_world import Query, VideoPlan, plan_video, write_video
 from modeling_diffusionvmr.video import open_video
 
@@ -33,6 +32,9 @@ def choose_plan(first_seed: int) -> tuple[VideoPlan, list[Query]]:
 
 def main(arguments: argparse.Namespace) -> None:
     """Run the demo and write video and plots to `--output_dir`."""
+    # Here, so that a missing Matplotlib is one line that says how to install it
+    from modeling_diffusionvmr.plotting import plot_refinement, plot_timeline, save_figure
+
     if arguments.seed < 0:
         raise ValueError(f"--seed must be at least 0, got {arguments.seed}")
     folder = arguments.output_dir

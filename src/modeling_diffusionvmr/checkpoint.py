@@ -180,11 +180,11 @@ def _save_backbone(description: dict[str, Any], model, folder: str | os.PathLike
         if place is None or ("id" in description and not _is_small_and_cached(*place)):
             return description
         path_or_id, kwargs = place
+        if os.path.realpath(path_or_id) == os.path.realpath(os.path.join(folder, name)):
+            return in_folder(description)
         size = _size_of_folder(path_or_id)
         if size >= MAX_COPIED_BYTES:
             warnings.warn(f"backbone `{name}` is copied into the checkpoint: {size / 1e6:,.0f} MB", stacklevel=4)
-        if os.path.realpath(path_or_id) == os.path.realpath(os.path.join(folder, name)):
-            return in_folder(description)
         backbone = load_backbone(path_or_id, **kwargs)
     # A backbone that has disappeared or is damaged, whatever that raises, must not cost the weights of a training
     except Exception as error:
