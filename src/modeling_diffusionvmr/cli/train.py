@@ -132,9 +132,9 @@ def run(arguments: argparse.Namespace) -> None:
     if trainer.is_world_process_zero():
         if metrics is not None:
             print(json.dumps(metrics, indent=2))
-        how = "chosen on the sentences to evaluate on" if chosen else "not chosen; too few sentences to evaluate on"
+        how = "chosen on the validation data" if chosen else "not chosen: too little validation data"
         values = ", ".join(f"{name} {getattr(processor, name)}" for name in ("threshold", "nms_threshold", "top_k"))
-        print(f"moments for people: {values} ({how})", file=sys.stderr)
+        print(f"defaults of the processor: {values} ({how})", file=sys.stderr)
         print(f"saved {arguments.output_dir}, with the weights of step {model.card_facts['step']}", file=sys.stderr)
 
 
