@@ -8,8 +8,8 @@ import av
 import numpy as np
 import pytest
 
-from modeling_diffusionvmr import video as video_module
 from modeling_diffusionvmr.video import open_video
+from modeling_diffusionvmr.video_filters import ToRGB
 
 WIDTH, HEIGHT = 64, 48
 
@@ -265,10 +265,8 @@ def test_without_pyav(tmp_path, monkeypatch):
 def test_only_needed_frames_are_converted(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4", np.arange(100) / 10)
     converted = []
-    convert = video_module.FileVideo._to_rgb
-    monkeypatch.setattr(
-        video_module.FileVideo, "_to_rgb", lambda self, frame: converted.append(frame) or convert(self, frame)
-    )
+    convert = ToRGB.__call__
+    monkeypatch.setattr(ToRGB, "__call__", lambda self, frame: converted.append(frame) or convert(self, frame))
     assert len(list(open_video(path, 2.0))) == 5 == len(converted)
 
 

@@ -10,7 +10,7 @@ import av.filter
 import numpy as np
 import pytest
 
-from modeling_diffusionvmr import video as video_module
+from modeling_diffusionvmr import video_filters
 from modeling_diffusionvmr.video import open_video
 from test_video import HEIGHT, WIDTH, index_of, picture
 
@@ -344,10 +344,10 @@ def test_colors(tmp_path, name, space, color_range):
 
 def test_large_frames_are_reduced(tmp_path, monkeypatch):
     path = write(tmp_path / "a.mp4", pixel_aspect=Fraction(3, 2))
-    monkeypatch.setattr(video_module, "MAX_SHORT_SIDE", 24)
+    monkeypatch.setattr(video_filters, "MAX_SHORT_SIDE", 24)
     assert {frame.shape for frame in open_video(path, 1.0)} == {(24, 48, 3)}
     assert shown(path) == [4, 14, 24, 34, 44, 54]
-    monkeypatch.setattr(video_module, "MAX_SHORT_SIDE", HEIGHT)
+    monkeypatch.setattr(video_filters, "MAX_SHORT_SIDE", HEIGHT)
     assert {frame.shape for frame in open_video(path, 1.0)} == {(HEIGHT, 96, 3)}
 
 
