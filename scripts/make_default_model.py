@@ -32,11 +32,12 @@ from modeling_diffusionvmr import (
     load_annotations,
     open_features,
 )
-from modeling_diffusionvmr.backbones import Backbones, ClipBackbone
+from modeling_diffusionvmr.backbones import Backbones
 from modeling_diffusionvmr.cli.errors import run_safely
 from modeling_diffusionvmr.cli.options import CommandParser
 from modeling_diffusionvmr.data.extraction import extract_sentence, extract_video
 from modeling_diffusionvmr.data.files import load_jsonl, save_json, save_jsonl
+from modeling_diffusionvmr.dual_encoders import ClipBackbone
 from modeling_diffusionvmr.modeling_diffusionvmr import TASK
 from modeling_diffusionvmr.synthetic.rendered_world import (
     VideoPlan,

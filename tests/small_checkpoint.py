@@ -7,7 +7,9 @@ import torch
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from modeling_diffusionvmr import DiffusionVMRForMomentRetrieval, DiffusionVMRProcessor, VideoMomentRetrievalPipeline
-from modeling_diffusionvmr.backbones import Backbones, ClipBackbone
+from modeling_diffusionvmr.backbones import Backbones
+from modeling_diffusionvmr.dual_encoders import ClipBackbone
+from modeling_diffusionvmr.video import Video, open_video
 
 WORDS = ["a", "red", "dog", "runs", "fast"]
 
@@ -35,6 +37,11 @@ def tiny_clip(seed=0, projection_dim=12) -> ClipBackbone:
     )
     processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     return ClipBackbone(CLIPModel(config), processor, tokenizer)
+
+
+def as_video(frames) -> Video:
+    """Return a video with one frame (H, W, 3) per clip of 2 s."""
+    return open_video((frames, 0.5), 2.0)
 
 
 def description(**changes) -> dict:

@@ -24,12 +24,13 @@ from modeling_diffusionvmr import (
     checkpoint,
     open_features,
 )
-from modeling_diffusionvmr.backbones import Backbones, ClipBackbone, load_backbone
+from modeling_diffusionvmr.backbones import Backbones, load_backbone
 from modeling_diffusionvmr.checkpoint import load_backbones
 from modeling_diffusionvmr.cli import main
 from modeling_diffusionvmr.data.extraction import extract_sentences, extract_videos
 from modeling_diffusionvmr.data.files import save_jsonl
-from small_checkpoint import description, put_on_hub, save_checkpoint, tiny_clip
+from modeling_diffusionvmr.dual_encoders import ClipBackbone
+from small_checkpoint import as_video, description, put_on_hub, save_checkpoint, tiny_clip
 from test_video import write_video
 
 TASK = "video-moment-retrieval"
@@ -53,7 +54,7 @@ def test_saved_with_a_checkpoint(clip, frames, tmp_path):
     descriptions = Backbones([description(id="some/hub-id")], [clip]).save_pretrained(tmp_path)
     assert descriptions == [description()]
     loaded = load_backbones(SimpleNamespace(backbones=descriptions), tmp_path, device="cpu", dtype=torch.float32)
-    np.testing.assert_array_equal(loaded.encode_video(frames)[0], clip.encode_video(frames))
+    np.testing.assert_array_equal(loaded.encode_video(as_video(frames))[0], clip.encode_video(as_video(frames)))
     np.testing.assert_array_equal(loaded.encode_text(["a red dog"])[0], clip.encode_text(["a red dog"])[0])
     assert type(loaded.models[0].image_processor) is CLIPImageProcessorPil
 
@@ -72,7 +73,7 @@ def test_backbone_outside_the_checkpoint(clip, frames, tmp_path):
     kwargs = {"cache_dir": str(tmp_path / "cache"), "local_files_only": True, "revision": "the-checkpoint's"}
     for folder in (tmp_path / "checkpoint", None):
         loaded = load_backbones(config, folder, **kwargs)
-        np.testing.assert_array_equal(loaded.encode_video(frames)[0], clip.encode_video(frames))
+        np.testing.assert_array_equal(loaded.encode_video(as_video(frames))[0], clip.encode_video(as_video(frames)))
 
 
 def test_backbones_that_cannot_be_run_are_named(clip, tmp_path):

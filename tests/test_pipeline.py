@@ -20,7 +20,7 @@ from modeling_diffusionvmr import (
     DiffusionVMRProcessor,
     pipeline_diffusionvmr,
 )
-from modeling_diffusionvmr.video import FileVideo
+from modeling_diffusionvmr.video import FileVideo, open_video
 from small_checkpoint import description, save_checkpoint
 from test_video import picture, write_video
 
@@ -62,16 +62,16 @@ def counts(pipe, monkeypatch) -> dict:
         monkeypatch.setattr(owner, name, counting)
 
     count(pipeline_diffusionvmr, "open_video", "videos")
-    count(pipe.backbones.models[0], "encode_frames", "images", len)
+    count(pipe.backbones.models[0], "encode_clips", "images", len)
     count(pipe.model, "forward", "model")
-    original = FileVideo.__iter__
+    original = FileVideo.clips
 
-    def iterate(self):
-        for frame in original(self):
+    def clips(self, samplings):
+        for clip in original(self, samplings):
             counted["frames"] += 1
-            yield frame
+            yield clip
 
-    monkeypatch.setattr(FileVideo, "__iter__", iterate)
+    monkeypatch.setattr(FileVideo, "clips", clips)
     return counted
 
 
@@ -302,9 +302,8 @@ def test_nothing_is_decoded_for_no_query(pipe, video, counts):
 
 
 def test_equals_processor_and_model_in_a_row(pipe, video):
-    frames = list(pipeline_diffusionvmr.open_video(video, 2.0))
     clip = pipe.backbones.models[0]
-    batch = pipe.processor([[clip.encode_video(frames)]], clip.encode_text([QUERIES[0]]))
+    batch = pipe.processor([[clip.encode_video(open_video(video, 2.0))]], clip.encode_text([QUERIES[0]]))
     with torch.inference_mode():
         outputs = pipe.model(**batch.to(pipe.device))
     (expected,) = pipe.processor.post_process_moment_retrieval(outputs, [14.0], [SECONDS])
@@ -369,7 +368,7 @@ def test_video_of_more_clips_than_the_model_reads(pipe, monkeypatch):
     assert {(moment["start"], moment["end"]) for moment in result["moments"]} == {(0, 98)}
     assert len(result["saliency"]) == 20 and result["clip_seconds"] == pytest.approx(98 / 20)
     # No part of the video is left out
-    clips = pipe.backbones.models[0].encode_video(frames[::2])
+    clips = pipe.backbones.models[0].encode_video(open_video((frames, 1), 2.0))
     clips /= np.linalg.norm(clips, axis=1, keepdims=True)
     assert seen[0].shape == (1, 20, 12)
     np.testing.assert_allclose(seen[0][0].mean(0).cpu(), clips.mean(0), atol=1e-4)

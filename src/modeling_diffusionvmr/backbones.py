@@ -1,133 +1,31 @@
-"""Frozen backbones that turn frames and sentences into features, each with its own image processor and tokenizer."""
+"""The frozen backbones that turn videos and sentences into features: how they are found, loaded and used together."""
 
 import os
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from .checks import check_sentence
+from .base_backbone import Backbone, encode_video
+from .dual_encoders import ClipBackbone
 from .messages import one_line
-from .weights import check_weight_index, check_weights, missing_weights
+from .video import Video
 
-NUM_SPECIAL_TOKENS = 3  # all that `CLIPTokenizer` has, without an error, where its files are missing
+BACKBONE_CLASSES: dict[str, type[Backbone]] = {"clip": ClipBackbone}  # by `model_type` of the checkpoint
 
 
-class ClipBackbone:
+def register_backbone(model_type: str, backbone_class: type[Backbone]) -> None:
     """
-    CLIP, used in the same way as for the released features: the projected embedding of one frame per clip, and the last
-    hidden states of the text encoder.
+    Register the class that loads backbones whose `config.json` has this `model_type`. It replaces an earlier one.
 
-    Args:
-        model: a `CLIPModel`. It is frozen and set to eval mode.
-        image_processor: the Pillow version, because torchvision resizes differently from how CLIP was trained.
-        tokenizer: a `CLIPTokenizer`. Its truncation and padding are turned off.
+    Raises:
+        TypeError: if it is not a subclass of `Backbone`.
     """
-
-    def __init__(self, model: CLIPModel, image_processor: CLIPImageProcessorPil, tokenizer: CLIPTokenizer):
-        self.model = model.eval().requires_grad_(False)
-        self.image_processor = image_processor
-        self.tokenizer = tokenizer
-        # Truncation and padding are state of the tokenizer: a call that sets them is not thread-safe, and they are
-        # saved with it. Once they are off, calls that do not ask for them leave them alone.
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
-
-    @classmethod
-    def from_pretrained(cls, path_or_id: str | os.PathLike, subfolder: str = "", **hub_kwargs) -> "ClipBackbone":
-        """
-        Load a standard CLIP checkpoint.
-
-        Raises:
-            OSError: if there is none, or it has no tokenizer.
-            ValueError: if weights are missing or not finite, or the tokenizer does not fit the model.
-        """
-        options = {"subfolder": subfolder, **hub_kwargs}
-        where = os.path.join(path_or_id, subfolder) if subfolder else path_or_id
-        if os.path.isdir(where):
-            check_weight_index(where)
-        loaded: Any = CLIPModel.from_pretrained(path_or_id, output_loading_info=True, **options)
-        model, info = loaded
-        check_weights(model, missing_weights(info), where)
-        tokenizer = CLIPTokenizer.from_pretrained(path_or_id, **options)
-        if len(tokenizer) <= NUM_SPECIAL_TOKENS:
-            raise OSError(f"{where}: has no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
-        if max(tokenizer.get_vocab().values()) >= model.config.text_config.vocab_size:
-            raise ValueError(
-                f"{where}: the tokenizer has {len(tokenizer)} tokens, but the model only "
-                f"{model.config.text_config.vocab_size}"
-            )
-        return cls(model, CLIPImageProcessorPil.from_pretrained(path_or_id, **options), tokenizer)
-
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Save a standard CLIP checkpoint."""
-        for part in (self.model, self.image_processor, self.tokenizer):
-            part.save_pretrained(folder)
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "ClipBackbone":
-        """Move the model in place."""
-        self.model.to(device=device, dtype=dtype)
-        return self
-
-    @property
-    def feature_size(self) -> int:
-        """Size of a clip's feature vector."""
-        return self.model.config.projection_dim
-
-    @property
-    def text_feature_size(self) -> int:
-        """Size of a token's feature vector."""
-        return self.model.config.text_config.hidden_size
-
-    @torch.inference_mode()
-    def encode_frames(self, frames: Sequence[np.ndarray]) -> np.ndarray:
-        """Encode one batch of F frames, each (H, W, 3) uint8 RGB, to (F, feature_size) float32."""
-        inputs = self.image_processor(images=list(frames), input_data_format="channels_last", return_tensors="pt")
-        pixel_values = inputs["pixel_values"].to(self.model.device, self.model.dtype)
-        return self.model.get_image_features(pixel_values=pixel_values).pooler_output.float().cpu().numpy()
-
-    def encode_video(self, frames: Iterable[np.ndarray], batch_size: int = 32) -> np.ndarray:
-        """
-        Encode frames (H, W, 3) uint8 RGB, one per clip, to (num_clips, feature_size) float32.
-
-        Raises:
-            ValueError: if there are no frames.
-        """
-        return _encode_frames([self], frames, batch_size)[0]
-
-    @torch.inference_mode()
-    def encode_text(self, sentences: Sequence[str], max_tokens: int | None = None) -> list[np.ndarray]:
-        """
-        Encode each sentence, from its start token to its end token, to (tokens, text_feature_size) float32.
-
-        Args:
-            sentences: any number of sentences. Each is encoded alone.
-            max_tokens: longer sentences are truncated, with a warning, but keep their end token. The default is also
-                the maximum: the length that CLIP supports.
-
-        Raises:
-            ValueError: if a sentence is not a string, is blank, or cannot be encoded as UTF-8.
-        """
-        limit = self.model.config.text_config.max_position_embeddings
-        limit = limit if max_tokens is None else min(limit, max_tokens)
-        features = []
-        for sentence in sentences:
-            check_sentence(sentence)
-            ids = self.tokenizer(sentence, verbose=False)["input_ids"]
-            if len(ids) > limit:
-                warnings.warn(f"query truncated from {len(ids)} tokens to {limit}: {sentence[:60]!r}...", stacklevel=2)
-                ids = [*ids[: limit - 1], ids[-1]]
-            input_ids = torch.tensor([ids], device=self.model.device)
-            hidden = self.model.text_model(input_ids=input_ids).last_hidden_state
-            features.append(hidden[0].float().cpu().numpy())
-        return features
-
-
-BACKBONE_CLASSES = {"clip": ClipBackbone}  # by `model_type` of the checkpoint
+    if not (isinstance(backbone_class, type) and issubclass(backbone_class, Backbone)):
+        raise TypeError(f"a backbone must be a subclass of `Backbone`, got {backbone_class!r}")
+    BACKBONE_CLASSES[model_type] = backbone_class
 
 
 def load_backbone(
@@ -135,7 +33,7 @@ def load_backbone(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **hub_kwargs,
-) -> ClipBackbone:
+) -> Backbone:
     """
     Load one backbone from a folder or the Hub: a complete standard checkpoint with its image processor and tokenizer.
 
@@ -169,7 +67,7 @@ class Backbones:
             all of them read the same frames.
     """
 
-    def __init__(self, descriptions: Sequence[Mapping[str, Any]], models: Sequence[ClipBackbone]):
+    def __init__(self, descriptions: Sequence[Mapping[str, Any]], models: Sequence[Backbone]):
         self.descriptions = [dict(description) for description in descriptions]
         self.models = list(models)
         for description, model in zip(self.descriptions, self.models, strict=True):
@@ -184,7 +82,7 @@ class Backbones:
             raise ValueError(f"all backbones must have the same `clip_seconds`, got {sorted(lengths)}")
         self.clip_seconds: Any = lengths.pop() if lengths else None  # `None` if no backbone reads video
 
-    def _models_with(self, key: str) -> list[ClipBackbone]:
+    def _models_with(self, key: str) -> list[Backbone]:
         return [model for description, model in zip(self.descriptions, self.models) if key in description]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Backbones":
@@ -193,21 +91,18 @@ class Backbones:
             model.to(device, dtype)
         return self
 
-    def encode_video(self, frames: Iterable[np.ndarray], batch_size: int = 32) -> list[np.ndarray]:
+    def encode_video(self, video: Video, batch_size: int = 32, progress: bool = False) -> list[np.ndarray]:
         """
-        Encode frames (H, W, 3) uint8 RGB, one per clip, in one pass.
+        Encode a video with all video backbones in one decoding. See `base_backbone.encode_video`.
 
         Returns:
-            One array (num_clips, feature_size) per video backbone.
-
-        Raises:
-            ValueError: if there are no frames.
+            One array (num_clips, feature_size) float32 per video backbone.
         """
-        return _encode_frames(self._models_with("feature_size"), frames, batch_size)
+        return encode_video(self._models_with("feature_size"), video, batch_size, progress)
 
     def encode_text(self, sentences: Sequence[str], max_tokens: int | None = None) -> list[np.ndarray]:
         """
-        Encode sentences, see `ClipBackbone.encode_text`.
+        Encode sentences, see `Backbone.encode_text`.
 
         Returns:
             One array (tokens, sum of the text_feature_sizes) per sentence.
@@ -234,16 +129,3 @@ def in_folder(description: Mapping[str, Any]) -> dict[str, Any]:
     """Return the description of a backbone that is in the folder of its name inside the checkpoint."""
     rest = {key: value for key, value in description.items() if key not in ("name", "folder", "id")}
     return {"name": description["name"], "folder": description["name"], **rest}
-
-
-def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    items = iter(items)
-    while batch := list(islice(items, size)):
-        yield batch
-
-
-def _encode_frames(models: Sequence[ClipBackbone], frames: Iterable[np.ndarray], batch_size: int) -> list[np.ndarray]:
-    batches = [[model.encode_frames(batch) for model in models] for batch in _batches(frames, batch_size)]
-    if not batches:
-        raise ValueError("no frames to encode; at least one is required")
-    return [np.concatenate(parts) for parts in zip(*batches)]

@@ -7,12 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 from transformers import Pipeline
 
 from .backbones import Backbones
 from .checkpoint import check_processor, load_backbones, origin_of
-from .checks import check_sentence, check_whole
+from .checks import check_positive, check_sentence, check_whole
 from .configuration_diffusionvmr import DiffusionVMRConfig
 from .diffusion import check_num_sampling_steps
 from .hub import PushToHub
@@ -21,7 +20,7 @@ from .video import open_video
 from .weights import check_weights
 
 # The options of a call, by the method that takes them
-PREPROCESS_OPTIONS = ("max_download_bytes", "progress")
+PREPROCESS_OPTIONS = ("max_download_bytes", "max_video_seconds", "progress")
 FORWARD_OPTIONS = ("num_proposals", "num_sampling_steps", "progress")
 POSTPROCESS_OPTIONS = (*POST_PROCESSING, "return_saliency")
 
@@ -78,6 +77,7 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
             num_proposals: number of proposals (N).
             num_sampling_steps: number of DDIM steps (S).
             max_download_bytes: maximum size of a video that is downloaded. Default: 1 GiB.
+            max_video_seconds: maximum duration of a video. Default: one day.
             progress: show a progress bar while the video is downloaded and encoded.
             return_saliency: also return the saliency score of each clip.
 
@@ -126,6 +126,8 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
             check_num_sampling_steps(kwargs["num_sampling_steps"], self.model.config.num_diffusion_steps)
         if "max_download_bytes" in kwargs:
             check_whole(kwargs["max_download_bytes"], "`max_download_bytes`", 1)
+        if "max_video_seconds" in kwargs:
+            check_positive(kwargs["max_video_seconds"], "`max_video_seconds`")
         return tuple(
             {name: kwargs[name] for name in names if name in kwargs}
             for names in (PREPROCESS_OPTIONS, FORWARD_OPTIONS, POSTPROCESS_OPTIONS)
@@ -161,8 +163,7 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
         if not queries:
             return features
         tokens = self.backbones.encode_text(queries, self.processor.max_tokens)
-        frames = tqdm(video, desc="encoding clips", total=video.num_clips, disable=not progress)
-        arrays = self.backbones.encode_video(frames)
+        arrays = self.backbones.encode_video(video, progress=progress)
         texts, text_mask = self.processor.pad([self.processor.prepare_text(array) for array in tokens])
         clips = self.processor.prepare_video(arrays)
         device, dtype = self.device, self.model.dtype

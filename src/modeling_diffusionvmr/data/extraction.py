@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..backbones import ClipBackbone
+from ..base_backbone import Backbone
 from ..video import open_video
 from .backbone_record import absolute
 from .feature_store import VIDEO_SUFFIXES
@@ -20,7 +20,7 @@ VIDEO_FILE_SUFFIXES = (*VIDEO_SUFFIXES, ".3gp", ".flv", ".m4v", ".mpeg", ".mpg",
 
 
 def extract_video(
-    backbone: ClipBackbone,
+    backbone: Backbone,
     video: Any,
     folder: str | os.PathLike,
     vid: str,
@@ -50,7 +50,7 @@ def extract_video(
 
 
 def extract_sentence(
-    backbone: ClipBackbone, sentence: str, folder: str | os.PathLike, qid: int | str, dtype: str = "float32"
+    backbone: Backbone, sentence: str, folder: str | os.PathLike, qid: int | str, dtype: str = "float32"
 ) -> Path:
     """
     Write the features (tokens, size) of one sentence, and the sentence itself, to `folder/qid{qid}.npz`. See
@@ -91,7 +91,7 @@ def find_videos(folder: str | os.PathLike) -> tuple[dict[str, Path], list[str]]:
 
 
 def extract_videos(
-    backbone: ClipBackbone,
+    backbone: Backbone,
     name: str,
     videos: Mapping[str, Any],
     folder: str | os.PathLike,
@@ -131,7 +131,7 @@ def extract_videos(
 
 
 def extract_sentences(
-    backbone: ClipBackbone,
+    backbone: Backbone,
     name: str,
     sentences: Mapping[int | str, str],
     folder: str | os.PathLike,
