@@ -1,3 +1,4 @@
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +10,9 @@ from transformers import BertConfig
 
 from modeling_diffusionvmr.backbones import Backbones, load_backbone
 from modeling_diffusionvmr.dual_encoders import ClipBackbone
+from modeling_diffusionvmr.video import open_video
 from small_checkpoint import as_video, description, put_on_hub, tiny_clip
+from test_video import write_video
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +146,27 @@ def test_one_pass_for_all_backbones(clip, frames, monkeypatch):
     two_texts = Backbones([{"name": name, "text_feature_size": 8} for name in "ab"], [clip, other])
     assert two_texts.encode_text(["a dog"])[0].shape == (4, 16)
     assert two_texts.clip_seconds is None
+
+
+def test_clips_that_show_the_same_frame_are_encoded_once(clip, frames, monkeypatch):
+    encoded, encode = [], clip.encode_clips
+    monkeypatch.setattr(clip, "encode_clips", lambda inputs: encoded.append(len(inputs)) or encode(inputs))
+    for batch_size, batches in ((32, [2]), (1, [1, 1])):
+        encoded.clear()
+        features = clip.encode_video(open_video((frames[:2], 1 / 20), 2.0), batch_size)
+        assert encoded == batches
+        np.testing.assert_allclose(features, clip.encode_video(as_video(frames[:2])).repeat(10, axis=0), atol=1e-6)
+
+
+def test_an_error_while_decoding_ends_the_encoding(clip, tmp_path):
+    path = write_video(tmp_path / "a.ts", np.arange(200) / 10, noise=True)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 20000] = bytes(20000)
+    path.write_bytes(content)
+    threads = threading.active_count()
+    with pytest.raises(ValueError, match=r"a\.ts: "):
+        clip.encode_video(open_video(path, 1.0), batch_size=1)
+    assert threading.active_count() == threads
 
 
 def test_invalid_descriptions(clip):

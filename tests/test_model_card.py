@@ -200,7 +200,9 @@ def test_features_that_cannot_be_computed(tiny_config, tmp_path, preset):
     limits = section(card(tmp_path), "Limits")
     if names:
         assert f"- Takes features only: the backbones {', '.join(names)} cannot be run by this library." in limits
-    assert "pipeline(" not in section(card(tmp_path), "Usage")
+    runs_on_videos = "backbones" in sizes and not names
+    assert runs_on_videos == (preset == "qvhighlights_clip")
+    assert ("pipeline(" in section(card(tmp_path), "Usage")) == runs_on_videos
 
 
 def test_simulated_data_is_called_simulated(model, tmp_path):

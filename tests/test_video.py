@@ -1,4 +1,6 @@
 import io
+import shutil
+import subprocess
 import sys
 import tempfile
 import wave
@@ -8,7 +10,8 @@ import av
 import numpy as np
 import pytest
 
-from modeling_diffusionvmr.video import open_video
+from modeling_diffusionvmr.video import FrameSampling, open_video
+from modeling_diffusionvmr.video_file import VideoFile
 from modeling_diffusionvmr.video_filters import ToRGB
 
 WIDTH, HEIGHT = 64, 48
@@ -294,3 +297,65 @@ def test_work_is_not_sized_by_what_a_file_claims(tmp_path):
         open_video((frames, 1e-300), 2.0)
     with pytest.raises(ValueError, match="the video: 2000000 clips of 1e-06 s; the limit is 1000000"):
         open_video((frames, 1), 1e-6)
+
+
+def test_several_samplings_in_one_decoding(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "a.mp4", np.arange(73) / 10)
+    frames = np.stack([picture(index) for index in range(73)])
+    samplings = [
+        FrameSampling(Fraction(1, 2)),
+        FrameSampling(Fraction(10), (0, 0, 3, 19)),
+        FrameSampling(Fraction(30), (0, 59)),
+    ]
+    decoded, decode = [], VideoFile.decoded
+    monkeypatch.setattr(VideoFile, "decoded", lambda self: decoded.append(self) or decode(self))
+    for source in (path, (frames, 10)):
+        shown = [[], [], []]
+        for which, clip in open_video(source, 2.0).clips(samplings):
+            shown[which].append([index_of(frame) for frame in clip])
+        # The last clip lasts from 6 to 8 s, and the last frame is repeated to its end
+        assert shown[0] == [[9], [29], [49], [69]]
+        assert shown[1] == [[0, 0, 3, 19], [20, 20, 23, 39], [40, 40, 43, 59], [60, 60, 63, 72]]
+        assert shown[2] == [[0, 19], [20, 39], [40, 59], [60, 72]]
+    assert len(decoded) == 1
+
+
+def test_a_frame_that_is_repeated_is_converted_once(tmp_path, monkeypatch):
+    """A file in which the first frame is shown for a minute."""
+    path = write_video(tmp_path / "a.mkv", [0.0, 60.0, 61.0])
+    converted, convert = [], ToRGB.__call__
+    monkeypatch.setattr(ToRGB, "__call__", lambda self, frame: converted.append(frame) or convert(self, frame))
+    for source in (path, (np.stack([picture(0), picture(1), picture(2)]), 1 / 60)):
+        pictures = list(open_video(source, 1.0))
+        assert [index_of(frame) for frame in pictures[:60]] == [0] * 60
+        assert len({id(frame) for frame in pictures[:60]}) == 1
+    assert len(converted) == 2
+
+
+@pytest.mark.parametrize("size", [(64, 48), (48, 64), (85, 48)])
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs the ffmpeg command")
+def test_cropped_frames_are_those_of_the_ffmpeg_command(tmp_path, size):
+    """The sizes and the position as in HERO_Video_Feature_Extractor, `slowfast/extract_feature/video_dataflow.py`."""
+    width, height = size
+    rng = np.random.default_rng(0)
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=10, width=width, height=height, pix_fmt="yuv444p")
+        for _ in range(20):
+            pixels = rng.integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+            pixels = np.pad(pixels, ((0, height - len(pixels)), (0, width - pixels.shape[1]), (0, 0)), "edge")
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    crop, short_side = 24, min(size)
+    scaled = [side * crop // short_side for side in size]
+    left, top = ((side - crop) // 2 for side in scaled)
+    command = [
+        *("ffmpeg", "-v", "error", "-i", str(tmp_path / "a.mkv"), "-vf"),
+        f"fps=30,scale={scaled[0]}:{scaled[1]}:flags=bicubic,crop={crop}:{crop}:{left}:{top}",
+        *("-f", "rawvideo", "-pix_fmt", "rgb24", "-"),
+    ]
+    output = subprocess.run(command, check=True, capture_output=True).stdout
+    expected = np.frombuffer(output, np.uint8).reshape(-1, crop, crop, 3)
+    sampling = FrameSampling(Fraction(30), range(60), crop)
+    ((_, clip),) = open_video(tmp_path / "a.mkv", 2.0).clips([sampling])
+    assert len(expected) == len(clip) == 60
+    np.testing.assert_allclose(np.stack(clip).astype(int), expected, atol=2)

@@ -69,15 +69,15 @@ class ToRGB:
         return np.ascontiguousarray(picture[top : top + self._crop, left : left + self._crop])
 
     def _size(self, frame: Any) -> str:
+        """Return the size of the scaled picture, before it is turned upright."""
         width, height = max(1, round(frame.width * self._pixel_aspect)), frame.height
+        # The long side has a limit too: a damaged header can claim any shape of a pixel
+        longest, short_side = 16 * MAX_SHORT_SIDE, min(width, height)
         if self._crop is None:
-            scale = min(1, MAX_SHORT_SIDE / min(width, height))
-        else:
-            scale = self._crop / min(width, height)
-        # The long side too: a damaged header can claim any shape of a pixel
-        scale = min(scale, 16 * MAX_SHORT_SIDE / max(width, height))
-        smallest = self._crop or 1
-        return f"{max(smallest, round(width * scale))}:{max(smallest, round(height * scale))}"
+            scale = min(1, MAX_SHORT_SIDE / short_side, longest / max(width, height))
+            return f"{max(1, round(width * scale))}:{max(1, round(height * scale))}"
+        # Rounded down, as in HERO_Video_Feature_Extractor
+        return ":".join(str(min(side * self._crop // short_side, longest)) for side in (width, height))
 
 
 def _filter_graph(frame: Any, *filters: tuple[str, str]) -> Any:

@@ -71,6 +71,9 @@ CHARADES_STA = {
 }
 CHANGES = {
     "qvhighlights": {},
+    "qvhighlights_clip": {
+        "config": {"video_feature_size": 512, "backbones": QVHIGHLIGHTS["config"]["backbones"][1:]},
+    },
     "charades_sta": {
         **CHARADES_STA,
         "config": {"backbones": [{**entry, "clip_seconds": 1.0} for entry in QVHIGHLIGHTS["config"]["backbones"]]},
@@ -122,7 +125,8 @@ def parse(*argv: str):
 
 
 def test_there_is_one_for_own_data_and_for_each_setting_of_the_paper():
-    assert PRESETS == ["charades_sta", "charades_sta_vgg", "default", "qvhighlights", "qvhighlights_small", "tacos"]
+    paper = ["charades_sta", "charades_sta_vgg", "qvhighlights", "tacos"]
+    assert PRESETS == sorted([*paper, "default", "qvhighlights_clip", "qvhighlights_small"])
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -150,6 +154,7 @@ def test_own_data_gets_nothing_of_a_benchmark(tmp_path):
     ("name", "sizes", "text_size", "metric"),
     [
         ("qvhighlights", [2304, 512], 512, "MR-full-mAP"),
+        ("qvhighlights_clip", [512], 512, "MR-full-mAP"),
         ("charades_sta", [2304, 512], 512, "MR-full-R1@0.5"),
         ("charades_sta_vgg", [4096], 300, "MR-full-R1@0.5"),
         ("tacos", [4096], 300, "MR-full-R1@0.5"),
@@ -177,7 +182,7 @@ def test_preset(name, sizes, text_size, metric, tmp_path):
     assert set(EXPLICIT) <= set(settings.training)
 
     processor = DiffusionVMRProcessor(**settings.processor)
-    assert processor.round_to == (2.0 if name == "qvhighlights" else None)
+    assert processor.round_to == (2.0 if name.startswith("qvhighlights") else None)
     assert settings.hold_out == (0.05 if name.startswith("charades_sta") else None)
 
 
