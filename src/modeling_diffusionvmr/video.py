@@ -132,6 +132,7 @@ class FrameVideo(Video):
         if crop is None:
             return self.frames[index]
         frame = import_av().VideoFrame.from_ndarray(np.ascontiguousarray(self.frames[index]), format="rgb24")
+        frame.time_base = Fraction(1)  # FFmpeg's filters need one
         return ToRGB(pixel_aspect=1, crop=crop)(frame)
 
 
