@@ -201,7 +201,7 @@ class ArrayReader:
                 self.follow(opcode.name, value)
             return self.stack.pop()
         except (LookupError, TypeError, AttributeError, OverflowError, MemoryError) as error:
-            raise ValueError(f"not a valid pickle of NumPy arrays ({one_line(error)})") from None
+            raise ValueError(f"the file is damaged: {one_line(error)}") from None
 
     def follow(self, instruction: str, value: Any) -> None:
         """Follow one instruction, whose name and argument are those of `pickletools`."""
@@ -245,7 +245,7 @@ class ArrayReader:
             case "BUILD":
                 (state,) = self.take_from(len(stack) - 1)
                 if not isinstance(stack[-1], (PickledType, PickledArray)):
-                    raise ValueError(f"the state of a {type(stack[-1]).__name__} is not allowed in a file of weights")
+                    raise ValueError("only arrays may have a state in a file of weights")
                 stack[-1].set_state(state)
             case _:
                 raise ValueError(f"the instruction {instruction} is not allowed in a file of weights")
@@ -292,11 +292,11 @@ def load_pytorch(path: Path) -> dict[str, Tensor]:
 
 
 def _is_plain(tensor: Any) -> bool:
-    """Return whether something is a tensor with its numbers in memory."""
+    """Return whether something is a tensor of real numbers that are in memory."""
     return (
         isinstance(tensor, Tensor)
         and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
-        and not tensor.is_quantized
+        and (tensor.is_floating_point() or tensor.dtype == torch.int64)
     )
 
 
