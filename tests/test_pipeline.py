@@ -301,6 +301,12 @@ def test_nothing_is_decoded_for_no_query(pipe, video, counts):
     assert (counts["frames"], counts["model"]) == (0, 0)
 
 
+def test_a_video_that_is_too_long_is_refused_before_it_is_decoded(pipe, video, counts):
+    with pytest.raises(ValueError, match=r"lasts \d+ s; the limit is 10.5 s \(`max_video_seconds`\)$"):
+        pipe(video, QUERIES, max_video_seconds=10.5)
+    assert counts["frames"] == 0
+
+
 def test_equals_processor_and_model_in_a_row(pipe, video):
     clip = pipe.backbones.models[0]
     batch = pipe.processor([[clip.encode_video(open_video(video, 2.0))]], clip.encode_text([QUERIES[0]]))
@@ -461,6 +467,7 @@ def test_no_videos(pipe):
         *({"num_proposals": value} for value in (0, -3, 2.5, "5", True)),
         *({"num_sampling_steps": value} for value in (0, 1000, 2.5, "2", True)),
         *({"max_download_bytes": value} for value in (0, 2.5, "5", None)),
+        *({"max_video_seconds": value} for value in (0, -1.0, "5", None, float("nan"))),
         *({"batch_size": value} for value in (0, 2, "2")),
     ],
     ids=lambda option: "-".join(map(str, *option.items())),
