@@ -2,6 +2,7 @@ import json
 import shutil
 import sys
 from fractions import Fraction
+from importlib.util import find_spec
 from types import ModuleType
 
 import numpy as np
@@ -28,7 +29,7 @@ def backbone() -> SlowFastBackbone:
 def published_slowfast(monkeypatch) -> nn.Module:
     """PyTorchVideo's SlowFast 8x8 R50, with random weights. Its classifier returns what it gets."""
     pytest.importorskip("pytorchvideo", reason="pytorchvideo, of the extra `dev`, is not installed")
-    if "torchvision" not in sys.modules:
+    if find_spec("torchvision") is None:
         # PyTorchVideo imports one class of torchvision, for detection, and does not declare that it needs it
         torchvision, operations = ModuleType("torchvision"), ModuleType("torchvision.ops")
         operations.RoIAlign = None

@@ -21,6 +21,7 @@ from .checks import check_positive, check_whole
 from .video import Frames, FrameSampling
 from .weights import check_weight_index, check_weights, missing_weights
 
+Size = tuple[int, int, int]  # over time, height and width
 WHOLE_NUMBERS = (
     *("width", "frame_ratio", "channel_ratio", "fusion_kernel", "fusion_ratio"),
     *("frame_rate", "num_frames", "sampling_rate", "image_size"),
@@ -102,6 +103,11 @@ class SlowFastConfig(PreTrainedConfig):
 class FrozenBatchNorm(nn.Module):
     """Batch normalization by the statistics of a finished training. They do not change, in train mode either."""
 
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
     def __init__(self, channels: int):
         super().__init__()
         for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
@@ -114,10 +120,10 @@ class FrozenBatchNorm(nn.Module):
 class ConvNorm(nn.Module):
     """A convolution over (time, height, width) that keeps the size apart from the stride, and a normalization."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: Sequence[int], stride: Sequence[int] = (1, 1, 1)):
+    def __init__(self, inputs: int, outputs: int, kernel: Size, stride: Size = (1, 1, 1)):
         super().__init__()
-        padding = [size // 2 for size in kernel]
-        self.conv = nn.Conv3d(inputs, outputs, tuple(kernel), tuple(stride), padding, bias=False)
+        padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
+        self.conv = nn.Conv3d(inputs, outputs, kernel, stride, padding, bias=False)
         self.norm = FrozenBatchNorm(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
