@@ -11,9 +11,10 @@ from transformers import PreTrainedConfig
 from .base_backbone import Backbone, encode_video
 from .dual_encoders import ClipBackbone
 from .messages import one_line
+from .slowfast import SlowFastBackbone
 from .video import Video
 
-BACKBONE_CLASSES: dict[str, type[Backbone]] = {"clip": ClipBackbone}  # by `model_type` of the checkpoint
+BACKBONE_CLASSES: dict[str, type[Backbone]] = {"clip": ClipBackbone, "slowfast": SlowFastBackbone}  # by `model_type` of the checkpoint
 
 
 def register_backbone(model_type: str, backbone_class: type[Backbone]) -> None:
