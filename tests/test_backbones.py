@@ -183,7 +183,7 @@ def test_one_backbone_alone(clip, frames, tmp_path):
     for loaded in (from_hub, load_backbone(tmp_path / "clip", "cpu", torch.float32)):
         np.testing.assert_array_equal(loaded.encode_video(as_video(frames)), clip.encode_video(as_video(frames)))
     BertConfig().save_pretrained(tmp_path / "bert")
-    with pytest.raises(ValueError, match=r"bert: model type bert is not supported as a backbone \(supported: clip, slowfast\)"):
+    with pytest.raises(ValueError, match=r"bert: model type bert is not supported .*\(supported: clip, slowfast\)"):
         load_backbone(tmp_path / "bert")
     for name in ("no/model", str(tmp_path / "absent")):
         with pytest.raises(

@@ -14,7 +14,8 @@ from .messages import one_line
 from .slowfast import SlowFastBackbone
 from .video import Video
 
-BACKBONE_CLASSES: dict[str, type[Backbone]] = {"clip": ClipBackbone, "slowfast": SlowFastBackbone}  # by `model_type` of the checkpoint
+# By `model_type` of the checkpoint
+BACKBONE_CLASSES: dict[str, type[Backbone]] = {"clip": ClipBackbone, "slowfast": SlowFastBackbone}
 
 
 def register_backbone(model_type: str, backbone_class: type[Backbone]) -> None:
