@@ -205,7 +205,7 @@ class SiglipBackbone(DualEncoder):
         return tokenizer
 
     def _misfit(self):
-        if not self.model.config.vision_config.vision_use_head:
+        if not self.model.vision_model.use_head:
             return "the model has no pooling head, so it has no embedding of a frame"
         if self.tokenizer.pad_token_id is None:
             return "the tokenizer has no padding token"
