@@ -1,11 +1,16 @@
+"""The backbones of a model: how they are registered, loaded and used together."""
+
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from transformers import BertConfig
 
-from modeling_diffusionvmr.backbones import Backbones, load_backbone
-from modeling_diffusionvmr.dual_encoders import ClipBackbone
-from small_checkpoint import as_video, description, put_on_hub, tiny_clip
+from modeling_diffusionvmr.backbones import BACKBONE_CLASSES, Backbones, load_backbone, register_backbone
+from modeling_diffusionvmr.checkpoint import load_backbones
+from modeling_diffusionvmr.dual_encoders import ClipBackbone, SiglipBackbone
+from small_checkpoint import as_video, description, put_on_hub, tiny_clip, tiny_siglip, tiny_siglip2
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +41,28 @@ def test_one_pass_for_all_backbones(clip, frames, monkeypatch):
     assert two_texts.clip_seconds is None
 
 
-def test_invalid_descriptions(clip):
-    with pytest.raises(ValueError, match="backbone clip: `feature_size` is 12, but 512 in the config"):
+def test_backbones_of_different_kinds(clip, frames):
+    models = [clip, tiny_siglip(), tiny_siglip2()]
+    sizes = [{"feature_size": model.feature_size, "clip_seconds": 2.0} for model in models]
+    names = ("clip", "siglip", "siglip2")
+    backbones = Backbones([{"name": name, **size} for name, size in zip(names, sizes)], models)
+    features = backbones.encode_video(as_video(frames), batch_size=2)
+    assert [array.shape for array in features] == [(7, 12), (7, 16), (7, 16)]
+    for array, model in zip(features, models):
+        np.testing.assert_allclose(array, model.encode_video(as_video(frames)), atol=1e-5)
+    # CLIP has a start token, SigLIP has not
+    texts = Backbones([{"name": name, "text_feature_size": 8} for name in names[:2]], models[:2])
+    with pytest.raises(ValueError, match="the text backbones split 'a dog' into different numbers of tokens"):
+        texts.encode_text(["a dog"])
+
+
+def test_invalid_descriptions(clip, tmp_path):
+    message = "backbone clip: `feature_size` is 512 in the model's config, but 12 for the backbone"
+    with pytest.raises(ValueError, match=f"^{message}$"):
         Backbones([description(feature_size=512)], [clip])
+    clip.save_pretrained(tmp_path / "clip")
+    with pytest.raises(ValueError, match=f"^{message} in {tmp_path / 'clip'}$"):
+        load_backbones(SimpleNamespace(backbones=[description(feature_size=512)]), tmp_path)
     with pytest.raises(ValueError, match=r"same `clip_seconds`, got \[1.0, 2.0\]"):
         Backbones([description(), description(name="slow", clip_seconds=1.0)], [clip, clip])
 
@@ -50,7 +74,8 @@ def test_one_backbone_alone(clip, frames, tmp_path):
     for loaded in (from_hub, load_backbone(tmp_path / "clip", "cpu", torch.float32)):
         np.testing.assert_array_equal(loaded.encode_video(as_video(frames)), clip.encode_video(as_video(frames)))
     BertConfig().save_pretrained(tmp_path / "bert")
-    with pytest.raises(ValueError, match=r"bert: model type bert is not supported as a backbone \(supported: clip\)"):
+    message = r"bert: model type bert is not supported as a backbone \(supported: clip, siglip, siglip2.*; .*register_"
+    with pytest.raises(ValueError, match=message):
         load_backbone(tmp_path / "bert")
     for name in ("no/model", str(tmp_path / "absent")):
         with pytest.raises(
@@ -58,3 +83,34 @@ def test_one_backbone_alone(clip, frames, tmp_path):
         ) as caught:
             load_backbone(name, local_files_only=True)
         assert "\n" not in str(caught.value)
+
+
+def test_registered_class_replaces_an_earlier_one(clip, tmp_path, monkeypatch):
+    monkeypatch.setattr("modeling_diffusionvmr.backbones.BACKBONE_CLASSES", dict(BACKBONE_CLASSES))
+
+    class First(ClipBackbone):
+        pass
+
+    class Second(ClipBackbone):
+        pass
+
+    clip.save_pretrained(tmp_path)
+    assert type(load_backbone(tmp_path)) is ClipBackbone
+    for backbone_class in (First, Second):
+        register_backbone("clip", backbone_class)
+        assert type(load_backbone(tmp_path)) is backbone_class
+
+
+@pytest.mark.parametrize(
+    "model_type, backbone_class, message",
+    [
+        ("mine", object, "a backbone must be a subclass of `Backbone`, got <class 'object'>"),
+        ("mine", tiny_siglip, "a backbone must be a subclass of `Backbone`, got <function"),
+        (SiglipBackbone, "mine", "a model type must be a string, got <class "),
+    ],
+)
+def test_invalid_registration(model_type, backbone_class, message):
+    before = dict(BACKBONE_CLASSES)
+    with pytest.raises(TypeError, match=message):
+        register_backbone(model_type, backbone_class)
+    assert before == BACKBONE_CLASSES

@@ -183,8 +183,8 @@ class SiglipBackbone(DualEncoder):
     the tokens of the sentence are returned. Not every tokenizer of SigLIP 2 changes sentences to lower case.
     """
 
-    model_class = SiglipModel
-    image_processor_class = SiglipImageProcessorPil
+    model_class: Any = SiglipModel
+    image_processor_class: Any = SiglipImageProcessorPil
 
     @classmethod
     def _load_tokenizer(cls, path_or_id, where, options):
