@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import SiglipTokenizer
+from transformers import SiglipTokenizer, pipeline
 
-from modeling_diffusionvmr.backbones import load_backbone
+from modeling_diffusionvmr import DiffusionVMRForMomentRetrieval, DiffusionVMRProcessor, VideoMomentRetrievalPipeline
+from modeling_diffusionvmr.backbones import Backbones, load_backbone
 from modeling_diffusionvmr.dual_encoders import ClipBackbone, SiglipBackbone
+from modeling_diffusionvmr.modeling_diffusionvmr import TASK
 from modeling_diffusionvmr.video import open_video
-from small_checkpoint import as_video, gemma_tokenizer, tiny_clip, tiny_siglip, tiny_siglip2
+from small_checkpoint import as_video, gemma_tokenizer, put_on_hub, tiny_clip, tiny_siglip, tiny_siglip2
 from test_video import index_of, write_video
 
 MAKE = {
@@ -163,6 +165,27 @@ def test_saved_and_loaded(backbone, frames, tmp_path):
     np.testing.assert_array_equal(loaded.encode_video(as_video(frames)), backbone.encode_video(as_video(frames)))
     for one, other in zip(loaded.encode_text(SENTENCES), backbone.encode_text(SENTENCES)):
         np.testing.assert_array_equal(one, other)
+
+
+def test_folder_of_a_repository_on_the_hub(backbone, tmp_path):
+    put_on_hub(backbone, tmp_path, "someone/model", "backbone")
+    place = {"subfolder": "backbone", "cache_dir": str(tmp_path), "local_files_only": True}
+    loaded = load_backbone("someone/model", **place)
+    np.testing.assert_array_equal(loaded.encode_text(["a dog"])[0], backbone.encode_text(["a dog"])[0])
+
+
+def test_pipeline(backbone, tiny_config, frames, tmp_path):
+    sizes = {"feature_size": backbone.feature_size, "text_feature_size": backbone.text_feature_size}
+    backbones = Backbones([{"name": "mine", "folder": "mine", **sizes, "clip_seconds": 2.0}], [backbone])
+    config = tiny_config(
+        backbones=backbones.descriptions, video_feature_size=backbone.feature_size, text_feature_size=8
+    )
+    model, processor = DiffusionVMRForMomentRetrieval(config), DiffusionVMRProcessor([backbone.feature_size], 8)
+    retrieve = VideoMomentRetrievalPipeline(model=model, processor=processor, backbones=backbones)
+    moments = retrieve((frames, 0.5), SENTENCES)
+    assert len(moments) == 3 and all(moments)
+    retrieve.save_pretrained(tmp_path)
+    assert pipeline(TASK, model=str(tmp_path))((frames, 0.5), SENTENCES) == moments
 
 
 def test_features_are_those_of_the_clips_frame(backbone, tmp_path):
