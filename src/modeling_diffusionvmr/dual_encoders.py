@@ -57,7 +57,7 @@ class DualEncoder(Backbone):
 
         Raises:
             OSError: if there is none, or it has no tokenizer.
-            ValueError: if weights are missing or not finite, or the tokenizer does not fit the model.
+            ValueError: if weights are missing or not finite, or the parts do not fit together.
             ImportError: if the tokenizer needs a package that is not installed.
         """
         options = {"subfolder": subfolder, **hub_kwargs}
