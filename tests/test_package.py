@@ -13,6 +13,7 @@ PUBLIC_NAMES = [
     *("DiffusionVMRConfig", "DiffusionVMRModel", "DiffusionVMRForMomentRetrieval", "DiffusionVMRProcessor"),
     *("VideoMomentRetrievalPipeline", "MomentRetrievalDataset", "DiffusionVMRDataCollator", "DiffusionVMRTrainer"),
     *("open_features", "load_annotations", "evaluate_predictions", "DEFAULT_MODEL"),
+    *("Backbone", "FrameSampling", "load_backbone", "open_video", "register_backbone"),
 ]
 # What each folder must not import from
 FORBIDDEN = {

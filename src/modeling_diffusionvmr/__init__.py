@@ -10,10 +10,13 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .backbones import load_backbone, register_backbone
+from .base_backbone import Backbone
 from .configuration_diffusionvmr import DiffusionVMRConfig
 from .modeling_diffusionvmr import TASK, DiffusionVMRForMomentRetrieval, DiffusionVMRModel
 from .pipeline_diffusionvmr import VideoMomentRetrievalPipeline
 from .processing_diffusionvmr import DiffusionVMRProcessor
+from .video import FrameSampling, open_video
 
 __version__ = "0.1.0"
 
@@ -34,11 +37,16 @@ LAZY = {
 
 __all__ = [
     "DEFAULT_MODEL",
+    "Backbone",
     "DiffusionVMRConfig",
     "DiffusionVMRForMomentRetrieval",
     "DiffusionVMRModel",
     "DiffusionVMRProcessor",
+    "FrameSampling",
     "VideoMomentRetrievalPipeline",
+    "load_backbone",
+    "open_video",
+    "register_backbone",
     *LAZY,
 ]
 

@@ -9,25 +9,41 @@ import torch
 from transformers import PreTrainedConfig
 
 from .base_backbone import Backbone, encode_video
-from .dual_encoders import ClipBackbone
+from .dual_encoders import ClipBackbone, Siglip2Backbone, SiglipBackbone
 from .messages import one_line
 from .slowfast import SlowFastBackbone
 from .video import Video
 
-# By `model_type` of the checkpoint
-BACKBONE_CLASSES: dict[str, type[Backbone]] = {"clip": ClipBackbone, "slowfast": SlowFastBackbone}
+BACKBONE_CLASSES: dict[str, type[Backbone]] = {
+    "clip": ClipBackbone,
+    "siglip": SiglipBackbone,
+    "siglip2": Siglip2Backbone,
+    "slowfast": SlowFastBackbone,
+}
+"""Classes by `model_type` in the backbone's `config.json`."""
 
 
 def register_backbone(model_type: str, backbone_class: type[Backbone]) -> None:
     """
-    Register the class that loads backbones whose `config.json` has this `model_type`. It replaces an earlier one.
+    Register the class that loads backbones whose `config.json` has this `model_type`. It replaces an earlier one, also
+    one of this package. See docs/how_to/use_your_own_backbone.md.
 
     Raises:
-        TypeError: if it is not a subclass of `Backbone`.
+        TypeError: if `model_type` is not a string, or the class is not a subclass of `Backbone`.
     """
+    if not isinstance(model_type, str):
+        raise TypeError(f"a model type must be a string, got {model_type!r}")
     if not (isinstance(backbone_class, type) and issubclass(backbone_class, Backbone)):
         raise TypeError(f"a backbone must be a subclass of `Backbone`, got {backbone_class!r}")
     BACKBONE_CLASSES[model_type] = backbone_class
+
+
+def what_is_supported() -> str:
+    """Return what a message says about a backbone without a class."""
+    return (
+        f"supported: {', '.join(BACKBONE_CLASSES)}; a class for another type is not part of a checkpoint, so install "
+        "modeling_diffusionvmr and call its `register_backbone` first"
+    )
 
 
 def load_backbone(
@@ -43,17 +59,19 @@ def load_backbone(
         ValueError: if the model type is not supported, weights are missing or not finite, or the parts do not fit
             together.
         OSError: if there is no such checkpoint, or a part of it is missing.
+        ImportError: if it needs a package that is not installed.
     """
     try:
         model_type = PreTrainedConfig.get_config_dict(path_or_id, **hub_kwargs)[0].get("model_type")
-        if model_type in BACKBONE_CLASSES:
-            return BACKBONE_CLASSES[model_type].from_pretrained(path_or_id, **hub_kwargs).to(device, dtype)
     except OSError as error:
         raise OSError(
             f"{path_or_id}: not a checkpoint folder, and it could not be loaded from the Hub ({one_line(error)})"
         ) from error
-    supported = ", ".join(BACKBONE_CLASSES)
-    raise ValueError(f"{path_or_id}: model type {model_type} is not supported as a backbone (supported: {supported})")
+    if model_type not in BACKBONE_CLASSES:
+        raise ValueError(
+            f"{path_or_id}: model type {model_type} is not supported as a backbone ({what_is_supported()})"
+        )
+    return BACKBONE_CLASSES[model_type].from_pretrained(path_or_id, **hub_kwargs).to(device, dtype)
 
 
 class Backbones:
@@ -63,21 +81,28 @@ class Backbones:
     Args:
         descriptions: `backbones` of the configuration.
         models: one model per description.
+        places: where each model was loaded from, for messages.
 
     Raises:
         ValueError: if a model's feature sizes differ from its description, or if the backbones differ in clip length:
             all of them read the same frames.
     """
 
-    def __init__(self, descriptions: Sequence[Mapping[str, Any]], models: Sequence[Backbone]):
+    def __init__(
+        self,
+        descriptions: Sequence[Mapping[str, Any]],
+        models: Sequence[Backbone],
+        places: Sequence[str | os.PathLike] | None = None,
+    ):
         self.descriptions = [dict(description) for description in descriptions]
         self.models = list(models)
-        for description, model in zip(self.descriptions, self.models, strict=True):
+        for index, (description, model) in enumerate(zip(self.descriptions, self.models, strict=True)):
             for key in ("feature_size", "text_feature_size"):
                 if key in description and description[key] != getattr(model, key):
+                    place = f" in {places[index]}" if places else ""
                     raise ValueError(
-                        f"backbone {description['name']}: `{key}` is {getattr(model, key)}, "
-                        f"but {description[key]} in the config"
+                        f"backbone {description['name']}: `{key}` is {description[key]} in the model's config, "
+                        f"but {getattr(model, key)} for the backbone{place}"
                     )
         lengths = {d["clip_seconds"] for d in self.descriptions if "feature_size" in d}
         if len(lengths) > 1:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
 from .video import Frames, FrameSampling, Video
@@ -65,12 +66,15 @@ class Backbone:
         """
         return FrameSampling(1 / clip_seconds)
 
-    def prepare(self, frames: Frames) -> torch.Tensor:
-        """Transform the frames of one clip, each (H, W, 3) uint8 RGB, to an input of the network, on the CPU."""
+    def prepare(self, frames: Frames) -> Any:
+        """
+        Transform the frames of one clip, each (H, W, 3) uint8 RGB, to an input of the network, on the CPU: a tensor, or
+        a dict of tensors. Their shapes are the same for all clips.
+        """
         raise NotImplementedError
 
-    def encode_clips(self, inputs: torch.Tensor) -> np.ndarray:
-        """Encode one batch of prepared clips (F, ...) to (F, feature_size) float32."""
+    def encode_clips(self, inputs: Any) -> np.ndarray:
+        """Encode one batch of F prepared clips, stacked to tensors (F, ...), to (F, feature_size) float32."""
         raise NotImplementedError
 
     def encode_text(self, sentences: Sequence[str], max_tokens: int | None = None) -> list[np.ndarray]:
@@ -119,24 +123,24 @@ def encode_video(
 
 def _prepared_batches(
     backbones: Sequence[Backbone], video: Video, batch_size: int
-) -> Iterator[tuple[int, torch.Tensor, list[int]]]:
+) -> Iterator[tuple[int, Any, list[int]]]:
     """Yield the index of a backbone, some clips that it has prepared, and for how many successive clips each stands."""
     samplings = [backbone.sampling(video.exact_clip_seconds, video.fps) for backbone in backbones]
     latest: list[Frames] = [()] * len(backbones)
-    inputs: list[list[torch.Tensor]] = [[] for _ in backbones]
+    inputs: list[list[Any]] = [[] for _ in backbones]
     repeats: list[list[int]] = [[] for _ in backbones]
     for which, frames in video.clips(samplings):
         if latest[which] and all(one is other for one, other in zip(latest[which], frames)):
             repeats[which][-1] += 1
             continue
         if len(inputs[which]) == max(1, batch_size // len(frames)):
-            yield which, torch.stack(inputs[which]), repeats[which]
+            yield which, default_collate(inputs[which]), repeats[which]
             inputs[which], repeats[which] = [], []
         inputs[which].append(backbones[which].prepare(frames))
         repeats[which].append(1)
         latest[which] = frames
     for which in range(len(backbones)):
-        yield which, torch.stack(inputs[which]), repeats[which]
+        yield which, default_collate(inputs[which]), repeats[which]
 
 
 def _one_ahead(items: Iterable[Any]) -> Iterator[Any]:

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
-from .backbones import BACKBONE_CLASSES, Backbones, in_folder, load_backbone
+from .backbones import BACKBONE_CLASSES, Backbones, in_folder, load_backbone, what_is_supported
 from .messages import one_line
 from .processing_diffusionvmr import DiffusionVMRProcessor
 from .weights import check_weight_index
@@ -67,11 +67,17 @@ def load_backbones(
         if model_type not in BACKBONE_CLASSES:
             cannot_run.append(f"{description['name']} ({model_type})")
     if cannot_run:
+        hint = (
+            f" ({what_is_supported()})"
+            if any(model_type not in BACKBONE_CLASSES for model_type, _, _ in places)
+            else ""
+        )
         raise ValueError(
-            f"these backbones cannot be run: {', '.join(cannot_run)}; pass their features to the model instead"
+            f"these backbones cannot be run: {', '.join(cannot_run)}; pass their features to the model instead{hint}"
         )
     models = [BACKBONE_CLASSES[model_type].from_pretrained(where, **kwargs) for model_type, where, kwargs in places]
-    return Backbones(config.backbones, models).to(device, dtype)
+    names = [os.path.join(where, kwargs.get("subfolder", "")).rstrip(os.sep) for _, where, kwargs in places]
+    return Backbones(config.backbones, models, names).to(device, dtype)
 
 
 def origin_of(model) -> str | None:
