@@ -156,6 +156,8 @@ class VideoFile:
                 packet.pts = None if packet.pts is None else packet.pts + shift_in_ticks
                 packet.dts = None if packet.dts is None else packet.dts + shift_in_ticks
                 yield packet
+        except IndexError:  # PyAV's, after the last packet, if a stream appeared in the middle: sound that begins late
+            return
         except (av.FFmpegError, OverflowError) as error:  # OverflowError: a damaged timestamp
             time = float((packet.dts or 0) * packet.time_base) if packet else 0.0
             raise ValueError(f"{self.name}: reading failed at {time:.2f} s ({reason(error)})") from error
