@@ -1,5 +1,7 @@
 """Signs that a video file is damaged or cut off: errors that FFmpeg only logs, and where the file should end."""
 
+import math
+import os
 import re
 import struct
 from collections.abc import Iterator
@@ -12,6 +14,8 @@ from typing import Any, BinaryIO
 SKIPPING_DEMUXERS = ("matroska,webm", "flv", "asf")
 # In bytes: the distance between packets of MPEG-TS, which are alone, after a time (M2TS), or before error correction
 TS_PACKET, TS_DISTANCES = 188, (188, 192, 204)
+# MPEG-4 writes that nothing has changed in a few bytes, and its decoder gives no picture for them
+MIN_PICTURE_BYTES = 20
 
 _log_lock = RLock()
 
@@ -44,6 +48,28 @@ def take_error(logs: list[tuple[int, str, str]], demuxer: str) -> str | None:
     return messages[0] if messages else None
 
 
+class AwaitedPictures:
+    """The times of the packets whose pictures have not come out of the decoder: it drops some without an error."""
+
+    def __init__(self):
+        self._begin: int | None = None  # pictures before the first key frame need earlier ones
+        self._times: list[int] = []
+
+    def add(self, packet: Any) -> None:
+        time = packet.dts if packet.pts is None else packet.pts
+        if time is None or packet.size < MIN_PICTURE_BYTES:
+            return
+        self._begin = time if self._begin is None else self._begin
+        if time >= self._begin:
+            self._times.append(time)
+
+    def lost(self, before: float = math.inf) -> range:
+        """Remove the pictures before one that came out (default: the end), and return the ticks from the first on."""
+        lost = [time for time in self._times if time < before]
+        self._times = [time for time in self._times if time > before]
+        return range(min(lost), before if before < math.inf else max(lost)) if lost else range(0)
+
+
 def stated_bytes(head: bytes) -> float | None:
     """Return the size of a Matroska, FLV or ASF file according to its first bytes, `None` if they do not say it."""
     if segment := re.match(rb"\x1a\x45\xdf\xa3.*?\x18\x53\x80\x67([^\0])", head, re.DOTALL):
@@ -60,10 +86,12 @@ def stated_bytes(head: bytes) -> float | None:
 
 
 def is_incomplete(file: BinaryIO, demuxer: str) -> bool:
-    """Return whether an MPEG-TS or GIF file ends in the middle of a packet or block. Other formats are not read."""
+    """Return whether an MPEG-TS, fragmented MP4 or GIF file ends in the middle of a packet, box or block."""
+    if "mp4" in demuxer:
+        return _ends_inside_box(file)
     file.seek(0)
     if demuxer == "mpegts":
-        return _ends_inside_packet(file.read(10 * max(TS_DISTANCES)), file.seek(0, 2))
+        return _ends_inside_packet(file.read(10 * max(TS_DISTANCES)), file.seek(0, os.SEEK_END))
     return demuxer == "gif" and _ends_inside_block(file.read())
 
 
@@ -74,6 +102,27 @@ def _ends_inside_packet(head: bytes, size: int) -> bool:
             if all(byte == 0x47 for byte in head[first::distance]) and len(head) > 3 * distance:
                 return (size - first) % distance not in (0, TS_PACKET)
     return False
+
+
+def _ends_inside_box(file: BinaryIO) -> bool:
+    """
+    Return whether a box of a fragmented MP4 file is larger than what is left of the file, or no box.
+
+    FFmpeg takes that for the end. Files without fragments have an index, which must lead to each picture.
+    """
+    place, end, has_fragments = 0, file.seek(0, os.SEEK_END), False
+    while place < end:
+        file.seek(place)
+        head = file.read(16).ljust(16, b"\0")
+        size, kind, large_size = struct.unpack(">I4sQ", head)
+        has_fragments |= kind == b"moof"
+        if size == 0 and kind == b"mdat":  # to the end
+            return False
+        size = large_size if size == 1 else size
+        if size < 8:
+            return has_fragments
+        place += size
+    return has_fragments and place > end
 
 
 def _ends_inside_block(gif: bytes) -> bool:

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from fractions import Fraction
 from typing import Any
 
-from .video_damage import is_incomplete, logged_errors, stated_bytes, take_error
+from .video_damage import AwaitedPictures, is_incomplete, logged_errors, stated_bytes, take_error
 
 # FFmpeg's demuxers that read a single file and open no other one: no playlists (HLS, DASH, concat), no SDP, no images
 DEMUXERS = (
@@ -79,6 +79,7 @@ class VideoFile:
         """Decode the pictures. Their timestamps count from the container's start."""
         av = import_av()
         time, following, has_begun, is_empty = 0.0, 0, False, True
+        awaited = AwaitedPictures()
         with self._opened() as (container, stream):
             # PyAV's default, one thread per frame, silently drops frames that cannot be decoded
             stream.thread_type = "SLICE"
@@ -86,10 +87,12 @@ class VideoFile:
                 if packet.stream is not stream:
                     continue
                 has_begun |= packet.is_keyframe
+                if has_begun and not packet.is_discard:
+                    awaited.add(packet)
                 try:
                     frames = packet.decode()
                 except av.FFmpegError as error:
-                    if not has_begun:  # a capture often begins between key frames
+                    if not has_begun and _can_restart(container):  # captures often begin between key frames
                         continue
                     raise ValueError(
                         f"{self.name}: decoding failed after {time:.2f} s of {float(self.end):.2f} s ({reason(error)})"
@@ -100,9 +103,17 @@ class VideoFile:
                     following, time, is_empty = frame.pts + frame.duration, frame.time, False
                     if frame.is_corrupt and has_begun:
                         raise ValueError(f"{self.name}: the frame at {time:.2f} s is damaged")
+                    self._check_lost(awaited.lost(before=frame.pts), stream)
                     yield frame
+            self._check_lost(awaited.lost(), stream)
         if is_empty:
             raise ValueError(f"{self.name}: no frames that can be decoded")
+
+    def _check_lost(self, ticks: range, stream: Any) -> None:
+        """Raise ValueError if the decoder gave no pictures for longer than others are shown."""
+        start, seconds = (float(count * stream.time_base) for count in (ticks.start, len(ticks)))
+        if seconds > END_TOLERANCE:
+            raise ValueError(f"{self.name}: the frames from {start:.2f} s on cannot be decoded")
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[Any, Any]]:
