@@ -1,6 +1,5 @@
 """Signs that a video file is damaged or cut off: errors that FFmpeg only logs, and where the file should end."""
 
-import math
 import os
 import re
 import struct
@@ -49,25 +48,31 @@ def take_error(logs: list[tuple[int, str, str]], demuxer: str) -> str | None:
 
 
 class AwaitedPictures:
-    """The times of the packets whose pictures have not come out of the decoder: it drops some without an error."""
+    """
+    The packets whose pictures have not come out of the decoder. It drops some pictures without an error.
+
+    Attributes:
+        times: when they are shown, in ticks, in the order of decoding.
+    """
 
     def __init__(self):
+        self.times: list[int] = []
         self._begin: int | None = None  # pictures before the first key frame need earlier ones
-        self._times: list[int] = []
 
     def add(self, packet: Any) -> None:
+        """Await the picture of a packet."""
         time = packet.dts if packet.pts is None else packet.pts
         if time is None or packet.size < MIN_PICTURE_BYTES:
             return
         self._begin = time if self._begin is None else self._begin
         if time >= self._begin:
-            self._times.append(time)
+            self.times.append(time)
 
-    def lost(self, before: float = math.inf) -> range:
-        """Remove the pictures before one that came out (default: the end), and return the ticks from the first on."""
-        lost = [time for time in self._times if time < before]
-        self._times = [time for time in self._times if time > before]
-        return range(min(lost), before if before < math.inf else max(lost)) if lost else range(0)
+    def lost(self, before: int) -> list[int]:
+        """Return the times of the pictures that should have come before this one, and do not await them any more."""
+        lost = [time for time in self.times if time < before]
+        self.times = [time for time in self.times if time > before]
+        return lost
 
 
 def stated_bytes(head: bytes) -> float | None:

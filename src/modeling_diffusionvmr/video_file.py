@@ -19,6 +19,8 @@ DEMUXERS = (
 )
 # PyAV sets this flag of FFmpeg (AVFMT_FLAG_GENPTS). It invents wrong times for B-frames in AVI.
 GENERATE_PTS = 1
+# Each keeps decoded frames in memory, 50 MB for one of 8K
+MAX_THREADS = 4
 # In seconds: a file that ends earlier than its header says was cut off, but headers are rounded and the streams of a
 # file end at slightly different times
 END_TOLERANCE = Fraction(1, 2)
@@ -77,12 +79,20 @@ class VideoFile:
 
     def decoded(self) -> Iterator[Any]:
         """Decode the pictures. Their timestamps count from the container's start."""
+        awaited = AwaitedPictures()
+        yield from self._decoded("FRAME", awaited)
+        if awaited.times:  # threads that decode one frame each drop errors in the last frames
+            for _ in self._decoded("SLICE", AwaitedPictures()):
+                pass
+
+    def _decoded(self, thread_type: str, awaited: AwaitedPictures) -> Iterator[Any]:
         av = import_av()
         time, following, has_begun, is_empty = 0.0, 0, False, True
-        awaited = AwaitedPictures()
-        with self._opened() as (container, stream):
-            # PyAV's default, one thread per frame, silently drops frames that cannot be decoded
-            stream.thread_type = "SLICE"
+        with self._opened() as (container, stream), ExitStack() as stack:
+            stream.thread_type = thread_type
+            stream.codec_context.thread_count = min(MAX_THREADS, 1 + (os.cpu_count() or 1))
+            # Wait for the threads. They would wait for PyAV to log an error while it waits for them.
+            stack.callback(stream.codec_context.flush_buffers)
             for packet in self._packets(container, stream):
                 if packet.stream is not stream:
                     continue
@@ -105,15 +115,16 @@ class VideoFile:
                         raise ValueError(f"{self.name}: the frame at {time:.2f} s is damaged")
                     self._check_lost(awaited.lost(before=frame.pts), stream)
                     yield frame
-            self._check_lost(awaited.lost(), stream)
+            awaited.lost(before=following - 1)  # shown with the last picture: its second field
+            self._check_lost(awaited.times, stream)
         if is_empty:
             raise ValueError(f"{self.name}: no frames that can be decoded")
 
-    def _check_lost(self, ticks: range, stream: Any) -> None:
-        """Raise ValueError if the decoder gave no pictures for longer than others are shown."""
-        start, seconds = (float(count * stream.time_base) for count in (ticks.start, len(ticks)))
-        if seconds > END_TOLERANCE:
-            raise ValueError(f"{self.name}: the frames from {start:.2f} s on cannot be decoded")
+    def _check_lost(self, lost: list[int], stream: Any) -> None:
+        """Raise ValueError if the decoder dropped pictures for more than a moment. Others are hidden or repeated."""
+        start, end = (float(time(lost, default=0) * stream.time_base) for time in (min, max))
+        if end - start > END_TOLERANCE:
+            raise ValueError(f"{self.name}: the frames from {start:.2f} s to {end:.2f} s cannot be decoded")
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[Any, Any]]:
