@@ -49,8 +49,8 @@ FORMATS = {
 # What nobody can tell from a whole file, by format and what becomes of it
 NO_CHECKSUM = "any bits are pictures for its decoder, and pixels stay damaged until the next key frame"
 CAPTURE = "without its first key frame it is like a capture that begins between key frames"
-SKIPPED_PARTS = "FFmpeg skips zeros between the packets of ASF, and lost pictures look like a pause"
-WHOLE_PICTURES = "pictures that were exchanged or repeated as a whole are as good as others"
+TIMES = "a changed time in ASF looks like a pause, and so do zeroed packets, which FFmpeg skips silently"
+WHOLE_PICTURES = "pictures that were exchanged, repeated or removed as a whole leave no trace"
 CAUSES = {
     ("vp8.webm", "unreadable"): NO_CHECKSUM,
     ("vp9.webm", "unreadable"): NO_CHECKSUM,
@@ -65,7 +65,7 @@ CAUSES = {
     ("h264.ts", "unreadable"): NO_CHECKSUM,
     ("h264.ts", "moved"): CAPTURE,
     ("wmv2.wmv", "unreadable"): NO_CHECKSUM,
-    ("wmv2.wmv", "moved"): SKIPPED_PARTS,
+    ("wmv2.wmv", "moved"): TIMES,
     ("mjpeg.mov", "moved"): WHOLE_PICTURES,
     ("a.gif", "moved"): WHOLE_PICTURES,
 }
