@@ -5,12 +5,12 @@ Read the pictures of a video file, with timestamps in seconds from the start of 
 import importlib
 import math
 import os
-import re
-import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from fractions import Fraction
 from typing import Any
+
+from .video_damage import AwaitedPictures, is_incomplete, logged_errors, stated_bytes, take_error
 
 # FFmpeg's demuxers that read a single file and open no other one: no playlists (HLS, DASH, concat), no SDP, no images
 DEMUXERS = (
@@ -19,9 +19,11 @@ DEMUXERS = (
 )
 # PyAV sets this flag of FFmpeg (AVFMT_FLAG_GENPTS). It invents wrong times for B-frames in AVI.
 GENERATE_PTS = 1
+# Each keeps decoded frames in memory, 50 MB for one of 8K
+MAX_THREADS = 4
 # In seconds: a file that ends earlier than its header says was cut off, but headers are rounded and the streams of a
 # file end at slightly different times
-MISSING_END_TOLERANCE = Fraction(1, 2)
+END_TOLERANCE = Fraction(1, 2)
 # In seconds, as in FFmpeg's command (`-dts_delta_threshold`): larger jumps are another clock, not a pause
 MAX_STEP_FORWARD, MAX_STEP_BACK = 10, Fraction(1, 10)
 
@@ -77,19 +79,30 @@ class VideoFile:
 
     def decoded(self) -> Iterator[Any]:
         """Decode the pictures. Their timestamps count from the container's start."""
+        awaited = AwaitedPictures()
+        yield from self._decoded("FRAME", awaited)
+        if awaited.times:  # threads that decode one frame each drop errors in the last frames
+            for _ in self._decoded("SLICE", AwaitedPictures()):
+                pass
+
+    def _decoded(self, thread_type: str, awaited: AwaitedPictures) -> Iterator[Any]:
         av = import_av()
         time, following, has_begun, is_empty = 0.0, 0, False, True
-        with self._opened() as (container, stream):
-            # PyAV's default, one thread per frame, silently drops frames that cannot be decoded
-            stream.thread_type = "SLICE"
+        with self._opened() as (container, stream), ExitStack() as stack:
+            stream.thread_type = thread_type
+            stream.codec_context.thread_count = min(MAX_THREADS, 1 + (os.cpu_count() or 1))
+            # Wait for the threads. They would wait for PyAV to log an error while it waits for them.
+            stack.callback(stream.codec_context.flush_buffers)
             for packet in self._packets(container, stream):
                 if packet.stream is not stream:
                     continue
                 has_begun |= packet.is_keyframe
+                if has_begun and not packet.is_discard:
+                    awaited.add(packet)
                 try:
                     frames = packet.decode()
                 except av.FFmpegError as error:
-                    if not has_begun:  # a capture often begins between key frames
+                    if not has_begun and _can_restart(container):  # captures often begin between key frames
                         continue
                     raise ValueError(
                         f"{self.name}: decoding failed after {time:.2f} s of {float(self.end):.2f} s ({reason(error)})"
@@ -100,9 +113,18 @@ class VideoFile:
                     following, time, is_empty = frame.pts + frame.duration, frame.time, False
                     if frame.is_corrupt and has_begun:
                         raise ValueError(f"{self.name}: the frame at {time:.2f} s is damaged")
+                    self._check_lost(awaited.lost(before=frame.pts), stream)
                     yield frame
+            awaited.lost(before=following - 1)  # shown with the last picture: its second field
+            self._check_lost(awaited.times, stream)
         if is_empty:
             raise ValueError(f"{self.name}: no frames that can be decoded")
+
+    def _check_lost(self, lost: list[int], stream: Any) -> None:
+        """Raise ValueError if the decoder dropped pictures for more than a moment. Others are hidden or repeated."""
+        start, end = (float(time(lost, default=0) * stream.time_base) for time in (min, max))
+        if end - start > END_TOLERANCE:
+            raise ValueError(f"{self.name}: the frames from {start:.2f} s to {end:.2f} s cannot be decoded")
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[Any, Any]]:
@@ -156,6 +178,8 @@ class VideoFile:
                 packet.pts = None if packet.pts is None else packet.pts + shift_in_ticks
                 packet.dts = None if packet.dts is None else packet.dts + shift_in_ticks
                 yield packet
+        except IndexError:  # PyAV's, after the last packet, if a stream appeared in the middle: sound that begins late
+            return
         except (av.FFmpegError, OverflowError) as error:  # OverflowError: a damaged timestamp
             time = float((packet.dts or 0) * packet.time_base) if packet else 0.0
             raise ValueError(f"{self.name}: reading failed at {time:.2f} s ({reason(error)})") from error
@@ -168,13 +192,15 @@ class VideoFile:
         wrong, or that of a longer audio track.
         """
         av = import_av()
-        start, end, end_of_all = math.inf, Fraction(0), Fraction(0)
-        with self._opened() as (container, stream):
+        start, end, end_of_all, skipped = math.inf, Fraction(0), Fraction(0), ""
+        with logged_errors(av.logging) as logs, self._opened() as (container, stream):
             self.pixel_aspect = stream.sample_aspect_ratio or Fraction(1)
             frame_seconds = 1 / stream.average_rate if stream.average_rate else 0
             self.fps = float(stream.average_rate or 0)
             for packet in self._packets(container, stream):
                 is_picture = packet.stream is stream
+                if (message := take_error(logs, container.format.name)) and not skipped:
+                    skipped = f"after {float(end):.2f} s ({message})"
                 if is_picture and packet.is_corrupt:
                     raise ValueError(f"{self.name}: damaged or cut off at {float(end):.2f} s")
                 stamp = packet.pts if packet.pts is not None else packet.dts
@@ -188,38 +214,36 @@ class VideoFile:
                 if is_picture:
                     start = min(start, packet_start)
                     end = max(end, packet_end if packet.duration else packet_start + frame_seconds)
-            # Headers count from 0
-            promised = Fraction((container.duration or 0) - (container.start_time or 0), av.time_base)
-            if end_of_all < promised - MISSING_END_TOLERANCE and not _can_restart(container):  # those have no header
-                if self._is_cut_off(container.size):
-                    raise ValueError(f"{self.name}: cut off at {float(end_of_all):.2f} s of {float(promised):.2f} s")
-                end = promised  # the last picture stays
+            end = self._checked_end(container, stream, end, end_of_all)
+        if skipped:  # if the file is cut off, that was said above
+            raise ValueError(f"{self.name}: damaged {skipped}")
         if end <= start:
             raise ValueError(f"{self.name}: no frames")
         return end
 
-    def _is_cut_off(self, size: int) -> bool:
-        """Return whether a file is shorter than its header says, or does not say."""
+    def _checked_end(self, container: Any, stream: Any, end: Fraction, end_of_all: Fraction) -> Fraction:
+        """Return the end of the last picture, given that of its packet and that of all packets."""
+        demuxer = container.format.name
+        # Headers count from 0
+        promised = Fraction((container.duration or 0) - (container.start_time or 0), import_av().time_base)
+        if demuxer == "avi":  # FFmpeg shortens the duration of damaged files, but also gives the header's
+            promised = stream.frames * stream.time_base
+            if promised and end > promised + END_TOLERANCE:
+                raise ValueError(f"{self.name}: damaged: {float(end):.2f} s of pictures, not {float(promised):.2f} s")
+        is_short = end_of_all < promised - END_TOLERANCE and not _can_restart(container)  # those have no header
         with open(self.file, "rb") if self.is_path else nullcontext(self.file) as file:
             file.seek(0)
-            stated = _stated_bytes(file.read(4096))
-        return stated is None or not size >= stated  # it can be NaN
+            stated = stated_bytes(file.read(4096))
+            missing_bytes = is_short if stated is None else not container.size >= stated  # it can be NaN
+            if missing_bytes and (is_short or not promised) or is_incomplete(file, demuxer):
+                of = f" of {float(promised):.2f} s" if is_short else ""
+                raise ValueError(f"{self.name}: cut off at {float(end_of_all):.2f} s{of}")
+        return promised if is_short else end  # the last picture stays
 
 
 def _can_restart(container: Any) -> bool:
     """Return whether timestamps may jump in the middle of a file of this format."""
     return bool(container.format.flags & import_av().format.Flags.ts_discont.value)
-
-
-def _stated_bytes(head: bytes) -> float | None:
-    """Return the size of a Matroska or FLV file according to its first bytes, `None` for other formats."""
-    if segment := re.match(rb"\x1a\x45\xdf\xa3.*?\x18\x53\x80\x67([^\0])", head, re.DOTALL):
-        # An EBML number: the leading zeros of its first byte are the number of bytes that follow
-        first, length = segment.start(1), 9 - segment[1][0].bit_length()
-        return first + length + int.from_bytes(head[first : first + length]) - (1 << 7 * length)
-    if metadata := re.match(rb"FLV.*?filesize\0(.{8})", head, re.DOTALL):
-        return struct.unpack(">d", metadata[1])[0]
-    return None
 
 
 def reason(error: Exception) -> str:
