@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from modeling_diffusionvmr.video import open_video
-from modeling_diffusionvmr.video_damage import AwaitedPictures, logged_errors, take_error
+from modeling_diffusionvmr.video_damage import MAX_AWAITED, AwaitedPictures, logged_errors, take_error
 from test_video import HEIGHT, WIDTH
 from test_video_variants import FAST_VPX, write
 
@@ -300,6 +300,9 @@ def test_pictures_that_the_decoder_drops(tmp_path):
     assert awaited.lost(before=10) == []
     assert awaited.lost(before=30) == [20]
     assert awaited.times == [40]
+    for time in range(100, 1_000_000, 100):
+        awaited.add(SimpleNamespace(pts=time, dts=time, size=100))
+    assert len(awaited.times) == MAX_AWAITED and awaited.times[-1] == 999_900
 
 
 def test_sound_that_begins_late(tmp_path):

@@ -16,6 +16,9 @@ TS_PACKET, TS_DISTANCES = 188, (188, 192, 204)
 # MPEG-4 writes that nothing has changed in a few bytes, and its decoder gives no picture for them
 MIN_PICTURE_BYTES = 20
 
+# Far more than any decoder holds back, so that a file of pictures that never come out costs no more
+MAX_AWAITED = 1000
+
 _log_lock = RLock()
 
 
@@ -67,6 +70,7 @@ class AwaitedPictures:
         self._begin = time if self._begin is None else self._begin
         if time >= self._begin:
             self.times.append(time)
+            del self.times[:-MAX_AWAITED]
 
     def lost(self, before: int) -> list[int]:
         """Return the times of the pictures that should have come before this one, and do not await them any more."""
