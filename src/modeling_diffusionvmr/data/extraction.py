@@ -167,7 +167,7 @@ def extract_videos(
             if stopped.is_set():
                 raise CancelledError
             with bar.get_lock():
-                bar.update(fraction * sizes[vid])
+                bar.update(min(fraction * sizes[vid], bar.total - bar.n))  # fractions are rounded
 
         options = (clip_seconds, batch_size, dtype, max_video_seconds, advance)
         return _reason_of_failure(extract_video, unfinished[vid], videos[vid], vid, *options)
