@@ -2,13 +2,14 @@
 
 import os
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import NamedTuple
 
 LONGEST_WAIT = timedelta(days=30)
 
 
-class Process(NamedTuple):
+@dataclass(frozen=True)
+class Process:
     """
     This process among those of the command.
 

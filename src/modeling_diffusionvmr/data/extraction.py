@@ -167,14 +167,13 @@ def extract_videos(
             if stopped.is_set():
                 raise CancelledError
             with bar.get_lock():
-                bar.update(min(fraction * sizes[vid], bar.total - bar.n))  # fractions are rounded
+                bar.update(min(fraction * sizes[vid], total - bar.n))  # fractions are rounded
 
         options = (clip_seconds, batch_size, dtype, max_video_seconds, advance)
         return _reason_of_failure(extract_video, unfinished[vid], videos[vid], vid, *options)
 
-    bar = tqdm(
-        desc=f"encoding {len(sizes)} videos", total=sum(sizes.values()), unit="B", unit_scale=True, disable=not progress
-    )
+    total = sum(sizes.values())
+    bar = tqdm(desc=f"encoding {len(sizes)} videos", total=total, unit="B", unit_scale=True, disable=not progress)
     with bar, ThreadPoolExecutor(VIDEOS_AT_ONCE) as executor:
         try:
             return _failures(unfinished, executor.map(extract, unfinished))
