@@ -102,7 +102,7 @@ def render_and_encode(seed: int, folder: Path, backbones: Backbones) -> list[dic
     rows = annotation_rows(plan)
     path = render(plan, folder / "rendered")
     (clip,) = backbones.models
-    extract_video(clip, path, folder / "video", plan.vid, CLIP_SECONDS)
+    extract_video({folder / "video": clip}, path, plan.vid, CLIP_SECONDS)
     path.unlink()
     for row in rows:
         extract_sentence(clip, row["query"], folder / "text", row["qid"])

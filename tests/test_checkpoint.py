@@ -27,7 +27,7 @@ from modeling_diffusionvmr import (
 from modeling_diffusionvmr.backbones import Backbones, load_backbone
 from modeling_diffusionvmr.checkpoint import load_backbones
 from modeling_diffusionvmr.cli import main
-from modeling_diffusionvmr.data.extraction import extract_sentences, extract_videos
+from modeling_diffusionvmr.data.extraction import Output, extract_sentences, extract_videos
 from modeling_diffusionvmr.data.files import save_jsonl
 from modeling_diffusionvmr.dual_encoders import ClipBackbone
 from small_checkpoint import as_video, description, put_on_hub, save_checkpoint, tiny_clip
@@ -189,8 +189,8 @@ def data(videos, clip, tmp_path_factory) -> Path:
     save_jsonl(rows, folder / "rows.jsonl")
     paths = {path.stem: path for path in videos.iterdir()}
     backbone = load_backbone(folder / "tiny")
-    extract_videos(backbone, str(folder / "tiny"), paths, folder / "clips", 2.0, dtype="float16")
-    extract_sentences(backbone, str(folder / "tiny"), {row["qid"]: QUERY for row in rows}, folder / "texts")
+    extract_videos([Output(folder / "clips", backbone, folder / "tiny")], paths, 2.0, dtype="float16")
+    extract_sentences(Output(folder / "texts", backbone, folder / "tiny"), {row["qid"]: QUERY for row in rows})
     return folder
 
 

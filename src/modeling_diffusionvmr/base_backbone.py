@@ -1,7 +1,7 @@
 """What a frozen backbone does: turn the clips of a video, or sentences, or both into features."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from typing import Any
@@ -19,8 +19,8 @@ class Backbone:
     A frozen backbone. Subclass it for your own, and register it with `register_backbone`.
 
     A subclass that reads videos sets `feature_size` and implements `prepare` and `encode_clips`, and `sampling` if it
-    reads more than one frame per clip. A subclass that reads sentences sets `text_feature_size` and implements
-    `encode_text`.
+    reads more than one frame per clip. These are called from several threads at once. A subclass that reads sentences
+    sets `text_feature_size` and implements `encode_text`.
 
     Args:
         model: the network. It is frozen and set to eval mode.
@@ -96,7 +96,11 @@ class Backbone:
 
 
 def encode_video(
-    backbones: Sequence[Backbone], video: Video, batch_size: int = 32, progress: bool = False
+    backbones: Sequence[Backbone],
+    video: Video,
+    batch_size: int = 32,
+    progress: bool = False,
+    advance: Callable[[float], None] | None = None,
 ) -> list[np.ndarray]:
     """
     Encode a video with several backbones in one decoding. While a batch is encoded, the next one is decoded and
@@ -105,6 +109,7 @@ def encode_video(
     Args:
         batch_size: frames per batch. A batch has at least one clip.
         progress: show a progress bar.
+        advance: called after each batch with the fraction of the work that it was. The fractions sum to 1.
 
     Returns:
         One array (num_clips, feature_size) float32 per backbone.
@@ -118,6 +123,8 @@ def encode_video(
         for which, inputs, repeats in _one_ahead(_prepared_batches(backbones, video, batch_size)):
             features[which].append(np.repeat(backbones[which].encode_clips(inputs), repeats, axis=0))
             bar.update(sum(repeats))
+            if advance is not None:
+                advance(sum(repeats) / total)
     return [np.concatenate(arrays) for arrays in features]
 
 

@@ -4,7 +4,11 @@ import json
 import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,12 +22,16 @@ from modeling_diffusionvmr import (
     open_features,
     predict_moments,
 )
+from modeling_diffusionvmr.backbones import BACKBONE_CLASSES
 from modeling_diffusionvmr.cli import main
+from modeling_diffusionvmr.cli.processes import Process
 from modeling_diffusionvmr.data.extraction import find_videos
 from modeling_diffusionvmr.data.features import METADATA_FILE, TEXT_KEY, VIDEO_KEY, write_features
 from modeling_diffusionvmr.data.files import save_jsonl
+from modeling_diffusionvmr.slowfast import SlowFastBackbone
 from modeling_diffusionvmr.synthetic.rendered_world import annotation_rows, plan_video, write_video
 from modeling_diffusionvmr.training.prediction import every_proposal
+from small_slowfast import tiny_slowfast
 
 CLIP = os.path.join(DEFAULT_MODEL, "clip")
 SEEDS = (66_000_056, 66_000_006)  # short videos, about 30 s
@@ -49,7 +57,8 @@ def argv(tmp_path):
     """The arguments of a command that uses the embedded CLIP and writes to `tmp_path / "output"`."""
 
     def make(*arguments, backbone=CLIP) -> list[str]:
-        return ["extract", str(tmp_path / "output"), "--backbone", str(backbone), *map(str, arguments)]
+        backbones = [str(backbone)] if isinstance(backbone, (str, Path)) else list(map(str, backbone))
+        return ["extract", str(tmp_path / "output"), "--backbone", *backbones, *map(str, arguments)]
 
     return make
 
@@ -77,6 +86,19 @@ def retrieve():
     retrieve = pipeline("video-moment-retrieval", model=DEFAULT_MODEL)
     retrieve.processor = every_proposal(retrieve.processor)
     return retrieve
+
+
+@pytest.fixture
+def slowfast(tmp_path, monkeypatch) -> Path:
+    """A tiny random SlowFast, which reads no sentences."""
+    monkeypatch.setitem(BACKBONE_CLASSES, "slowfast", SlowFastBackbone)
+    SlowFastBackbone(tiny_slowfast()).save_pretrained(tmp_path / "tiny_slowfast")
+    return tmp_path / "tiny_slowfast"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The content of all files, hidden ones too, by their path in the folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def copied(world, folder: Path) -> Path:
@@ -193,10 +215,12 @@ def test_damaged_video(world, extract, extract_error, tmp_path, capsys):
     damaged = videos / f"{world.vids[0]}.mp4"
     with open(damaged, "r+b") as file:
         file.truncate(damaged.stat().st_size // 2)
-    assert extract_error("--videos", videos).startswith(f"error: {damaged}: ")
+    assert extract_error("--videos", videos).startswith("error: 1 videos or sentences could not be encoded, as listed")
+    listed = f"skipped 1 of 2 videos:\n  {world.vids[0]}: {damaged}: "
+    assert listed in capsys.readouterr().err
     output = extract("--videos", videos, "--skip_invalid")
     assert list(open_features(output / "clip")) == world.vids[1:]
-    assert f"skipped 1 of 2 videos:\n  {world.vids[0]}: {damaged}: " in capsys.readouterr().err
+    assert listed in capsys.readouterr().err
     shutil.copy(world.videos / damaged.name, damaged)
     extract("--videos", videos)
     assert sorted(open_features(output / "clip")) == sorted(world.vids)
@@ -207,6 +231,129 @@ def test_two_files_of_one_video(world, extract_error, tmp_path):
     shutil.copy(videos / f"{world.vids[0]}.mp4", videos / f"{world.vids[0]}.MKV")
     error = extract_error("--videos", videos, "--skip_invalid")
     assert f"{world.vids[0]}.MKV and {world.vids[0]}.mp4 are both video {world.vids[0]}" in error
+
+
+# Several backbones
+
+
+def test_several_backbones(world, extract, slowfast, capsys):
+    output = extract("--videos", world.videos, "--annotations", world.annotations, backbone=(slowfast, CLIP))
+    folders = {path.name: sorted(file.stem for file in path.glob("*.npz")) for path in output.iterdir()}
+    qids = sorted(f"qid{row['qid']}" for row in world.rows)
+    assert folders == {"slowfast": sorted(world.vids), "clip": sorted(world.vids), "clip_text": qids}
+    assert f"{output / 'slowfast'}, {output / 'clip'}: 2 of 2 videos" in capsys.readouterr().out
+    assert json.loads((output / "slowfast" / METADATA_FILE).read_text())["backbone"] == str(slowfast)
+    alone = extract("--videos", world.videos, "--name", "alone")
+    for vid in world.vids:
+        assert (alone / "clip" / f"{vid}.npz").read_bytes() == (alone / "alone" / f"{vid}.npz").read_bytes()
+
+
+def test_names_of_several_backbones(world, extract, extract_error):
+    twice = (CLIP, CLIP)
+    arguments = ("--annotations", world.annotations)
+    error = extract_error(*arguments, backbone=twice)
+    assert error == "error: two backbones would write to the folder clip; name each of them with --name"
+    error = extract_error(*arguments, "--name", "one", backbone=twice)
+    assert error == "error: --name needs one name per backbone, got 1 for 2"
+    error = extract_error(*arguments, "--name", "a", "a_text", backbone=twice)
+    assert "two backbones would write to the folder a_text" in error
+    output = extract(*arguments, "--name", "one", "two", backbone=twice)
+    assert sorted(path.name for path in output.iterdir()) == ["one_text", "two_text"]
+
+
+def test_names_of_the_backbones_of_a_model(world, tmp_path, error_of):
+    arguments = ("extract", tmp_path / "output", "--model", "embedded", "--annotations", world.annotations)
+    assert "--name needs one name per backbone, got 2 for 1" in error_of(*arguments, "--name", "one", "two")
+    main([*map(str, arguments), "--name", "one"])
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["one_text"]
+
+
+def test_no_backbone_reads_sentences(world, extract, extract_error, slowfast, capsys):
+    message = "no sentences are encoded, since none of the backbones reads them: slowfast"
+    assert extract_error("--annotations", world.annotations, backbone=slowfast) == f"error: {message}"
+    output = extract("--annotations", world.annotations, "--videos", world.videos, backbone=slowfast)
+    assert [path.name for path in output.iterdir()] == ["slowfast"]
+    assert f"warning: {message}\n" in capsys.readouterr().err
+
+
+def test_max_video_seconds(world, extract, capsys):
+    output = extract("--videos", world.videos, "--max_video_seconds", 5, "--skip_invalid")
+    assert not list(output.rglob("*.npz"))
+    assert capsys.readouterr().err.count("the limit is 5 s") == len(world.vids)
+
+
+# Several processes
+
+
+def test_several_processes(world, extract, argv, tmp_path, monkeypatch, capsys):
+    """They write the same files as one process, and each lists its own share."""
+    arguments = ("--videos", world.videos, "--annotations", world.annotations)
+    output = extract(*arguments)
+    expected = contents(output)
+    shutil.rmtree(output)
+    capsys.readouterr()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shares = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        before = contents(output) if rank else {}
+        extract(*arguments)
+        shares.append(contents(output).keys() - before.keys())
+        assert f"process {rank + 1} of 2: {output / 'clip'}: 1 of 1 videos" in capsys.readouterr().out
+    assert all(any(name.startswith("clip_text/qid") for name in share) for share in shares)
+    assert contents(output) == expected
+
+    shutil.rmtree(output / "clip_text")
+    monkeypatch.setenv("WORLD_SIZE", "3")  # another number of processes resumes
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        extract(*arguments)
+    assert contents(output) == expected
+
+
+@pytest.mark.parametrize("rank, world_size", [("2", "2"), ("-1", "2"), ("0", "two")])
+def test_impossible_process(world, extract_error, monkeypatch, rank, world_size):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    assert f"with RANK < WORLD_SIZE, got {rank}, {world_size}, 0" in extract_error("--videos", world.videos)
+
+
+def test_a_process_waits_for_the_others(monkeypatch):
+    """Launchers end all processes as soon as one fails."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(listener.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    events = []
+
+    def first():
+        Process(0, 2).wait_for_others()
+        events.append("the first process ends")
+
+    thread = Thread(target=first)
+    thread.start()
+    thread.join(0.5)
+    events.append("the second process has done its work")
+    Process(1, 2).wait_for_others()
+    thread.join()
+    assert events == ["the second process has done its work", "the first process ends"]
+
+
+def test_accelerate_launch(world, argv, tmp_path):
+    """One of two processes fails, on bad videos."""
+    videos = copied(world, tmp_path / "videos")
+    sizes = [path.stat().st_size for path in videos.iterdir()]
+    for size in sizes:  # the processes take turns from the largest file on, so one of them gets the bad ones
+        (videos / f"bad_{size}.mp4").write_bytes(bytes(size + 1))
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0 -m".split()
+    command = [*launch, "modeling_diffusionvmr", *argv("--videos", videos, "--device", "cpu")]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+    print(ended.stdout, ended.stderr)
+    assert ended.returncode != 0
+    assert "process 1 of 2: 2 videos or sentences could not be encoded" in ended.stderr
+    assert f"process 2 of 2: {tmp_path / 'output' / 'clip'}: 2 of 2 videos" in ended.stdout
+    assert sorted(open_features(tmp_path / "output" / "clip")) == sorted(world.vids)
 
 
 # Resuming
@@ -343,11 +490,11 @@ def test_sentence_that_cannot_be_encoded(world, extract, extract_error, tmp_path
     assert "line 2" in said and "ud800" in said
 
 
-def test_file_that_is_not_a_video(extract_error, tmp_path):
+def test_file_that_is_not_a_video(extract_error, tmp_path, capsys):
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "text.mp4").write_bytes(b"no video")
-    error = extract_error("--videos", tmp_path / "videos")
-    assert error.startswith(f"error: {tmp_path / 'videos' / 'text.mp4'}: ")
+    extract_error("--videos", tmp_path / "videos")
+    assert f"\n  text: {tmp_path / 'videos' / 'text.mp4'}: " in capsys.readouterr().err
 
 
 def test_find_videos(tmp_path):

@@ -13,6 +13,9 @@ from modeling_diffusionvmr import evaluate_predictions
 from modeling_diffusionvmr.cli.errors import run_safely
 from modeling_diffusionvmr.data.annotations import check_row
 from modeling_diffusionvmr.data.files import save_jsonl
+from modeling_diffusionvmr.slowfast import SlowFastBackbone
+from small_checkpoint import tiny_clip
+from small_slowfast import tiny_slowfast
 
 ROW = {"qid": 7, "query": "a red dog", "vid": "dogs", "duration": 10, "relevant_windows": [[0, 2], [6, 10]]}
 PREDICTION = {"qid": 7, "query": "a red dog", "vid": "dogs", "pred_relevant_windows": [[6, 10, 0.9]]}
@@ -131,6 +134,7 @@ def test_bad_input(folder, arguments, message):
         ("training", ["--steps", "-3"], "--steps must be a number above 0, got -3"),
         ("training", ["--batch_size", "0"], "--batch_size must be a number above 0, got 0"),
         ("data", ["--samples", "-1"], "--samples must be a number above 0, got -1"),
+        ("extract", ["--video_seconds", "0"], "--video_seconds must be a number above 0, got 0"),
         ("data", ["--videos", "0"], "--videos must be a number above 0, got 0"),
         ("data", ["--repeats", "0"], "--repeats must be a number above 0, got 0"),
         ("data", ["--work_dir", "absent"], "--work_dir: absent is not a folder"),
@@ -154,6 +158,19 @@ def test_bad_input_is_one_line(folder, capsys):
         lines = capsys.readouterr().err.splitlines()
         assert exit.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
         assert lines[0].endswith("(`python scripts/benchmark.py --help` lists all arguments)")
+
+
+def test_extraction(folder, monkeypatch):
+    tiny = {"clip": tiny_clip(), "slowfast": SlowFastBackbone(tiny_slowfast())}
+    monkeypatch.setattr(benchmark, "random_backbones", lambda seed: tiny)
+    run("--part", "extract", "--repeats", "2", "--video_seconds", "3", "--output", "measured.json", "--device", "cpu")
+    measured = json.loads((folder / "measured.json").read_text())
+    assert measured["data"] == "simulated video of 3 s (seed 0), random weights"
+    assert [line["backbones"] for line in measured["table"]] == ["clip", "slowfast", "clip + slowfast"]
+    columns = ["decoding", "preparation", "forward", "one video", "extract", "CPU of extract"]
+    for line in measured["table"]:
+        assert list(line)[1:] == columns and all(line[column] >= 0 for column in columns)
+        assert line["decoding"] > 0 and line["extract"] > 0
 
 
 def test_training(folder, clock, capsys):

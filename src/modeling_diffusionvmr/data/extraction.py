@@ -1,15 +1,18 @@
-"""Encode videos and sentences with one frozen backbone, and write feature files in the official layout."""
+"""Encode videos and sentences with frozen backbones, and write feature files in the official layout."""
 
 import os
+import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from ..base_backbone import Backbone
-from ..video import open_video
+from ..base_backbone import Backbone, encode_video
+from ..video import MAX_VIDEO_SECONDS, open_video
 from .backbone_record import absolute
 from .feature_store import VIDEO_SUFFIXES
 from .features import METADATA_FILE, TEXT_KEY, VIDEO_KEY, open_features, recorded_sentence, write_features
@@ -17,44 +20,65 @@ from .files import parse_json_object, save_json
 
 # Folders of videos often contain other files too
 VIDEO_FILE_SUFFIXES = (*VIDEO_SUFFIXES, ".3gp", ".flv", ".m4v", ".mpeg", ".mpg", ".ogv", ".ts", ".wmv")
+# Decoding uses one core, and a short video is a single batch, so that its decoding and its encoding do not overlap
+VIDEOS_AT_ONCE = 2
+
+
+class Output(NamedTuple):
+    """
+    A backbone and the folder for its features.
+
+    Args:
+        folder: created if missing.
+        backbone: computes the features.
+        source: the backbone's Hub id or folder. It is saved in the folder's `features.json`, folders as absolute paths.
+    """
+
+    folder: str | os.PathLike
+    backbone: Backbone
+    source: str | os.PathLike
 
 
 def extract_video(
-    backbone: Backbone,
+    backbones: Mapping[str | os.PathLike, Backbone],
     video: Any,
-    folder: str | os.PathLike,
     vid: str,
     clip_seconds: float,
     batch_size: int = 32,
     dtype: str = "float32",
-) -> Path:
+    max_video_seconds: float = MAX_VIDEO_SECONDS,
+    advance: Callable[[float], None] | None = None,
+) -> None:
     """
-    Write the features (clips, size) of one video, computed from the same frames as in the pipeline.
+    Write the features (clips, size) of one video, computed from the same frames as in the pipeline. It is decoded once
+    for all backbones. Each file is written atomically.
 
     Args:
-        backbone: encodes the frames.
+        backbones: encode the frames, each by the folder of its file, `folder/{vid}.npz`.
         video: anything that `open_video` reads.
-        folder, vid: the file is `folder/{vid}.npz`.
         clip_seconds: length of a clip in seconds.
-        batch_size: frames per batch.
+        batch_size: frames per batch. A batch has at least one clip.
         dtype: dtype of the written features, such as "float16".
-
-    Returns:
-        The path of the file. It is written atomically.
+        max_video_seconds: maximum duration.
+        advance: see `encode_video`.
 
     Raises:
-        FileNotFoundError, ValueError: if the file is missing, damaged or not a video. The message names the file.
+        FileNotFoundError, ValueError: if the file is missing, damaged, too long or not a video. The message names it.
     """
-    clips = backbone.encode_video(open_video(video, clip_seconds), batch_size)
-    return write_features(folder, vid, clips.astype(dtype), VIDEO_KEY)
+    opened = open_video(video, clip_seconds, max_video_seconds=max_video_seconds)
+    arrays = encode_video(list(backbones.values()), opened, batch_size, advance=advance)
+    for folder, clips in zip(backbones, arrays):
+        write_features(folder, vid, clips.astype(dtype), VIDEO_KEY)
 
 
 def extract_sentence(
     backbone: Backbone, sentence: str, folder: str | os.PathLike, qid: int | str, dtype: str = "float32"
 ) -> Path:
     """
-    Write the features (tokens, size) of one sentence, and the sentence itself, to `folder/qid{qid}.npz`. See
-    `extract_video`.
+    Write the features (tokens, size) of one sentence, and the sentence itself, to `folder/qid{qid}.npz`, atomically.
+
+    Returns:
+        The path of the file.
 
     Raises:
         ValueError: if `check_sentence` rejects the sentence.
@@ -90,102 +114,121 @@ def find_videos(folder: str | os.PathLike) -> tuple[dict[str, Path], list[str]]:
     return dict(sorted(videos.items())), others
 
 
+def share_of_videos(videos: Mapping[str, Path], rank: int, num_processes: int) -> dict[str, Path]:
+    """
+    Return the videos that one of several processes encodes, by `vid`. The processes take turns from the largest file
+    on, so that all have about as much to do.
+    """
+    by_size = sorted(videos, key=lambda vid: (-_num_bytes(videos[vid]), vid))
+    chosen = set(islice(by_size, rank, None, num_processes))
+    return {vid: path for vid, path in videos.items() if vid in chosen}
+
+
 def extract_videos(
-    backbone: Backbone,
-    name: str,
-    videos: Mapping[str, Any],
-    folder: str | os.PathLike,
+    outputs: Sequence[Output],
+    videos: Mapping[str, str | os.PathLike],
     clip_seconds: float,
     batch_size: int = 32,
     dtype: str = "float32",
-    skip_invalid: bool = False,
+    max_video_seconds: float = MAX_VIDEO_SECONDS,
+    progress: bool = True,
 ) -> dict[str, str]:
     """
-    Write the features of many videos, with a progress bar. Skip videos that already have readable features, so that an
-    interrupted run can be resumed.
+    Write the features of many videos. Each is decoded once, for the backbones of which it has no readable features yet,
+    so that an interrupted run can be resumed. A video that cannot be encoded does not stop the others.
 
     Args:
-        name: the backbone's Hub id or folder. It is saved in the folder's `features.json`, folders as absolute paths,
-            with `clip_seconds` and `dtype`.
+        outputs: the backbones and their folders. `clip_seconds` and `dtype` are saved in `features.json`, too.
         videos: files by `vid`.
-        skip_invalid: skip a video that is damaged or missing, instead of raising.
-        backbone, folder, clip_seconds, batch_size, dtype: see `extract_video`.
+        progress: show a progress bar. It counts bytes, since the duration of a video is only known once it is open.
+        clip_seconds, batch_size, dtype, max_video_seconds: see `extract_video`.
 
     Returns:
-        The reason for each skipped video, by `vid`.
+        The reason for each video that could not be encoded, by `vid`.
 
     Raises:
-        FileNotFoundError, ValueError: if a video is damaged or missing.
-        ValueError: if the folder contains features made with another backbone, `clip_seconds` or `dtype`, or if it does
+        ValueError: if a folder contains features made with another backbone, `clip_seconds` or `dtype`, or if it does
             not record how they were made.
+        OSError: if a file cannot be written.
     """
+    settings = {"clip_seconds": clip_seconds, "dtype": dtype}
+    present = [_open_output(output, settings) for output in outputs]
+    unfinished = {}
+    for vid in tqdm(videos, desc="checking features", leave=False, disable=not (progress and any(present))):
+        missing = [output for output, features in zip(outputs, present) if not _can_be_read(features, vid)]
+        if missing:
+            unfinished[vid] = {output.folder: output.backbone for output in missing}
 
-    def extract(vid, video):
-        extract_video(backbone, video, folder, vid, clip_seconds, batch_size, dtype)
+    sizes = {vid: _num_bytes(videos[vid]) for vid in unfinished}
+    stopped = threading.Event()
 
-    def is_done(present, vid, video):
-        return _can_be_read(present, vid)
+    def extract(vid: str) -> str | None:
+        def advance(fraction: float) -> None:
+            if stopped.is_set():
+                raise CancelledError
+            with bar.get_lock():
+                bar.update(min(fraction * sizes[vid], total - bar.n))  # fractions are rounded
 
-    made_with = {"backbone": absolute(name), "clip_seconds": clip_seconds, "dtype": dtype}
-    return _extract_missing(videos, extract, is_done, Path(folder), made_with, skip_invalid, "encoding videos")
+        options = (clip_seconds, batch_size, dtype, max_video_seconds, advance)
+        return _reason_of_failure(extract_video, unfinished[vid], videos[vid], vid, *options)
+
+    total = sum(sizes.values())
+    bar = tqdm(desc=f"encoding {len(sizes)} videos", total=total, unit="B", unit_scale=True, disable=not progress)
+    with bar, ThreadPoolExecutor(VIDEOS_AT_ONCE) as executor:
+        try:
+            return _failures(unfinished, executor.map(extract, unfinished))
+        finally:
+            stopped.set()  # the pool waits for the videos that have begun
 
 
 def extract_sentences(
-    backbone: Backbone,
-    name: str,
-    sentences: Mapping[int | str, str],
-    folder: str | os.PathLike,
-    dtype: str = "float32",
-    skip_invalid: bool = False,
-) -> dict[int | str, str]:
+    output: Output, sentences: Mapping[Any, str], dtype: str = "float32", progress: bool = True
+) -> dict[Any, str]:
     """
     Write the features of many sentences, given by `qid`. See `extract_videos`. If a file holds the features of another
     sentence, replace it; one warning lists these.
     """
+    folder, backbone, _ = output
+    present = _open_output(output, {"dtype": dtype})
     changed = []
 
-    def extract(qid, sentence):
-        extract_sentence(backbone, sentence, folder, qid, dtype)
-
-    def is_done(present, qid, sentence):
+    def extract(qid) -> str | None:
         recorded = recorded_sentence(folder, qid) if _can_be_read(present, qid) else None
-        if recorded not in (None, sentence):
-            changed.append(qid)
-        return recorded == sentence
+        if recorded == sentences[qid]:
+            return None
+        if recorded is not None:
+            changed.append(str(qid))
+        return _reason_of_failure(extract_sentence, backbone, sentences[qid], folder, qid, dtype)
 
-    made_with = {"backbone": absolute(name), "dtype": dtype}
-    skipped = _extract_missing(sentences, extract, is_done, Path(folder), made_with, skip_invalid, "encoding sentences")
+    bar = tqdm(sentences, desc="encoding sentences", disable=not progress)
+    failures = _failures(sentences, map(extract, bar))
     if changed:
-        qids = ", ".join(map(str, changed))
+        qids = ", ".join(changed)
         warnings.warn(f"{folder}: replaced features of other sentences with the same qid: {qids}", stacklevel=2)
-    return skipped
+    return failures
 
 
-def _extract_missing(
-    items: Mapping[Any, Any],
-    extract: Callable[[Any, Any], None],
-    is_done: Callable[[Mapping, Any, Any], bool],
-    folder: Path,
-    made_with: Mapping[str, Any],
-    skip_invalid: bool,
-    description: str,
-) -> dict[Any, str]:
-    present = _open_output(folder, made_with)
-    skipped = {}
-    for identifier, item in tqdm(items.items(), desc=description):
-        if is_done(present, identifier, item):
-            continue
-        try:
-            extract(identifier, item)
-        except (ValueError, FileNotFoundError) as error:  # any other OSError is about the output, so about all items
-            if not skip_invalid:
-                raise
-            skipped[identifier] = str(error)
-    return skipped
+def _reason_of_failure(extract: Callable, *arguments) -> str | None:
+    """Call the function. Return why its item is unusable, or `None`."""
+    try:
+        extract(*arguments)
+    except (ValueError, FileNotFoundError) as error:  # any other OSError is about the output, so about all items
+        return str(error)
+    return None
 
 
-def _open_output(folder: Path, made_with: Mapping[str, Any]) -> Mapping:
+def _failures(identifiers: Iterable[Any], reasons: Iterable[str | None]) -> dict[Any, str]:
+    return {identifier: reason for identifier, reason in zip(identifiers, reasons) if reason is not None}
+
+
+def _num_bytes(path: str | os.PathLike) -> int:
+    return os.path.getsize(path) if os.path.isfile(path) else 0
+
+
+def _open_output(output: Output, settings: Mapping[str, Any]) -> Mapping:
     """Return the features that a folder already contains. Raise `ValueError` if they were made with other settings."""
+    made_with = {"backbone": absolute(output.source), **settings}
+    folder = Path(output.folder)
     path = folder / METADATA_FILE
     if not any(folder.glob("[!.]*.npz")):  # temporary files are hidden
         save_json(made_with, path, indent=None)
