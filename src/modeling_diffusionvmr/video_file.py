@@ -7,6 +7,7 @@ import math
 import os
 import re
 import struct
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from fractions import Fraction
@@ -62,6 +63,7 @@ class VideoFile:
         end: seconds from the start of the container to the end of the last picture.
         fps: average number of pictures per second.
         pixel_aspect: width of a pixel divided by its height.
+        has_sound: whether there is a sound track that FFmpeg can decode.
     """
 
     def __init__(self, file: Any):
@@ -75,14 +77,20 @@ class VideoFile:
             raise ValueError(f"{self.name}: not a readable video (not a regular file)")
         self.end = self._measure()
 
-    def decoded(self) -> Iterator[Any]:
-        """Decode the pictures. Their timestamps count from the container's start."""
+    def decoded(self, with_sound: bool = False) -> Iterator[Any]:
+        """
+        Decode the pictures and, with `with_sound`, also the sound (`av.AudioFrame`), in the order of the file.
+        Timestamps count from the container's start. Sound that cannot be decoded is skipped with a warning.
+        """
         av = import_av()
         time, following, has_begun, is_empty = 0.0, 0, False, True
         with self._opened() as (container, stream):
             # PyAV's default, one thread per frame, silently drops frames that cannot be decoded
             stream.thread_type = "SLICE"
+            sound = _sound_track(container) if with_sound else None
             for packet in self._packets(container, stream):
+                if packet.stream is sound:
+                    yield from self._decoded_sound(packet)
                 if packet.stream is not stream:
                     continue
                 has_begun |= packet.is_keyframe
@@ -103,6 +111,13 @@ class VideoFile:
                     yield frame
         if is_empty:
             raise ValueError(f"{self.name}: no frames that can be decoded")
+
+    def _decoded_sound(self, packet: Any) -> list[Any]:
+        try:
+            return [frame for frame in packet.decode() if frame.pts is not None]
+        except import_av().FFmpegError as error:
+            warnings.warn(f"{self.name}: parts of its sound cannot be decoded ({reason(error)})", stacklevel=2)
+            return []
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[Any, Any]]:
@@ -173,6 +188,7 @@ class VideoFile:
             self.pixel_aspect = stream.sample_aspect_ratio or Fraction(1)
             frame_seconds = 1 / stream.average_rate if stream.average_rate else 0
             self.fps = float(stream.average_rate or 0)
+            self.has_sound = _sound_track(container) is not None
             for packet in self._packets(container, stream):
                 is_picture = packet.stream is stream
                 if is_picture and packet.is_corrupt:
@@ -204,6 +220,12 @@ class VideoFile:
             file.seek(0)
             stated = _stated_bytes(file.read(4096))
         return stated is None or not size >= stated  # it can be NaN
+
+
+def _sound_track(container: Any) -> Any:
+    """Return FFmpeg's best audio stream, or `None` if there is none that can be decoded."""
+    best = container.streams.best("audio")
+    return None if best is None or best.codec_context is None else best
 
 
 def _can_restart(container: Any) -> bool:
