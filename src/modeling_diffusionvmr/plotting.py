@@ -98,9 +98,7 @@ def _finish_panel(axes: Axes, query: str, duration: float, bottom: float, top: f
 def _draw_moments(axes: Axes, moments: Sequence[Mapping[str, float]], duration: float) -> None:
     """Draw moments as bars, with their scores below. Where scores would overlap, only the best one is written."""
     windows = [(moment["start"], moment["end"]) for moment in moments]
-    _draw_windows(
-        axes, -0.25, windows, PREDICTED, edgecolor=PREDICTED, linewidth=OUTLINE, label="found (score)" if moments else None
-    )
+    _draw_windows(axes, -0.25, windows, PREDICTED, edgecolor=PREDICTED, linewidth=OUTLINE, label="found (score)")
     written: list[float] = []  # positions of the scores
     for moment in moments:
         # Half of the text at either end of the panel would be outside
