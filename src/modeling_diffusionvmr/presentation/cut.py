@@ -81,10 +81,10 @@ def file_name(number: int, rank: int, query: str, moment: Mapping[str, float]) -
 def _cut(file: VideoFile, cuts: Sequence["_Cut"], progress: bool) -> None:
     """Decode the video up to the end of the last moment, and write all moments meanwhile."""
     waiting, active = sorted(cuts, key=lambda cut: -cut.start), []  # the next one is last
-    last_second = float(max(cut.end for cut in cuts))
+    seconds = round(max(cut.end for cut in cuts))
     on_screen, picture_time, sound_time = None, Fraction(0), Fraction(0)
     resample = _Resampler()
-    with ExitStack() as stack, tqdm(desc="cutting", total=round(last_second), unit="s", disable=not progress) as bar:
+    with ExitStack() as stack, tqdm(desc="cutting", total=seconds, unit="s", disable=not progress) as bar:
         for frame in file.decoded(file.has_sound):
             time = frame.pts * frame.time_base
             while waiting and waiting[-1].start - INTERLEAVING <= time:
@@ -98,7 +98,7 @@ def _cut(file: VideoFile, cuts: Sequence["_Cut"], progress: bool) -> None:
                 for cut in active:
                     cut.add_picture(frame, on_screen)
                 on_screen, picture_time = frame, time
-                bar.update(min(int(time), bar.total) - bar.n)
+                bar.update(min(int(time), seconds) - bar.n)
             for cut in active:
                 if picture_time >= cut.end + (INTERLEAVING if file.has_sound and sound_time < cut.end else 0):
                     cut.finish(on_screen)
@@ -107,7 +107,7 @@ def _cut(file: VideoFile, cuts: Sequence["_Cut"], progress: bool) -> None:
                 break
         for cut in active + [stack.enter_context(cut) for cut in waiting]:  # those at the end of the video
             cut.finish(on_screen)
-        bar.update(bar.total - bar.n)
+        bar.update(seconds - bar.n)
 
 
 class _Cut:
