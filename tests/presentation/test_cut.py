@@ -5,7 +5,7 @@ import av
 import numpy as np
 import pytest
 
-from modeling_diffusionvmr.presentation.cut import SAMPLE_RATE, cut_moments, file_name
+from modeling_diffusionvmr.presentation.cut import cut_moments, file_name
 from modeling_diffusionvmr.video_file import VideoFile
 from test_video import HEIGHT, WIDTH, index_of, picture, write_video
 
@@ -26,12 +26,16 @@ def pictures_of(path) -> list[tuple[int, float]]:
 
 
 def tone_starts(path) -> list[float]:
-    """The times at which a silent sound track becomes loud."""
+    """The seconds since the start of the file at which a silent sound track becomes loud."""
     with av.open(str(path)) as container:
+        start = container.start_time / av.time_base
         frames = list(container.decode(audio=0))
     loud = np.concatenate([np.abs(frame.to_ndarray()).max(0) for frame in frames]) > 0.05
     loud[1:] = np.convolve(loud, np.ones(480), "same")[1:] > 0  # a tone crosses zero
-    return [index / SAMPLE_RATE + frames[0].time for index in np.flatnonzero(np.diff(loud.astype(int)) == 1) + 1]
+    return [
+        index / frames[0].sample_rate + frames[0].time - start
+        for index in np.flatnonzero(np.diff(loud.astype(int)) == 1) + 1
+    ]
 
 
 def write_with_tones(
@@ -132,14 +136,16 @@ def test_odd_sizes_square_pixels_and_colors(tmp_path):
 )
 def test_sound_stays_in_sync(tmp_path, name, options):
     path = write_with_tones(tmp_path / name, **options)
-    times = [frame.time for frame in VideoFile(path).decoded()]
+    times, tones = [frame.time for frame in VideoFile(path).decoded()], tone_starts(path)
+    # Pictures and sound of the file itself, with the delay of its codec; AVI shows its second picture late
+    assert tones[-5:] == pytest.approx([times[index] for index in range(100, 200, 20)], abs=0.12)
     moments = [(3.5, 8.5), (0, 3), (17, 20)]
     for file, (begin, end) in zip(cut(path, tmp_path / "out", *moments), moments):
         first, _ = pictures_of(file)[0]
         assert times[first] - 0.1 < begin <= times[first] + 1e-6
-        # Tones begin with every twentieth picture
-        expected = [times[index] - begin for index in range(0, 200, 20) if begin + 0.05 < times[index] < end]
-        assert [time for time in tone_starts(file) if time > 0.05] == pytest.approx(expected, abs=0.03)
+        expected = [time - begin for time in tones if begin + 0.05 < time < end]
+        assert len(expected) >= 1
+        assert [time for time in tone_starts(file) if time > 0.05] == pytest.approx(expected, abs=0.01)
         with av.open(str(file)) as container:
             video, sound = container.streams
             assert (video.codec_context.name, sound.codec_context.name) == ("h264", "aac")
