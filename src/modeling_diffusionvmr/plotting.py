@@ -105,7 +105,7 @@ def _draw_moments(axes: Axes, moments: Sequence[Mapping[str, float]], duration: 
         middle = np.clip((moment["start"] + moment["end"]) / 2, 0.015 * duration, 0.985 * duration)
         if all(abs(middle - other) > duration / 25 for other in written):
             written.append(middle)
-            axes.text(middle, -0.6, f"{moment['score']:.2f}", ha="center", va="center", fontsize=7, color=PREDICTED)
+            axes.text(middle, -0.62, f"{moment['score']:.2f}", ha="center", va="center", fontsize=7, color=PREDICTED)
     if not moments:
         axes.text(0, -0.25, "no moment found", va="center", fontsize=8, color=PREDICTED)
 

@@ -1,5 +1,6 @@
 """Cut moments out of a video, as files that play everywhere: H.264 and AAC in mp4."""
 
+import gc
 import unicodedata
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -128,7 +129,9 @@ class _Cut:
         self.end = max(end, self.start + 1 / self._rate)
         self.is_finished = False
         self._stack = ExitStack()
-        self._container: Any = None  # opened with the first picture
+        self._container: Any = None  # opened with the first picture, like its two streams
+        self._pictures: Any = None
+        self._sound: Any = None
         self._picture: Any = None  # the latest one. How long it is shown depends on the next one
         self._durations: dict[int, int] = {}  # of the pictures in the encoder, by their time, in ticks
         self._early_sound: list[tuple[np.ndarray, Fraction]] = []  # what came before the size of the pictures is known
@@ -176,6 +179,9 @@ class _Cut:
             self._write_sound(np.zeros((2, left), np.float32))
             self._container.mux(self._sound.encode())
         self._stack.close()
+        # An encoder takes 60 MB at 720p. PyAV's objects refer to each other, so only the garbage collector frees it.
+        self._container = self._pictures = self._sound = self._picture = None
+        gc.collect()
         self.is_finished = True
 
     def _show(self, frame: Any, time: Fraction) -> None:
