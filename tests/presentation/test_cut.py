@@ -73,7 +73,7 @@ def test_exact_to_a_frame(tmp_path, name, codec):
     ]
     assert found[0] == [(11, 0), *((index, round(index / 10 - 1.05, 3)) for index in range(12, 20))]
     lengths = [float(VideoFile(file).end) for file in files]
-    assert lengths == pytest.approx([0.9, 1.2, 0.1, 0.1, 7.3], abs=1e-3)
+    assert lengths == pytest.approx([0.9, 1.2, 0.04, 0.05, 7.3], abs=1e-3)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [file.name for file in files]
 
 
@@ -91,6 +91,14 @@ def test_variable_frame_rate_and_late_start(tmp_path):
         assert found[1] == [(5, 0), (6, 3)]
         assert found[2] == [(5, 0)]
         assert found[3] == [(2, 0)]
+
+
+def test_slides(tmp_path):
+    """Two pictures in a minute: moments keep their length, and show the slide that is on the screen."""
+    path = write_video(tmp_path / "a.mkv", [0, 30, 60], rate=Fraction(1, 30))
+    files = cut(path, tmp_path / "out", (5, 9), (28, 34), (29.5, 34))
+    assert [pictures_of(file) for file in files] == [[(0, 0)], [(0, 0), (1, 2)], [(1, 0)]]
+    assert [float(VideoFile(file).end) for file in files] == pytest.approx([4, 6, 4.5], abs=1e-3)
 
 
 @pytest.mark.parametrize("rotation", [90, -90, 180])

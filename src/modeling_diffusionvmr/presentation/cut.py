@@ -17,7 +17,9 @@ from ..video_filters import ToRGB
 
 TICKS = 90_000  # per second, of the pictures
 SAMPLE_RATE, LAYOUT, SAMPLE_FORMAT = 48_000, "stereo", "fltp"  # of the sound
-DEFAULT_RATE = 25  # pictures per second, for the encoder, if the file does not state it
+# Pictures per second, for the encoder, if the file does not state it, and at least
+DEFAULT_RATE, SLOWEST_RATE = 25, Fraction(1, 100)
+SHORTEST = Fraction(1, 25)  # in seconds: a moment can have no length
 QUALITY = {"preset": "veryfast", "crf": "20"}
 # Without B-frames, times of decoding and of display are the same, and a file needs no edit list to begin at 0
 NO_B_FRAMES = {"bf": "0"}
@@ -36,8 +38,8 @@ def cut_moments(
 
     The first picture is the first one that is shown at or after the start of the moment, the last one the last before
     its end. If that leaves more than a second at the beginning without a picture, as in a recording of slides, or all
-    of it, the file begins with the picture that is on the screen at the start. A moment shorter than a picture gets
-    one. Pictures are upright, with square pixels, and reduced to 1080p.
+    of it, the file begins with the picture that is on the screen at the start. A file lasts at least
+    1/25 s. Pictures are upright, with square pixels, and reduced to 1080p.
 
     Args:
         video: a path or a binary file object.
@@ -123,10 +125,10 @@ class _Cut:
 
     def __init__(self, path: Path, moment: Mapping[str, float], file: VideoFile, to_rgb: ToRGB):
         self.path, self._to_rgb, self._has_sound = path, to_rgb, file.has_sound
-        self._rate = Fraction(file.fps or DEFAULT_RATE).limit_denominator(100_000)
+        self._rate = max(Fraction(file.fps or DEFAULT_RATE).limit_denominator(100_000), SLOWEST_RATE)
         # 1.1 is 11/10, when the eleventh of ten pictures per second begins, and not the float, which is a bit later
         self.start, end = (Fraction(moment[side]).limit_denominator(10**6) for side in ("start", "end"))
-        self.end = max(end, self.start + 1 / self._rate)
+        self.end = max(end, self.start + SHORTEST)
         self.is_finished = False
         self._stack = ExitStack()
         self._container: Any = None  # opened with the first picture, like its two streams
