@@ -13,12 +13,11 @@ from transformers import pipeline
 from modeling_diffusionvmr import DEFAULT_MODEL
 from modeling_diffusionvmr.cli.errors import run_safely
 from modeling_diffusionvmr.cli.options import CommandParser
+from modeling_diffusionvmr.presentation.timeline import frames_of
 from modeling_diffusionvmr.synthetic.rendered_world import Query, VideoPlan, plan_video, write_video
-from modeling_diffusionvmr.video import open_video
 
 FIRST_SEED = 77_000_000  # far from the seeds used for training and evaluation
 NUM_QUERIES = 3
-NUM_FRAMES = 12  # on the timeline
 
 
 def choose_plan(first_seed: int) -> tuple[VideoPlan, list[Query]]:
@@ -54,7 +53,7 @@ def main(arguments: argparse.Namespace) -> None:
         print("  retrieved: " + (", ".join(found) or "nothing"))
 
     truth = [query.windows for query in queries]
-    frames = list(open_video(str(path), plan.duration / NUM_FRAMES))
+    frames = frames_of(str(path), plan.duration)
     save_figure(plot_timeline(sentences, results, plan.duration, frames, truth), folder / "timeline.png")
 
     inputs = retrieve.preprocess({"video": str(path), "query": sentences[0]})

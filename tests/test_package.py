@@ -17,9 +17,10 @@ PUBLIC_NAMES = [
 ]
 # What each folder must not import from
 FORBIDDEN = {
-    "data": {"training", "synthetic", "cli"},
-    "training": {"synthetic", "cli"},
-    "synthetic": {"training", "cli"},
+    "data": {"training", "synthetic", "cli", "presentation"},
+    "training": {"synthetic", "cli", "presentation"},
+    "synthetic": {"training", "cli", "presentation"},
+    "presentation": {"training", "synthetic", "cli"},
 }
 PACKAGE = Path(modeling_diffusionvmr.__file__).parent
 

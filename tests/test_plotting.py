@@ -36,13 +36,41 @@ def test_timeline(tmp_path, truth):
     assert bars(first) == [(2, 3.5), (8, 0)] + ([(2, 4), (8, 1)] if truth else [])
     assert bars(second) == []
     np.testing.assert_allclose(first.lines[0].get_xdata(), [1, 3, 5, 7, 9])
-    curve = first.lines[0].get_ydata()
-    assert (curve.min(), curve.max(), curve.argmax()) == (0, 1, 1)
+    centered = np.array(RESULTS[0]["saliency"]) - 0.28
+    np.testing.assert_allclose(first.lines[0].get_ydata(), 1 / (1 + np.exp(-centered)))
+    assert [text.get_text() for text in first.texts] == ["0.90", "0.20"]
+    assert [text.get_text() for text in second.texts] == ["no moment found"]
+    labels = [text.get_text() for text in first.get_legend().get_texts()]
+    assert labels[0] == "saliency (a ranking, not a probability)"
     assert [axes.get_title("left") for axes in (first, second)] == [f"“{query}”" for query in QUERIES]
     assert len(strip.images) == 4 and all(axes.get_xlim() == (0, 10) for axes in figure.axes)
     save_figure(figure, tmp_path / "timeline.png")
     assert is_whole(tmp_path / "timeline.png")
     assert [path.name for path in tmp_path.iterdir()] == ["timeline.png"]
+
+
+def test_two_hours(tmp_path):
+    """A moment of 4 s is visible, scores do not overlap, and the highest clip is not averaged away."""
+    saliency = np.zeros(3600)
+    saliency[1000] = 20
+    moments = [{"start": 4000 + i * 20, "end": 4004 + i * 20, "score": 0.9 - i / 100} for i in range(3)]
+    result = {"moments": moments, "saliency": saliency.tolist(), "clip_seconds": 2.0}
+    figure = plot_timeline(["a red dog"], [result], 7200.0, FRAMES)
+    panel = figure.axes[0]
+    (curve,) = panel.lines
+    assert len(curve.get_xdata()) <= 1000 and curve.get_ydata().max() > 0.99
+    assert curve.get_xdata()[curve.get_ydata().argmax()] == pytest.approx(2001, abs=8)
+    assert [text.get_text() for text in panel.texts] == ["0.90"]  # the best of three within a minute
+    assert bars(panel) == [(4000, 4), (4020, 4), (4040, 4)]
+    labels = [label.get_text() for label in panel.get_xticklabels()]
+    assert labels == ["00:00", "10:00", *(f"{minutes}:00" for minutes in (20, 30, 40, 50)), *labels[6:]]
+    assert labels[6:] == [f"{hours}:{minutes:02d}:00" for hours in (1,) for minutes in range(0, 60, 10)] + ["2:00:00"]
+    save_figure(figure, tmp_path / "out.png")
+    with Image.open(tmp_path / "out.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    red = (pixels[..., 0] > 180) & (pixels[..., 1] < 140) & (pixels[..., 2] < 150)
+    # Columns with a whole bar. The legend is less high, and so is a bar that is narrower than a pixel.
+    assert (red.sum(0) >= 14).sum() >= 3
 
 
 @pytest.mark.parametrize("truth", [None, [[10.0, 40.0]]])

@@ -24,6 +24,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from .checks import check_positive
 from .data.annotations import MAX_SALIENCY, SALIENCY_CLIP_SECONDS, check_row
 from .data.files import atomic_write
+from .presentation.timeline import SALIENCY_LABEL, saliency_curve, tick_label, tick_times
 from .spans import span_to_window
 from .training.metrics import predicted_saliency, predicted_windows
 
@@ -33,6 +34,8 @@ WIDTH = 11  # inches
 DPI, MAX_PIXELS = 110, 2**16  # resolution, and the maximum height and width of a figure
 TOP, BAR = 1.15, 0.3  # upper end of a panel and height of a bar: curves are drawn from 0 to 1, bars below 0
 RANK, GAP = 0.16, 0.12  # height of one ranked window, and space above the windows of a source
+OUTLINE = 2  # points around a bar of a timeline: 4 s of two hours would be less than a pixel
+MAX_TICKS = 13  # of a timeline
 TOP_K = 5  # default number of windows per source
 
 
@@ -92,6 +95,21 @@ def _finish_panel(axes: Axes, query: str, duration: float, bottom: float, top: f
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
+def _draw_moments(axes: Axes, moments: Sequence[Mapping[str, float]], duration: float) -> None:
+    """Draw moments as bars, with their scores below. Where scores would overlap, only the best one is written."""
+    windows = [(moment["start"], moment["end"]) for moment in moments]
+    _draw_windows(axes, -0.25, windows, PREDICTED, edgecolor=PREDICTED, linewidth=OUTLINE, label="found (score)")
+    written: list[float] = []  # positions of the scores
+    for moment in moments:
+        # Half of the text at either end of the panel would be outside
+        middle = np.clip((moment["start"] + moment["end"]) / 2, 0.015 * duration, 0.985 * duration)
+        if all(abs(middle - other) > duration / 25 for other in written):
+            written.append(middle)
+            axes.text(middle, -0.62, f"{moment['score']:.2f}", ha="center", va="center", fontsize=7, color=PREDICTED)
+    if not moments:
+        axes.text(0, -0.25, "no moment found", va="center", fontsize=8, color=PREDICTED)
+
+
 def plot_timeline(
     queries: Sequence[str],
     results: Sequence[dict[str, Any]],
@@ -100,8 +118,8 @@ def plot_timeline(
     truth: Sequence[Sequence[Sequence[float]]] | None = None,
 ) -> Figure:
     """
-    Plot one panel per query, with its saliency as a curve and the predicted and true moments as bars, above a row of
-    frames.
+    Plot one panel per query, with its saliency as a curve (see `saliency_curve`) and the predicted and true moments as
+    bars, above a row of frames. It is readable for hours of video: bars have a minimum width.
 
     Args:
         queries: sentences.
@@ -110,24 +128,22 @@ def plot_timeline(
         frames: arrays (H, W, 3), evenly spaced over the video.
         truth: the true windows of each query, in seconds; `None` if unknown.
     """
-    figure = Figure(figsize=(WIDTH, 1.5 * len(queries) + 1.2))
-    grid = figure.add_gridspec(len(queries) + 1, 1, height_ratios=[1.5] * len(queries) + [1], hspace=0.75)
+    figure = Figure(figsize=(WIDTH, 1.6 * len(queries) + 1.2))
+    grid = figure.add_gridspec(len(queries) + 1, 1, height_ratios=[1.6] * len(queries) + [1], hspace=0.75)
+    ticks = tick_times(duration, MAX_TICKS)
     for index, (query, result) in enumerate(zip(queries, results)):
         axes = figure.add_subplot(grid[index])
-        _draw_curve(axes, result["saliency"], result["clip_seconds"], color=SALIENCY, label="saliency")
-        windows = [(moment["start"], moment["end"]) for moment in result["moments"]]
-        _draw_windows(axes, -0.25, windows, PREDICTED, label="predicted (score)")
-        labeled: list[float] = []  # positions of the scores, to keep them from overlapping
-        for moment in result["moments"]:
-            middle = (moment["start"] + moment["end"]) / 2
-            if all(abs(middle - other) > duration / 25 for other in labeled):
-                labeled.append(middle)
-                axes.text(middle, -0.25, f"{moment['score']:.2f}", ha="center", va="center", fontsize=7, color="white")
-        _draw_windows(axes, -0.65, truth[index] if truth is not None else [], TRUE, label="true")
-        _finish_panel(axes, query, duration, bottom=-0.95)
+        curve = saliency_curve(result["saliency"])
+        covered = len(result["saliency"]) * result["clip_seconds"]
+        middles = (np.arange(len(curve)) + 0.5) * covered / len(curve)
+        axes.plot(middles, curve, linewidth=1.2, color=SALIENCY, label=SALIENCY_LABEL)
+        _draw_moments(axes, result["moments"], duration)
+        true_windows = truth[index] if truth is not None else []
+        _draw_windows(axes, -1.0, true_windows, TRUE, edgecolor=TRUE, linewidth=OUTLINE, label="true")
+        _finish_panel(axes, query, duration, bottom=-1.3)
         axes.set_yticks([])
+        axes.set_xticks(ticks, [tick_label(tick, ticks) for tick in ticks], fontsize=8)
         axes.legend(fontsize=7, loc="upper right", ncols=3, bbox_to_anchor=(1, 1.28), frameon=False)
-    axes.set_xlabel("seconds", fontsize=8)
 
     strip = figure.add_subplot(grid[len(queries)])
     slot = duration / len(frames)

@@ -5,6 +5,7 @@ Read the pictures of a video file, with timestamps in seconds from the start of 
 import importlib
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from fractions import Fraction
@@ -64,6 +65,7 @@ class VideoFile:
         end: seconds from the start of the container to the end of the last picture.
         fps: average number of pictures per second.
         pixel_aspect: width of a pixel divided by its height.
+        has_sound: whether there is a sound track that FFmpeg can decode.
     """
 
     def __init__(self, file: Any):
@@ -77,15 +79,18 @@ class VideoFile:
             raise ValueError(f"{self.name}: not a readable video (not a regular file)")
         self.end = self._measure()
 
-    def decoded(self) -> Iterator[Any]:
-        """Decode the pictures. Their timestamps count from the container's start."""
+    def decoded(self, with_sound: bool = False) -> Iterator[Any]:
+        """
+        Decode the pictures and, with `with_sound`, also the sound (`av.AudioFrame`), about in the order of the file.
+        Timestamps count from the container's start. Sound that cannot be decoded is skipped with a warning.
+        """
         awaited = AwaitedPictures()
-        yield from self._decoded("FRAME", awaited)
+        yield from self._decoded("FRAME", awaited, with_sound)
         if awaited.times:  # threads that decode one frame each drop errors in the last frames
             for _ in self._decoded("SLICE", AwaitedPictures()):
                 pass
 
-    def _decoded(self, thread_type: str, awaited: AwaitedPictures) -> Iterator[Any]:
+    def _decoded(self, thread_type: str, awaited: AwaitedPictures, with_sound: bool = False) -> Iterator[Any]:
         av = import_av()
         time, following, has_begun, is_empty = 0.0, 0, False, True
         with self._opened() as (container, stream), ExitStack() as stack:
@@ -93,7 +98,10 @@ class VideoFile:
             stream.codec_context.thread_count = min(MAX_THREADS, 1 + (os.cpu_count() or 1))
             # Wait for the threads. They would wait for PyAV to log an error while it waits for them.
             stack.callback(stream.codec_context.flush_buffers)
+            sound = _sound_track(container) if with_sound else None
             for packet in self._packets(container, stream):
+                if packet.stream is sound:
+                    yield from self._decoded_sound(packet)
                 if packet.stream is not stream:
                     continue
                 has_begun |= packet.is_keyframe
@@ -125,6 +133,13 @@ class VideoFile:
         start, end = (float(time(lost, default=0) * stream.time_base) for time in (min, max))
         if end - start > END_TOLERANCE:
             raise ValueError(f"{self.name}: the frames from {start:.2f} s to {end:.2f} s cannot be decoded")
+
+    def _decoded_sound(self, packet: Any) -> list[Any]:
+        try:
+            return [frame for frame in packet.decode() if frame.pts is not None]
+        except import_av().FFmpegError as error:
+            warnings.warn(f"{self.name}: parts of its sound cannot be decoded ({reason(error)})", stacklevel=2)
+            return []
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[Any, Any]]:
@@ -197,6 +212,7 @@ class VideoFile:
             self.pixel_aspect = stream.sample_aspect_ratio or Fraction(1)
             frame_seconds = 1 / stream.average_rate if stream.average_rate else 0
             self.fps = float(stream.average_rate or 0)
+            self.has_sound = _sound_track(container) is not None
             for packet in self._packets(container, stream):
                 is_picture = packet.stream is stream
                 if (message := take_error(logs, container.format.name)) and not skipped:
@@ -239,6 +255,12 @@ class VideoFile:
                 of = f" of {float(promised):.2f} s" if is_short else ""
                 raise ValueError(f"{self.name}: cut off at {float(end_of_all):.2f} s{of}")
         return promised if is_short else end  # the last picture stays
+
+
+def _sound_track(container: Any) -> Any:
+    """Return FFmpeg's best audio stream, or `None` if there is none that can be decoded."""
+    best = container.streams.best("audio")
+    return None if best is None or best.codec_context is None else best
 
 
 def _can_restart(container: Any) -> bool:

@@ -1,5 +1,6 @@
 """`diffusionvmr retrieve`, with the embedded model on a rendered video."""
 
+import base64
 import json
 import shutil
 import sys
@@ -11,6 +12,7 @@ from damaged import cut_off, other_sizes
 from modeling_diffusionvmr import DEFAULT_MODEL, DiffusionVMRProcessor
 from modeling_diffusionvmr.cli import main, options
 from modeling_diffusionvmr.synthetic.rendered_world import plan_video, write_video
+from modeling_diffusionvmr.video_file import VideoFile
 
 PLAN = plan_video(3)
 QUERIES = ["a red circle", "two yellow triangles"]
@@ -49,12 +51,13 @@ def test_text_shows_the_same_moments(retrieve):
     lines = retrieve(*QUERIES, *options).splitlines()
     expected = []
     for entry in json.loads(retrieve(*QUERIES, *options, "--json")):
-        expected.append(entry["query"])
-        expected += [
-            f"  {moment['start']:8.2f} s - {moment['end']:8.2f} s   score {moment['score']:.3f}"
-            for moment in entry["moments"]
-        ]
-    assert lines == expected and len(lines) == 8
+        expected += [[], [entry["query"]], ["start", "end", "score"]]
+        for moment in entry["moments"]:
+            times = [divmod(round(moment[side], 1), 60) for side in ("start", "end")]
+            times = [f"{int(minutes):02d}:{seconds:04.1f}" for minutes, seconds in times]
+            expected.append([*times, f"{moment['score']:.3f}"])
+    assert [line.split() if line.startswith("  ") else [line] if line else [] for line in lines] == expected[1:]
+    assert len(lines) == 11 and len({len(line) for line in lines if line.startswith("  ")}) == 1  # aligned
 
 
 def test_filters(retrieve):
@@ -80,20 +83,50 @@ def test_defaults_are_those_of_the_checkpoint(retrieve, tmp_path):
 
 
 def test_nothing_found(retrieve):
-    assert retrieve(*QUERIES, "--threshold", 1).splitlines() == [
-        line for query in QUERIES for line in (query, "  no moment found")
+    first, second = QUERIES
+    assert retrieve(*QUERIES, "--threshold", 1) == f"{first}\n  no moment found\n\n{second}\n  no moment found\n"
+
+
+def test_page_and_files(video, retrieve, tmp_path, capsys):
+    options = (*EVERYTHING, "--top_k", 2, "--html", tmp_path / "new" / "out.html", "--cut", tmp_path / "cut")
+    found = json.loads(retrieve(*QUERIES, "--json", *options))
+    page = (tmp_path / "new" / "out.html").read_text(encoding="utf-8")
+    assert base64.b64encode(video.read_bytes()).decode() in page
+    files = sorted((tmp_path / "cut").iterdir())
+    moments = [moment for entry in found for moment in entry["moments"]]
+    assert [file.name[:16] for file in files] == [
+        *("01-01_a-red-circ", "01-02_a-red-circ", "02-01_two-yellow", "02-02_two-yellow")
     ]
+    for file, moment in zip(files, moments):
+        assert f'data-start="{moment["start"]:.3f}" data-end="{moment["end"]:.3f}"' in page
+        assert VideoFile(file).end == pytest.approx(moment["end"] - moment["start"], abs=0.01)
+
+
+def test_nothing_to_cut(retrieve, tmp_path):
+    retrieve(QUERIES[0], "--threshold", 1, "--cut", tmp_path / "cut", "--html", tmp_path / "out.html")
+    assert "No moment found." in (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert not (tmp_path / "cut").exists()
 
 
 def test_url(video, retrieve, video_server, tmp_path, capsys):
     expected = retrieve(*QUERIES)
     video_server.files["a.mp4"] = video.read_bytes()
-    main(["retrieve", video_server.url("plain/a.mp4"), *QUERIES, "--plot", str(tmp_path / "out.png")])
+    outputs = [
+        "--plot",
+        str(tmp_path / "out.png"),
+        "--html",
+        str(tmp_path / "out.html"),
+        "--cut",
+        str(tmp_path / "cut"),
+    ]
+    main(["retrieve", video_server.url("plain/a.mp4"), *QUERIES, *outputs])
     printed = capsys.readouterr()
     assert printed.out == expected
     assert "downloading: 100%" in printed.err
-    assert len(video_server.requested) == 1  # the plot reads the same download
+    assert len(video_server.requested) == 1  # what is saved reads the same download
     assert (tmp_path / "out.png").stat().st_size > 1000
+    assert "<title>Moments in a.mp4</title>" in (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert len(list((tmp_path / "cut").glob("*.mp4"))) == expected.count(":") // 2
     main(["retrieve", video.as_uri(), *QUERIES])
     assert capsys.readouterr().out == expected
 
@@ -148,13 +181,16 @@ def test_bad_arguments(video, error_of, tmp_path, arguments, message):
         (["--plot", "{tmp}"], "--plot {tmp}: a folder, not a file"),
         (["--plot", ""], "--plot"),
         (["--plot", "/proc/out.png"], "--plot /proc/out.png: cannot write to /proc"),
+        (["--html", "{tmp}/out.mp4"], "--html {tmp}/out.mp4: the extension must be .html or .htm"),
+        (["--html", "/proc/out.html"], "--html /proc/out.html: cannot write to /proc"),
+        (["--cut", __file__], "--cut {file}: {file} is a file, not a folder"),
         (["--plot", "{tmp}/absent/out.png"], "--plot {tmp}/absent/out.png: there is no folder {tmp}/absent"),
     ],
 )
 def test_flags_are_checked_before_the_work(video, error_of, tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr(options, "resolve_model", lambda _: pytest.fail("the model is loaded"))
     arguments = [argument.format(tmp=tmp_path) for argument in arguments]
-    assert message.format(tmp=tmp_path) in error_of("retrieve", video, "a dog", *arguments)
+    assert message.format(tmp=tmp_path, file=__file__) in error_of("retrieve", video, "a dog", *arguments)
     assert not list(tmp_path.iterdir())
 
 

@@ -3,8 +3,9 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .errors import loading
 from .options import (
@@ -16,7 +17,8 @@ from .options import (
     load_model,
 )
 
-NUM_FRAMES = 12  # number of frames below the timeline
+COLUMNS = ("start", "end", "score")
+PAGE_EXTENSIONS = (".html", ".htm")
 PIPELINE_OPTIONS = ("top_k", "threshold", "nms_threshold", "num_proposals", "num_sampling_steps")
 
 
@@ -35,12 +37,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--num_proposals", type=int, metavar="N", help="number of spans drawn from noise")
     add_retrieval_arguments(parser)
     parser.add_argument("--plot", metavar="OUT.png", help="save a picture of the timeline")
+    parser.add_argument("--html", metavar="OUT.html", help="save a web page with the video, which plays the moments")
+    parser.add_argument("--cut", metavar="DIR", help="save each moment as a video file")
     parser.add_argument("--json", action="store_true", help="print JSON, with the saliency of each clip")
     return parser.parse_args(argv)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the moments, and plot them with `--plot`."""
+    """Print the moments, and save what `--plot`, `--html` and `--cut` ask for."""
     from ..download import fetch
     from ..pipeline_diffusionvmr import VideoMomentRetrievalPipeline
 
@@ -50,19 +54,19 @@ def run(arguments: argparse.Namespace) -> None:
     with loading(model.name_or_path):
         retrieve = VideoMomentRetrievalPipeline(model=model, processor=processor)
     options = {name: getattr(arguments, name) for name in PIPELINE_OPTIONS if getattr(arguments, name) is not None}
-    arguments.video = fetch(arguments.video, progress=True)  # here, since the plot reads the video as well
-    results = retrieve(arguments.video, arguments.query, return_saliency=True, progress=True, **options)
+    video = fetch(arguments.video, progress=True)  # here, since what is saved reads the video as well
+    results = retrieve(video, arguments.query, return_saliency=True, progress=True, **options)
     if arguments.json:
         print(json.dumps([{"query": query, **result} for query, result in zip(arguments.query, results)]))
     else:
-        for query, result in zip(arguments.query, results):
-            print(query)
-            for moment in result["moments"]:
-                print(f"  {moment['start']:8.2f} s - {moment['end']:8.2f} s   score {moment['score']:.3f}")
-            if not result["moments"]:
-                print("  no moment found")
-    if arguments.plot is not None:
-        _plot(arguments, results)
+        print("\n\n".join(_table(query, result["moments"]) for query, result in zip(arguments.query, results)))
+    if arguments.plot is not None or arguments.html is not None:
+        _save_timelines(arguments, video, results)
+    if arguments.cut is not None:
+        from ..presentation.cut import cut_moments
+
+        files = cut_moments(video, arguments.query, results, Path(arguments.cut), progress=True)
+        print(f"saved {len(files)} files in {arguments.cut}" if files else "no moment to cut", file=sys.stderr)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -80,13 +84,39 @@ def _check(arguments: argparse.Namespace) -> None:
 
         check_picture(arguments.plot, "--plot")
         check_output(arguments.plot, "--plot", is_folder=False)
+    if arguments.html is not None:
+        if Path(arguments.html).suffix.lower() not in PAGE_EXTENSIONS:
+            raise ValueError(f"--html {arguments.html}: the extension must be {' or '.join(PAGE_EXTENSIONS)}")
+        check_output(arguments.html, "--html", is_folder=False)
+    if arguments.cut is not None:
+        check_output(arguments.cut, "--cut")
 
 
-def _plot(arguments: argparse.Namespace, results: list[dict]) -> None:
-    from ..plotting import plot_timeline, save_figure
+def _table(query: str, moments: Sequence[Mapping[str, float]]) -> str:
+    """Return a sentence and its moments as text, one per line."""
+    from ..presentation.timeline import timestamp
+
+    if not moments:
+        return f"{query}\n  no moment found"
+    rows = [(timestamp(moment["start"]), timestamp(moment["end"]), f"{moment['score']:.3f}") for moment in moments]
+    return "\n".join([query, *(f"  {start:>10}  {end:>10}  {score:>5}" for start, end, score in [COLUMNS, *rows])])
+
+
+def _save_timelines(arguments: argparse.Namespace, video: Any, results: list[dict]) -> None:
+    """Save what `--plot` and `--html` ask for."""
+    from ..presentation.timeline import frames_of
     from ..video import open_video
 
-    duration = open_video(arguments.video, 1.0).duration
-    frames = list(open_video(arguments.video, duration / NUM_FRAMES))
-    save_figure(plot_timeline(arguments.query, results, duration, frames), arguments.plot)
-    print(f"saved {arguments.plot}", file=sys.stderr)
+    duration = open_video(video, 1.0).duration
+    frames = frames_of(video, duration, progress=True)
+    if arguments.plot is not None:
+        from ..plotting import plot_timeline, save_figure
+
+        save_figure(plot_timeline(arguments.query, results, duration, frames), arguments.plot)
+        print(f"saved {arguments.plot}", file=sys.stderr)
+    if arguments.html is not None:
+        from ..presentation.page import save_page
+
+        url = None if video is arguments.video else arguments.video
+        save_page(arguments.html, video, arguments.query, results, duration, frames, url)
+        print(f"saved {arguments.html}", file=sys.stderr)
