@@ -772,6 +772,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         return self.model.fuse(torch.cat((video, video)), torch.cat((video_mask, video_mask)), text, text_mask, **flags)
 
 
+@torch.compiler.disable  # nothing to gain, and it would be recompiled for every shape
 def halves(output: Output) -> tuple[Output, Output]:
     """Split an output of 2 B samples into two of B."""
 
