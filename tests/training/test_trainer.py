@@ -532,9 +532,7 @@ def test_evaluation_in_bfloat16(make_trainer, tmp_path):
 @pytest.mark.parametrize("absent", [0, 1])
 def test_compiled_training(make_dataset, make_trainer, tiny_config, tmp_path, absent):
     """20 numbers of proposals and varying numbers of windows need few graphs and give the same losses."""
-    config = tiny_config(
-        max_training_proposals=20, encoder_layers=1, decoder_layers=1, absent_loss_coefficient=absent
-    )
+    config = tiny_config(max_training_proposals=20, encoder_layers=1, decoder_layers=1, absent_loss_coefficient=absent)
     dataset = small_training.make_dataset(config, num_rows=16, lengths=(15, 15, 15, 15), num_tokens=6)
     options = {"config": config, "train_dataset": dataset, "max_steps": 20, "save_strategy": "no", "use_cpu": True}
     expected = losses_of(make_trainer(tmp_path, **options))
