@@ -293,12 +293,12 @@ def test_scorable_rows():
     scored, references, message = scorable(predictions, rows)
     assert scored == predictions[1:] and references == [rows[0], rows[1], rows[3]]  # all that are labeled
     assert message == (
-        "2 of 4 rows are not scored: 1 with `relevant_windows: []` (not in the video), "
+        "2 of 4 rows are not scored by the official metrics: 1 with `relevant_windows: []` (not in the video), "
         "1 without `relevant_windows` (unlabeled)"
     )
     assert evaluate_predictions(scored, references)["full"]["MR-R1"]["0.5"] == 50.0
     assert scorable(predictions, rows[1:2])[2] == (
-        "1 of 1 rows are not scored: 1 with `relevant_windows: []` (not in the video)"
+        "1 of 1 rows are not scored by the official metrics: 1 with `relevant_windows: []` (not in the video)"
     )
     assert scorable(predictions[1:2], rows[:1]) == (predictions[1:2], rows[:1], None)
     assert scorable(predictions[:1], rows[2:3])[:2] == ([], [])

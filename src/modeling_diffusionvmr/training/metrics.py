@@ -102,7 +102,11 @@ def scorable(
     unlabeled = sum(row.get("relevant_windows") is None for row in rows)
     reasons = [f"{absent} with `relevant_windows: []` (not in the video)"] if absent else []
     reasons += [f"{unlabeled} without `relevant_windows` (unlabeled)"] if unlabeled else []
-    message = f"{absent + unlabeled} of {len(rows)} rows are not scored: {', '.join(reasons)}" if reasons else None
+    message = (
+        f"{absent + unlabeled} of {len(rows)} rows are not scored by the official metrics: {', '.join(reasons)}"
+        if reasons
+        else None
+    )
     labeled = [row for row in rows if row.get("relevant_windows") is not None] if absent + unlabeled < len(rows) else []
     qids = {str(row["qid"]) for row in labeled}
     return [prediction for prediction in predictions if str(prediction["qid"]) in qids], labeled, message
