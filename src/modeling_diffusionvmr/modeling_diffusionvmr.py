@@ -700,14 +700,14 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
                 schedule = self.model.schedule
                 draws = schedule.draw(*targets.spans.shape[:2], drawn, device=targets.spans.device)
                 noisy_spans, timesteps = schedule.corrupt(targets.spans, targets.window_mask.sum(1), draws)
-        start = self.model.starting_point(batch_size, num_proposals, noisy_spans, timesteps)
+        start, timesteps = self.model.starting_point(batch_size, num_proposals, noisy_spans, timesteps)
         if with_absent:
-            start = tuple(torch.cat((value, value)) for value in start)
+            start, timesteps = start.repeat(2, 1, 1), timesteps.repeat(2)
         condition = both if with_absent else memory
         if self.training and targets is not None:
-            decoded = self.model.denoise(condition, *start, **flags)
+            decoded = self.model.denoise(condition, start, timesteps, **flags)
         else:
-            decoded = self._sample(condition, *start, num_sampling_steps, flags)
+            decoded = self._sample(condition, start, timesteps, num_sampling_steps, flags)
         decoded, negative_decoded = halves(decoded) if with_absent else (decoded, None)
 
         saliency_scores = self._saliency(memory)
