@@ -48,11 +48,15 @@ from modeling_diffusionvmr.synthetic.rendered_world import (
 )
 from modeling_diffusionvmr.training.moment_quality import choose_post_processing, measure_moments
 from modeling_diffusionvmr.training.prediction import EVERY_PROPOSAL, every_proposal
+from modeling_diffusionvmr.training.rejection_metrics import auroc
 from rendered_clip import measure_clip, train_rendered_clip
 
 CLIP_SECONDS = 2.0
 TRAINING_VIDEOS = 1200
 TRAINING_STEPS = 4000
+# Training on sentences that are true nowhere in their video: how many per video, and the weight of the null pairs
+ABSENT_SENTENCES_PER_VIDEO = 0
+ABSENT_LOSS_COEFFICIENT = 0.0
 OTHER_VIDEOS = 100  # held out or for validation: number with seen pairs, and with pairs that training never shows
 # Seeds of the first video with seen pairs and of the first with unseen pairs; training videos start at `--seed`
 HELD_OUT_SEEDS, VALIDATION_SEEDS = (10_000_000, 20_000_000), (30_000_000, 40_000_000)
@@ -91,15 +95,19 @@ def make_features(seed: int, backbones: Backbones, folder: Path) -> None:
     """Render the training videos, and save their annotations and features in the official formats."""
     seeds = range(seed, seed + TRAINING_VIDEOS)
     (folder / "rendered").mkdir()
-    rows = in_two_processes(render_and_encode, seeds, "rendering and encoding", folder, backbones)
+    state = folder, backbones, ABSENT_SENTENCES_PER_VIDEO
+    rows = in_two_processes(render_and_encode, seeds, "rendering and encoding", *state)
     save_jsonl((row for of_video in rows for row in of_video), folder / "annotations.jsonl")
     (folder / "rendered").rmdir()
 
 
-def render_and_encode(seed: int, folder: Path, backbones: Backbones) -> list[dict]:
-    """Render one training video to an mp4 file, save its features, and delete the file. Return its annotations."""
+def render_and_encode(seed: int, folder: Path, backbones: Backbones, num_absent: int) -> list[dict]:
+    """
+    Render one training video to an mp4 file, save its features, and delete the file. Return its annotations, with up to
+    `num_absent` sentences that are true nowhere in it.
+    """
     plan = plan_video(seed)
-    rows = annotation_rows(plan)
+    rows = annotation_rows(plan) + absent_rows(plan, seed, num_absent)
     path = render(plan, folder / "rendered")
     (clip,) = backbones.models
     extract_video({folder / "video": clip}, path, plan.vid, CLIP_SECONDS)
@@ -164,6 +172,7 @@ def make_model(seed: int, backbones: Backbones, features: Path, folder: Path) ->
         roi_bins=8,
         dynamic_size=8,
         max_training_proposals=10,
+        absent_loss_coefficient=ABSENT_LOSS_COEFFICIENT,
         num_sampling_steps=2,  # chosen on separate videos: better than 1, and more do not improve R1@0.5
         video_feature_size=description["feature_size"],
         text_feature_size=description["text_feature_size"],
@@ -266,10 +275,21 @@ def draw_videos(first_seen: int, first_unseen: int) -> list[tuple[VideoPlan, lis
     videos = []
     for first, unseen_pairs in ((first_seen, False), (first_unseen, True)):
         for seed in range(first, first + OTHER_VIDEOS):
-            plan, similar = plan_video(seed, unseen_pairs), seed % 2 == 0
-            absent = annotation_rows(replace(plan, queries=absent_queries(plan, seed, similar)))
-            videos.append((plan, annotation_rows(plan) + [{**row, "similar": similar} for row in absent]))
+            plan = plan_video(seed, unseen_pairs)
+            rows = annotation_rows(plan)
+            videos.append((plan, rows + absent_rows(plan, seed, len(rows))))
     return videos
+
+
+def absent_rows(plan: VideoPlan, seed: int, number: int) -> list[dict]:
+    """
+    Return sentences that are true nowhere in a video: `number`, and at most as many as it has sentences. Half of them,
+    if there are enough, are `recombined`: the video shows their words in another combination.
+    """
+    recombined = absent_queries(plan, seed, recombined=True)[: (number + seed % 2) // 2]
+    others = absent_queries(plan, seed, recombined=False)[len(recombined) : number]
+    rows = annotation_rows(replace(plan, queries=recombined + others))
+    return [{**row, "qid": f"{plan.vid}_absent_{i}", "recombined": i < len(recombined)} for i, row in enumerate(rows)]
 
 
 def retrieve_all(
@@ -316,15 +336,35 @@ def choose_defaults(proposals: Path, model: Path) -> None:
 def moment_figures(rows: Sequence[dict], defaults: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Measure the moments that a person gets, for sentences that are in their video and for those that are not."""
     present = [row for row in rows if row["relevant_windows"]]
-    absent = [row for row in rows if not row["relevant_windows"]]
     return {
         "present": measure_moments(present, **defaults),
-        "absent, similar to the video": measure_moments([row for row in absent if row["similar"]], **defaults),
-        "absent, no word in common": measure_moments([row for row in absent if not row["similar"]], **defaults),
-        "absent": measure_moments(absent, **defaults),
+        **{name: measure_moments(absent, **defaults) for name, absent in absent_groups(rows).items()},
         "present and absent": measure_moments(rows, **defaults),
         "present, every proposal": measure_moments(present, **EVERY_PROPOSAL),
         "present and absent, every proposal": measure_moments(rows, **EVERY_PROPOSAL),
+    }
+
+
+def rejection_figures(rows: Sequence[dict]) -> dict[str, dict[str, Any]]:
+    """Measure how well the score of a sentence's best moment tells present from absent sentences."""
+
+    def best_scores(of_rows: Iterable[dict]) -> np.ndarray:
+        return np.array([max(score for *_, score in row["pred_relevant_windows"]) for row in of_rows])
+
+    present = best_scores(row for row in rows if row["relevant_windows"])
+    return {
+        name: {"n": len(absent), "AUROC": f"{auroc(present, best_scores(absent)):.4f}"}
+        for name, absent in absent_groups(rows).items()
+    }
+
+
+def absent_groups(rows: Iterable[dict]) -> dict[str, list[dict]]:
+    """Return the two halves of the absent sentences, and all of them, with their names."""
+    absent = [row for row in rows if not row["relevant_windows"]]
+    return {
+        "absent, an object that the video never shows": [row for row in absent if not row["recombined"]],
+        "absent, the video's words in another combination": [row for row in absent if row["recombined"]],
+        "absent": absent,
     }
 
 
@@ -358,6 +398,9 @@ def evaluate(model: Path, folder: Path) -> None:
     }
     print(f"\nheld-out sentences of {len(plans)} videos, every proposal")
     print(table(figures, "sentences"))
+
+    print("\nbest moment's score, present against absent sentences, every proposal")
+    print(table(rejection_figures(predictions), "sentences"))
 
     processor = DiffusionVMRProcessor.from_pretrained(model)
     defaults = {name: getattr(processor, name) for name in EVERY_PROPOSAL}

@@ -34,6 +34,7 @@ DEFAULTS = {
     "class_loss_coefficient": 4,
     "hinge_loss_coefficient": 1,
     "contrastive_loss_coefficient": 1,
+    "absent_loss_coefficient": 0,
     "background_coefficient": 0.1,
     "saliency_margin": 0.2,
     "backbones": None,
@@ -46,7 +47,7 @@ COUNTS = [
 ]
 WEIGHTS = [
     *("l1_loss_coefficient", "iou_loss_coefficient", "class_loss_coefficient", "hinge_loss_coefficient"),
-    *("contrastive_loss_coefficient", "background_coefficient", "saliency_margin"),
+    *("contrastive_loss_coefficient", "absent_loss_coefficient", "background_coefficient", "saliency_margin"),
 ]
 
 

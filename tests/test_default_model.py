@@ -94,7 +94,7 @@ def test_moments_by_default(retrieve, make_videos):
     """A few distinct moments for a sentence, and seldom one for a sentence that is not in the video."""
     present, absent = [], []
     for seed, (plan, path) in enumerate(make_videos(False), FIRST_SEED):
-        queries = [*plan.queries, *absent_queries(plan, seed, similar=True)]
+        queries = [*plan.queries, *absent_queries(plan, seed, seed % 2 == 0)]
         found = retrieve(path, [query.text for query in queries])
         present += found[: len(plan.queries)]
         absent += found[len(plan.queries) :]

@@ -10,6 +10,7 @@ import torch
 from modeling_diffusionvmr import DiffusionVMRConfig
 from modeling_diffusionvmr.loss_diffusionvmr import (
     Targets,
+    absent_loss,
     contrastive_loss,
     detection_losses,
     diffusionvmr_loss,
@@ -221,6 +222,26 @@ def test_the_total_is_the_weighted_sum():
     weights = {"l1": 3, "iou": 5, "class": 7, "hinge": 11, "contrastive": 13}
     assert terms.keys() == weights.keys() and all(term.item() > 0 for term in terms.values())
     assert total.item() == pytest.approx(sum(weights[name] * term.item() for name, term in terms.items()), rel=1e-5)
+
+
+def test_absent_by_hand():
+    """One layer: proposals with foreground 1/2 and 3/4 in the first sample, 1/2 and 1/2 in the second."""
+    logits = torch.tensor([[[[0.0, 0.0], [math.log(3.0), 0.0]]], [[[1.0, 1.0], [0.0, 0.0]]]])
+    expected = ((math.log(2) + math.log(4)) / 2 + math.log(2)) / 2
+    assert absent_loss(logits).item() == pytest.approx(expected)
+    assert absent_loss(torch.cat((logits, logits), dim=1)).item() == pytest.approx(2 * expected)  # two layers
+
+
+def test_absent_in_the_total():
+    config = DiffusionVMRConfig(absent_loss_coefficient=3)
+    labels, logits, spans, scores, negative, mask = make_batch()
+    targets = Targets.from_labels(labels, "cpu")
+    other_logits, _ = make_predictions(4, 2, 3, seed=5)
+    without, _ = diffusionvmr_loss(logits, spans, scores, targets, mask, config, negative)
+    total, terms = diffusionvmr_loss(logits, spans, scores, targets, mask, config, negative, other_logits.bfloat16())
+    assert terms["absent"].dtype == torch.float32
+    assert terms["absent"].item() == pytest.approx(absent_loss(other_logits.bfloat16().float()).item())
+    assert total.item() == pytest.approx(without.item() + 3 * terms["absent"].item(), rel=1e-6)
 
 
 def test_a_sample_weighs_the_same_in_any_batch():

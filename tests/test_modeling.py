@@ -359,6 +359,39 @@ def test_terms_without_their_inputs_are_zero(model, inputs, labels, negative):
 
 
 @pytest.mark.parametrize("train", [True, False])
+def test_absent_term(make_model, inputs, labels, negative, device, train):
+    """It is the class term of the null pairs alone, without windows and from the same noise. All else stays."""
+    options = {"train": train, "dropout": 0.0, "input_dropout": 0.0}
+    start = {"noisy_spans": torch.randn(3, 4, 2, device=device), "timesteps": torch.tensor([3, 99, 50], device=device)}
+    start |= {"num_sampling_steps": 2, "output_hidden_states": True}
+    without = make_model(**options)(**inputs, **negative, **start, labels=labels)
+    model = make_model(**options, absent_loss_coefficient=0.5)
+    output = model(**inputs, **negative, **start, labels=labels)
+    nothing = [{"spans": torch.zeros(0, 2, device=device)}] * 3
+    pairs = (inputs["video_features"], negative["negative_text_features"])
+    masks = (inputs["video_mask"], negative["negative_text_mask"])
+    null = model(*pairs, *masks, **start, labels=nothing)
+
+    assert set(without.loss_dict) == set(TERMS) and set(output.loss_dict) == {*TERMS, "absent"}
+    close(output.loss_dict["absent"], null.loss_dict["class"])
+    close(output.loss, without.loss + 0.5 * null.loss_dict["class"], 1e-4)
+    assert list(output) == list(without)
+    for name in ("pred_spans", "logits", "saliency_scores", "intermediate_spans", "encoder_last_hidden_state"):
+        close(output[name], without[name])
+    for name in ("encoder_hidden_states", "decoder_hidden_states"):
+        for value, wanted in zip(output[name], without[name], strict=True):
+            close(value, wanted)
+
+
+def test_no_absent_term_without_null_pairs_or_labels(make_model, inputs, labels, negative):
+    model = make_model(absent_loss_coefficient=1)
+    assert set(model(**inputs, labels=labels).loss_dict) == set(TERMS)
+    seen = []
+    model.model.decoder.register_forward_hook(lambda _, arguments, decoded: seen.append(len(decoded.last_hidden_state)))
+    assert model(**inputs, **negative).loss_dict is None and seen == [3]
+
+
+@pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("proposals", [1, 2, 20])
 def test_any_number_of_windows(make_model, inputs, device, train, proposals):
     model = make_model(train=train)
@@ -374,9 +407,10 @@ def test_any_number_of_windows(make_model, inputs, device, train, proposals):
     nothing.loss.backward()
 
 
-def test_every_parameter_learns(make_model, inputs, labels, negative):
+@pytest.mark.parametrize("absent", [0, 1])
+def test_every_parameter_learns(make_model, inputs, labels, negative, absent):
     # Parameters without gradients would also stop distributed training
-    model = make_model(train=True)
+    model = make_model(train=True, absent_loss_coefficient=absent)
     model(**inputs, **negative, labels=labels).loss.backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     # The softmax does not change if all keys shift by a constant
@@ -396,10 +430,12 @@ def test_gradients_flow_in_every_mode(make_model, inputs, labels):
             assert (gradient[1, CLIPS[1] :] == 0).all()  # padding has no effect
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(make_model, inputs, labels, negative):
+@pytest.mark.parametrize("absent", [0, 1])
+def test_gradient_checkpointing_gives_the_same_gradients(make_model, inputs, labels, negative, absent):
     gradients, passes = [], []
     for checkpointing in (False, True):
-        model = make_model(train=True)  # with dropout, which the second pass must repeat
+        # With dropout, which the second pass must repeat
+        model = make_model(train=True, absent_loss_coefficient=absent)
         if checkpointing:
             # The second name is the one of older versions of transformers
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -485,9 +521,9 @@ def test_pooled_feature_covers_the_span_only(make_model, inputs, roi_calls):
     assert len(roi_calls) == 4
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(make_model, inputs, labels, negative, device, roi_calls, dtype):
-    model = make_model()
+@pytest.mark.parametrize("dtype, absent", [(torch.bfloat16, 0), (torch.float16, 0), (torch.bfloat16, 1)])
+def test_autocast(make_model, inputs, labels, negative, device, roi_calls, dtype, absent):
+    model = make_model(absent_loss_coefficient=absent)
     exact = model(**inputs, **negative, labels=labels, num_sampling_steps=3)
     roi_calls.clear()
     with torch.autocast(device.type, dtype):

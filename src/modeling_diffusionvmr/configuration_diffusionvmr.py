@@ -39,6 +39,7 @@ NON_NEGATIVE_FIELDS = (
     "class_loss_coefficient",
     "hinge_loss_coefficient",
     "contrastive_loss_coefficient",
+    "absent_loss_coefficient",
     "background_coefficient",
     "saliency_margin",
 )
@@ -82,6 +83,9 @@ class DiffusionVMRConfig(PushToHub, PreTrainedConfig):
     l1_loss_coefficient, iou_loss_coefficient, class_loss_coefficient, hinge_loss_coefficient,
     contrastive_loss_coefficient (`float`, *optional*, defaults to 10, 2, 4, 1 and 1):
         Weights of the loss terms in Eq. 11 to 13.
+    absent_loss_coefficient (`float`, *optional*, defaults to 0):
+        Weight of a term that the paper does not have: with a sentence of another video, all proposals are background.
+        It teaches the model to give low scores to a sentence that is not true in the video.
     background_coefficient (`float`, *optional*, defaults to 0.1):
         Weight of background proposals in the classification loss.
     saliency_margin (`float`, *optional*, defaults to 0.2):
@@ -127,6 +131,7 @@ class DiffusionVMRConfig(PushToHub, PreTrainedConfig):
     class_loss_coefficient: float | int = 4.0
     hinge_loss_coefficient: float | int = 1.0
     contrastive_loss_coefficient: float | int = 1.0
+    absent_loss_coefficient: float | int = 0.0
     background_coefficient: float | int = 0.1
     saliency_margin: float | int = 0.2
     backbones: list[dict] | None = None

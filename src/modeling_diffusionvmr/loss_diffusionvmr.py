@@ -202,6 +202,14 @@ def contrastive_loss(scores: Tensor, negative_scores: Tensor, targets: Targets, 
     return (loss.sum(1) / relevant.sum(1).clamp(min=1)).mean()
 
 
+def absent_loss(logits: Tensor) -> Tensor:
+    """
+    Return the term `absent`, which is not in the paper: the cross-entropy of logits (B, K, N, 2) if all proposals are
+    background, averaged over the proposals of a sample and over samples, and summed over the decoder layers.
+    """
+    return -logits.log_softmax(-1)[..., 1].mean((0, 2)).sum()
+
+
 @torch.compiler.disable  # matching runs on the host, and would be recompiled for every number of proposals
 def diffusionvmr_loss(
     logits: Tensor,
@@ -211,9 +219,11 @@ def diffusionvmr_loss(
     video_mask: Tensor,
     config,
     negative_saliency_scores: Tensor | None = None,
+    negative_logits: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """
-    Return the total loss (Eq. 11) and its terms without coefficients: `class`, `l1`, `iou`, `hinge`, `contrastive`.
+    Return the total loss (Eq. 11) and its terms without coefficients: `class`, `l1`, `iou`, `hinge`, `contrastive` and,
+    with `negative_logits`, `absent`.
 
     Each sample's terms are averaged over its own proposals, windows and pairs, then over samples, so that a sample
     weighs the same in any batch. Everything is computed in float32.
@@ -225,6 +235,7 @@ def diffusionvmr_loss(
         video_mask: (B, Lv), 1 = real.
         config: a `DiffusionVMRConfig`, for the coefficients and the margin.
         negative_saliency_scores: (B, Lv), with a sentence of another video. Without them, the contrastive term is 0.
+        negative_logits: (B, K, N, 2), with a sentence of another video.
     """
     logits, spans, saliency_scores = logits.float(), spans.float(), saliency_scores.float()
     terms = detection_losses(logits, spans, targets, config)
@@ -233,5 +244,7 @@ def diffusionvmr_loss(
         terms["contrastive"] = saliency_scores.new_zeros(())
     else:
         terms["contrastive"] = contrastive_loss(saliency_scores, negative_saliency_scores.float(), targets, video_mask)
+    if negative_logits is not None:
+        terms["absent"] = absent_loss(negative_logits.float())
     total = sum(getattr(config, f"{name}_loss_coefficient") * term for name, term in terms.items())
     return total, terms

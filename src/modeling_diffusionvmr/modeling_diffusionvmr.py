@@ -9,7 +9,7 @@ import math
 import os
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ from .spans import keep_inside, refine, roi_align
 from .weights import check_weight_index, missing_weights
 
 TASK = "video-moment-retrieval"
+Output = TypeVar("Output", bound=ModelOutput)
 
 
 @dataclass
@@ -99,7 +100,8 @@ class DiffusionVMRMomentRetrievalOutput(ModelOutput):
 
     loss (`torch.FloatTensor`): total loss (Eq. 11), if labels are given.
     loss_dict (`dict[str, torch.FloatTensor]`): the terms of the loss without their coefficients, summed over the
-        decoder layers: `class`, `l1`, `iou`, `hinge`, `contrastive`.
+        decoder layers: `class`, `l1`, `iou`, `hinge`, `contrastive`, and `absent` if `absent_loss_coefficient` is above
+        0 and negative sentences are given.
     logits (`torch.Tensor` of shape `(B, N, 2)`): index 0 is foreground. A proposal's score is `softmax[..., 0]`.
     pred_spans (`torch.FloatTensor` of shape `(B, N, 2)`): (center, width), as a fraction of the time covered.
     saliency_scores (`torch.Tensor` of shape `(B, Lv)`): how well each clip matches the sentence, unbounded. 0 for
@@ -663,7 +665,9 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
             labels: B dicts with `spans`, float (n, 2) with n >= 0; and optionally `saliency_pos` and `saliency_neg`,
                 long (p,), pairs of clips of which the first is more salient (hinge term). Or the same as `Targets`.
             negative_text_features, negative_text_mask: a sentence of another video for each video, (B, L, Dt) and
-                (B, L) (contrastive term).
+                (B, L) (contrastive term). It must not be true in the video if `absent_loss_coefficient` is above 0:
+                then the decoder also starts from `noisy_spans` with this sentence, and should find nothing (absent
+                term).
 
         Raises:
             ValueError: if a shape is wrong, the number of labels is not B, N is below 1, or S is not in [1, T].
@@ -679,9 +683,14 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
             if labels is None or isinstance(labels, Targets)
             else Targets.from_labels(labels, video_features.device)
         )
-        memory, negative_memory = self._encode_with_negative(
-            (video_features, text_features, video_mask, text_mask), negative_text_features, negative_text_mask, flags
-        )
+        inputs = (video_features, text_features, video_mask, text_mask)
+        if negative_text_features is None:
+            both = memory = self.model.encode(*inputs, **flags)
+            negative_memory = None
+        else:
+            both = self._encode_with_negative(inputs, negative_text_features, negative_text_mask, flags)
+            memory, negative_memory = halves(both)
+        with_absent = negative_memory is not None and targets is not None and self.config.absent_loss_coefficient > 0
 
         if self.training and targets is not None:
             if (noisy_spans is None) != (timesteps is None):
@@ -691,11 +700,15 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
                 schedule = self.model.schedule
                 draws = schedule.draw(*targets.spans.shape[:2], drawn, device=targets.spans.device)
                 noisy_spans, timesteps = schedule.corrupt(targets.spans, targets.window_mask.sum(1), draws)
-            start = self.model.starting_point(batch_size, num_proposals, noisy_spans, timesteps)
-            decoded = self.model.denoise(memory, *start, **flags)
+        start, timesteps = self.model.starting_point(batch_size, num_proposals, noisy_spans, timesteps)
+        if with_absent:
+            start, timesteps = start.repeat(2, 1, 1), timesteps.repeat(2)
+        condition = both if with_absent else memory
+        if self.training and targets is not None:
+            decoded = self.model.denoise(condition, start, timesteps, **flags)
         else:
-            start = self.model.starting_point(batch_size, num_proposals, noisy_spans, timesteps)
-            decoded = self._sample(memory, start[0], start[1], num_sampling_steps, flags)
+            decoded = self._sample(condition, start, timesteps, num_sampling_steps, flags)
+        decoded, negative_decoded = halves(decoded) if with_absent else (decoded, None)
 
         saliency_scores = self._saliency(memory)
         loss, loss_dict = None, None
@@ -708,6 +721,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
                 memory.video_mask,
                 self.config,
                 None if negative_memory is None else self._saliency(negative_memory),
+                None if negative_decoded is None else negative_decoded.intermediate_logits,
             )
         fields = combine(memory, decoded)
         fields.pop("last_hidden_state")
@@ -747,27 +761,28 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
     def _saliency(self, memory: DiffusionVMRMemory) -> Tensor:
         return self.saliency_head(memory.video).squeeze(-1).masked_fill(~memory["video_mask"], 0.0)
 
-    def _encode_with_negative(
-        self, inputs, negative_text, negative_mask, flags
-    ) -> tuple[DiffusionVMRMemory, DiffusionVMRMemory | None]:
-        """Encode the videos with their own sentences and with those of other videos, in one batch."""
-        if negative_text is None:
-            return self.model.encode(*inputs, **flags), None
+    def _encode_with_negative(self, inputs, negative_text, negative_mask, flags) -> DiffusionVMRMemory:
+        """Encode B videos with their own sentences, and then with those of other videos, in one batch of 2 B."""
         video, text, video_mask, text_mask = inputs
         self.model.check_features(*inputs)
         self.model.check_features(video, negative_text, video_mask, negative_mask, "negative_text")
         video_mask = mask_of(video, video_mask)
         text, text_mask = pad_pair(text, text_mask, negative_text, negative_mask)
         video = self.model.project_video(video, video_mask)  # shared by both halves
-        both = self.model.fuse(torch.cat((video, video)), torch.cat((video_mask, video_mask)), text, text_mask, **flags)
+        return self.model.fuse(torch.cat((video, video)), torch.cat((video_mask, video_mask)), text, text_mask, **flags)
 
-        def half(value, index):
-            if isinstance(value, tuple):
-                return tuple(half(item, index) for item in value)
-            return value.chunk(2)[index]
 
-        own, negative = (DiffusionVMRMemory(**{name: half(v, index) for name, v in both.items()}) for index in (0, 1))
-        return own, negative
+@torch.compiler.disable  # nothing to gain, and it would be recompiled for every shape
+def halves(output: Output) -> tuple[Output, Output]:
+    """Split an output of 2 B samples into two of B."""
+
+    def half(value, index: int):
+        if isinstance(value, tuple):
+            return tuple(half(item, index) for item in value)
+        return value.chunk(2)[index]
+
+    first, second = (type(output)(**{name: half(v, index) for name, v in output.items()}) for index in (0, 1))
+    return first, second
 
 
 def mask_of(features: Tensor, mask: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import make_default_model as script
-from modeling_diffusionvmr import DEFAULT_MODEL
+from modeling_diffusionvmr import DEFAULT_MODEL, load_annotations, open_features
 
 CHOICE = {"threshold": 0.123, "nms_threshold": 0.4, "top_k": 6}
 
@@ -20,6 +20,8 @@ def test_stages_after_the_clip(tmp_path, monkeypatch, capsys):
     # tests/scripts/test_rendered_clip.py covers the training of the CLIP
     monkeypatch.setattr(script, "TRAINING_VIDEOS", 2)
     monkeypatch.setattr(script, "TRAINING_STEPS", 2)
+    monkeypatch.setattr(script, "ABSENT_SENTENCES_PER_VIDEO", 2)
+    monkeypatch.setattr(script, "ABSENT_LOSS_COEFFICIENT", 0.5)
     monkeypatch.setattr(script, "OTHER_VIDEOS", 2)
     monkeypatch.setattr(script, "make_backbones", None)  # never called, since the folder of this stage exists
     monkeypatch.setattr(script, "choose_post_processing", lambda rows: chosen.append(rows) or CHOICE)
@@ -37,7 +39,8 @@ def test_stages_after_the_clip(tmp_path, monkeypatch, capsys):
     run("--work_dir", tmp_path / "work", "--model", tmp_path / "model")
     printed = capsys.readouterr().out
     assert "| unseen pairs |" in printed and "total: " in printed
-    assert "| absent, similar to the video |" in printed and json.dumps(CHOICE) in printed
+    assert "| absent, the video's words in another combination |" in printed and json.dumps(CHOICE) in printed
+    assert "| sentences | n | AUROC |" in printed
     assert CHOICE.items() <= json.loads((tmp_path / "model" / "processor_config.json").read_text()).items()
 
     # Every proposal of the validation videos, half of whose sentences are absent; none of these videos is held out
@@ -48,7 +51,17 @@ def test_stages_after_the_clip(tmp_path, monkeypatch, capsys):
     assert {len(row["pred_relevant_windows"]) for row in rows} == {20}
     present = [row for row in rows if row["relevant_windows"]]
     assert len(rows) == 2 * len(present)
-    assert {row["similar"] for row in rows if not row["relevant_windows"]} == {True, False}
+    absent = [row for row in rows if not row["relevant_windows"]]
+    assert abs(2 * sum(row["recombined"] for row in absent) - len(absent)) <= len(validation)
+    assert len({row["qid"] for row in rows}) == len(rows)
+    # Training has absent sentences too, if wanted, and features of them
+    features = tmp_path / "work" / "seed-0" / "features"
+    trained_on = load_annotations(features / "annotations.jsonl")
+    assert [row["qid"] for row in trained_on if not row["relevant_windows"]] == [
+        f"rendered_{seed:06d}_absent_{i}" for seed in (0, 1) for i in range(2)
+    ]
+    assert set(open_features(features / "text")) == {row["qid"] for row in trained_on}
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["absent_loss_coefficient"] == 0.5
 
     assert (tmp_path / "model" / "model.safetensors").exists() and (tmp_path / "model" / "clip").is_dir()
     stages = {path.name for path in (tmp_path / "work" / "seed-0").iterdir()}

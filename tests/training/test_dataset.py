@@ -445,6 +445,41 @@ def test_negative_sentence_is_of_another_video(make_dataset):
         assert chosen[index] == {other for other in range(6) if ROWS[other]["vid"] != row["vid"]}
 
 
+def test_negative_sentence_is_not_true_in_the_video(make_dataset):
+    """With the absent term. Without it, the draws stay as they were."""
+    # True in v1: "a", "c" and "e"; row 4 (v1) is labeled as absent
+    queries = ("A  dog", "a dog.", "c", "d", "e", "E ")
+    rows = [{**row, "query": query} for row, query in zip(ROWS, queries)]
+    rows[4]["relevant_windows"] = []
+    plain, dataset = make_dataset(rows), make_dataset(rows, absent_loss_coefficient=1)
+    chosen = {index: set() for index in range(6)}
+    for epoch in range(60):
+        for each in (plain, dataset):
+            each.set_epoch(epoch)
+        for index in range(6):
+            sample, before = dataset[index], plain[index]
+            other = row_of_sentence(sample["negative_text_features"])
+            chosen[index].add(other)
+            if other == row_of_sentence(before["negative_text_features"]):
+                assert_same(sample, before)
+    # Row 1 says of v2 what row 0 says of v1. Row 5 says of v3 what is labeled as absent in v1, so it is drawn for v1
+    assert chosen == {0: {3, 5}, 2: {3, 5}, 4: {3, 5}, 1: {2, 3, 4, 5}, 3: {0, 1, 2}, 5: {0, 1, 2}}
+
+
+def test_without_a_negative_sentence(make_dataset):
+    rows = [{**ROWS[0], "query": "a dog"}, {**ROWS[1], "query": "A dog"}, {**ROWS[3], "query": "a dog"}]
+    assert len(make_dataset(rows)) == 3
+    with pytest.raises(ValueError, match="^video v1: every sentence of another video is also true in it"):
+        make_dataset(rows, absent_loss_coefficient=1)
+    assert len(make_dataset([*rows, {**ROWS[5], "query": "a cat"}], absent_loss_coefficient=1)) == 4
+
+
+def test_the_absent_term_of_the_model_and_of_the_dataset(make_dataset, tiny_config):
+    dataset = make_dataset()
+    with pytest.raises(ValueError, match="built with absent_loss_coefficient=0.0, the model has 1"):
+        dataset.check_config(tiny_config(absent_loss_coefficient=1))
+
+
 def test_saliency_pairs_are_inside_and_outside(make_dataset):
     dataset = make_dataset()
     # 10, 15 and 10 clips of 2 s, by their centers; a window of 0.2 s that holds no center belongs to the clip around it

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from modeling_diffusionvmr.training.metrics import evaluate_predictions, scorable
+from modeling_diffusionvmr.training.rejection_metrics import set_iou
 
 
 def pair(qid, windows, true_windows):
@@ -212,7 +213,6 @@ def test_rejected_predictions(change, message):
         ({"qid": 1}, "qid 1: more than one reference"),
         ({"qid": 3}, "no prediction for qid 3"),
         ({"relevant_windows": None}, "qid 2: `relevant_windows` of the reference"),
-        ({"relevant_windows": []}, "qid 2: .* at least one"),
         ({"relevant_windows": [[4, 4]]}, "qid 2: .* ends after it starts"),
         ({"saliency_scores": None}, "qid 2: has no `saliency_scores`, but other queries have it"),
         ({"relevant_clip_ids": [4]}, "qid 2: `relevant_clip_ids` must be whole numbers from 0 to 3, got 4"),
@@ -236,6 +236,52 @@ def test_rows_that_are_not_dicts(wrong):
         evaluate_predictions(predictions, [wrong, references[1]])
 
 
+def test_only_queries_that_are_not_in_the_video():
+    with pytest.raises(ValueError, match="qid 1: .* at least one"):
+        evaluate_pairs(pair(1, [[0, 4, 1]], []), pair(2, [[0, 4, 1]], []))
+
+
+def test_rejection_by_hand():
+    """Rej-F1 and G-mIoU, with windows that are empty, too low, wrong, and right."""
+    pairs = [
+        pair(1, [[0, 8, 0.9], [20, 30, 0.3]], [[0, 10], [20, 30]]),  # IoU 0.8 and 1
+        pair(2, [[0, 4, 0.4]], [[0, 4]]),  # rejected
+        pair(3, [[0, 4, 0.5]], [[8, 9]]),  # rejected at 0.6; no overlap
+        pair(4, [], []),
+        pair(5, [[0, 4, 0.5], [4, 8, 0.5]], []),
+        pair(6, [[0, 4, 0.7]], []),
+    ]
+    extra = evaluate_pairs(*pairs)["extra"]
+    assert list(extra)[:3] == ["MR-R1@0.1", "MR-R1@0.3", "MR-mIoU"]
+    # Scores of 0.9, 0.4 and 0.5 against 0, 0.5 and 0.7: 3, 1 and 1.5 of 3
+    assert extra["GMR-AUROC"] == round(100 * 5.5 / 9, 2)
+    assert extra["GMR-Rej-F1@0.4"] == round(100 * 2 * 1 / (2 * 1 + 1 + 2), 2)  # 4 right, 2 wrong, 5 and 6 missed
+    assert extra["GMR-Rej-F1@0.6"] == round(100 * 2 * 2 / (2 * 2 + 2 + 1), 2)  # 4 and 5 right, 2 and 3 wrong, 6 missed
+    assert extra["GMR-G-mIoU@1"] == round(100 * (0.8 / 2 + 0 + 0 + 1 + 0 + 0) / 6, 2)
+    assert extra["GMR-G-mIoU@3"] == extra["GMR-G-mIoU@5"] == round(100 * (1.8 / 2 + 0 + 0 + 1 + 0 + 0) / 6, 2)
+
+
+def test_set_iou_of_more_windows_than_true_ones():
+    # The first takes its best true window, which leaves the other one, without overlap, for the second
+    found, truth = np.array([[0.0, 8], [0, 10], [50, 60]]), np.array([[0.0, 10], [20, 30]])
+    assert set_iou(found, truth) == pytest.approx(0.8 / 3)
+    assert set_iou(found[1:], truth[:1]) == pytest.approx(1 / 2)
+
+
+def test_absent_queries_leave_the_official_numbers():
+    present = list(random_pairs(3, 30))
+    absent = [
+        pair(f"absent {qid}", prediction["pred_relevant_windows"], []) for qid, (prediction, _) in enumerate(present)
+    ]
+    wanted, result = evaluate_pairs(*present), evaluate_pairs(*absent, *present)
+    rejection = {name: result["extra"].pop(name) for name in list(result["extra"]) if name.startswith("GMR-")}
+    assert result == wanted and len(rejection) == 6
+    assert rejection["GMR-AUROC"] == 50.0  # the same scores
+    saliency = [salient_pair(qid, [1, 0, 0, 0], [0], [[4, 4, 4]]) for qid in (1, 2)]
+    none = ({**absent[0][0], "pred_saliency_scores": [1, 2]}, absent[0][1])  # without annotators' scores
+    assert evaluate_pairs(*saliency, none)["brief"] == evaluate_pairs(*saliency)["brief"]
+
+
 def test_scorable_rows():
     predictions = [{"qid": qid, "pred_relevant_windows": [[0, 4, 1]]} for qid in (3, "1", 2, 4)]
     rows = [
@@ -245,14 +291,14 @@ def test_scorable_rows():
         {"qid": 4, "relevant_windows": [[8, 9]]},
     ]
     scored, references, message = scorable(predictions, rows)
-    assert scored == [predictions[1], predictions[3]] and references == [rows[0], rows[3]]
+    assert scored == predictions[1:] and references == [rows[0], rows[1], rows[3]]  # all that are labeled
     assert message == (
-        "2 of 4 rows are not scored: 1 with `relevant_windows: []` (not in the video), "
+        "2 of 4 rows are not scored by the official metrics: 1 with `relevant_windows: []` (not in the video), "
         "1 without `relevant_windows` (unlabeled)"
     )
     assert evaluate_predictions(scored, references)["full"]["MR-R1"]["0.5"] == 50.0
     assert scorable(predictions, rows[1:2])[2] == (
-        "1 of 1 rows are not scored: 1 with `relevant_windows: []` (not in the video)"
+        "1 of 1 rows are not scored by the official metrics: 1 with `relevant_windows: []` (not in the video)"
     )
     assert scorable(predictions[1:2], rows[:1]) == (predictions[1:2], rows[:1], None)
     assert scorable(predictions[:1], rows[2:3])[:2] == ([], [])

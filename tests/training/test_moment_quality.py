@@ -107,6 +107,20 @@ def test_choice_on_validation_data(tmp_path, monkeypatch):
     assert choose_on_dataset(model, processor, dataset) == {"threshold": 0.3}
     assert len(seen) == 40 and all(len(row["pred_relevant_windows"]) == 20 for row in seen)  # every proposal
     assert [row["relevant_windows"] for row in seen] == [[[4, 16]]] * 20 + [[]] * 20
+
+    # Sentences that are labeled as absent count once, and suffice if all others are about one video
+    for labeled, wanted in (
+        ([{**row, "relevant_windows": []} if i < 5 else row for i, row in enumerate(rows)], 20 + 15),
+        ([{**row, "relevant_windows": []} if row["vid"] != "v0" else row for row in rows], 20),
+    ):
+        seen.clear()
+        own = MomentRetrievalDataset(labeled, videos, texts, processor, clip_seconds=2.0)
+        assert choose_on_dataset(model, processor, own) == {"threshold": 0.3}
+        assert len(seen) == wanted and [row["relevant_windows"] for row in seen[:20]] == [
+            row["relevant_windows"] for row in labeled
+        ]
+        assert all(row["relevant_windows"] == [] for row in seen[20:])
+
     few = MomentRetrievalDataset(rows[:19], videos, texts, processor, clip_seconds=2.0)
     assert choose_on_dataset(model, processor, few) == {}
     assert choose_on_dataset(model, processor, None) == {}

@@ -171,6 +171,7 @@ def test_preset(name, sizes, text_size, metric, tmp_path):
     assert (config.max_clips, config.max_tokens, config.num_diffusion_steps) == (75, 32, 1000)
     assert (config.l1_loss_coefficient, config.iou_loss_coefficient, config.class_loss_coefficient) == (10, 2, 4)
     assert (config.hinge_loss_coefficient, config.contrastive_loss_coefficient) == (1, 1)
+    assert config.absent_loss_coefficient == 0  # not in the paper
     assert (config.max_training_proposals, config.num_sampling_steps) == (20, 1)
 
     arguments = DiffusionVMRTrainingArguments(str(tmp_path), **settings.training)

@@ -74,6 +74,24 @@ def test_logs(trained):
     assert [log["num_proposals"] for log in logs] == proposals  # those of the step that is logged
 
 
+def test_sentences_that_are_not_in_the_video(make_trainer, tiny_config, tmp_path):
+    config = tiny_config(absent_loss_coefficient=2)
+    train, held_out = small_training.make_dataset(config), small_training.make_dataset(None)
+    for dataset in (train, held_out):
+        dataset.rows[1]["relevant_windows"] = []
+    options = {"config": config, "train_dataset": train, "eval_dataset": held_out}
+    trainer = make_trainer(tmp_path, **options, max_steps=2, save_strategy="no")
+    trainer.train()
+    for log in trainer.state.log_history[:2]:
+        terms = {name: log[f"loss_{name}"] for name in (*TERMS, "absent")}
+        weights = {name: getattr(config, f"{name}_loss_coefficient") for name in terms}
+        assert terms["absent"] > 0
+        assert log["loss"] == pytest.approx(sum(weights[name] * terms[name] for name in terms), abs=0.01)
+    with pytest.warns(UserWarning, match="1 of 8 rows are not scored by the official metrics"):
+        metrics = trainer.evaluate()
+    assert {"eval_loss", "eval_MR-full-mAP", "eval_GMR-AUROC", "eval_GMR-G-mIoU@1"} <= metrics.keys()
+
+
 def test_each_epoch_has_its_own_draws(trained):
     trainer, _ = trained
     epochs = [epoch for epoch, _ in itertools.groupby(trainer.train_dataset.epochs)]
@@ -245,7 +263,9 @@ def test_several_evaluation_datasets(make_trainer, make_dataset, tmp_path):
 def test_rows_without_truth(trained, make_dataset):
     trainer, _ = trained
     dataset = make_dataset(train=False, truth=False)
-    with pytest.warns(UserWarning, match="8 of 8 rows are not scored: 8 without `relevant_windows`"):
+    with pytest.warns(
+        UserWarning, match="8 of 8 rows are not scored by the official metrics: 8 without `relevant_windows`"
+    ):
         assert not metrics_of(trainer.evaluate(dataset))
     output = trainer.predict(dataset)
     assert not metrics_of(output.metrics, "test_") and "test_loss" not in output.metrics
@@ -265,7 +285,7 @@ def test_only_rows_with_windows_are_scored(make_trainer, make_dataset, tmp_path)
         trainer.train()
     messages = [str(warning.message) for warning in caught if "not scored" in str(warning.message)]
     assert messages == [
-        "2 of 8 rows are not scored: 1 with `relevant_windows: []` (not in the video), "
+        "2 of 8 rows are not scored by the official metrics: 1 with `relevant_windows: []` (not in the video), "
         "1 without `relevant_windows` (unlabeled)"
     ]
     logs = evaluations(trainer)
@@ -529,9 +549,10 @@ def test_evaluation_in_bfloat16(make_trainer, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_compiled_training(make_dataset, make_trainer, tiny_config, tmp_path):
+@pytest.mark.parametrize("absent", [0, 1])
+def test_compiled_training(make_dataset, make_trainer, tiny_config, tmp_path, absent):
     """20 numbers of proposals and varying numbers of windows need few graphs and give the same losses."""
-    config = tiny_config(max_training_proposals=20, encoder_layers=1, decoder_layers=1)
+    config = tiny_config(max_training_proposals=20, encoder_layers=1, decoder_layers=1, absent_loss_coefficient=absent)
     dataset = small_training.make_dataset(config, num_rows=16, lengths=(15, 15, 15, 15), num_tokens=6)
     options = {"config": config, "train_dataset": dataset, "max_steps": 20, "save_strategy": "no", "use_cpu": True}
     expected = losses_of(make_trainer(tmp_path, **options))

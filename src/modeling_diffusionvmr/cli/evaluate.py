@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     settings |= {
         "num_sampling_steps": arguments.num_sampling_steps or model.config.num_sampling_steps,
         "clip_seconds": dataset.clip_seconds,
-        "queries": len(scored),
+        "queries": sum(bool(row["relevant_windows"]) for row in scored),
         "annotations": arguments.annotations,
         "split": arguments.split,
         "model": resolve_model(arguments.model),

@@ -224,31 +224,43 @@ def annotation_rows(plan: VideoPlan) -> list[dict[str, Any]]:
     ]
 
 
-def absent_queries(plan: VideoPlan, seed: int, similar: bool) -> tuple[Query, ...]:
+def absent_queries(plan: VideoPlan, seed: int, recombined: bool) -> tuple[Query, ...]:
     """
-    Draw sentences that are true at no time in a video: one for each of its sentences, of the same kind.
+    Draw sentences that are true at no time in a video: one for each of its sentences, of the same kind if possible.
 
     Args:
         plan: the video.
         seed: of the random draws.
-        similar: whether each pair that a sentence names shares its color, its shape or both with an object of the
-            video. Otherwise the sentence names no color and no shape of the video.
+        recombined: whether the video shows every color and every shape that a sentence names, but not as it says. If
+            possible, the sentence names an object that the video never shows: "a blue circle", if there are a red
+            circle and a blue star. Otherwise it says of objects that are shown that they are next to each other or that
+            there are two, and the tuple is shorter if even that is always true. Not `recombined`, it names an object
+            that the video never shows, and no object of the video has that color, or none has that shape.
     """
-    rng = np.random.default_rng([seed, 6])
-    words = {word for track in plan.tracks for word in track.pair}
+    rng = np.random.default_rng([seed, 7, int(recombined)])
+    shown = {track.pair for track in plan.tracks}
+    words = {word for pair in shown for word in pair}
     allowed = PAIRS if any(query.unseen for query in plan.queries) else SEEN_PAIRS
-    pairs = [pair for pair in allowed if words.isdisjoint(pair) != similar]
+    pairs = [pair for pair in allowed if words.issuperset(pair)] if recombined else allowed
     queries: list[Query] = []
     for present in plan.queries:
-        asked = [query.statement for query in queries]
-        while True:
-            chosen = rng.permutation(len(pairs))[: len(present.statement.pairs)]
-            statement = Statement(present.kind, tuple(pairs[i] for i in chosen))
-            if statement not in asked and not true_windows(statement, plan.tracks):
+        asked = {(query.kind, frozenset(query.statement.pairs)) for query in queries}
+        for all_shown, kind in itertools.product((False, True), (present.kind, "relation", "count", "single")):
+            choices = list(itertools.permutations(pairs, 2 if kind == "relation" else 1))
+            statements = (Statement(kind, choices[i]) for i in rng.permutation(len(choices)))
+            fitting = (
+                statement
+                for statement in statements
+                if words.issuperset(itertools.chain(*statement.pairs)) == recombined
+                and shown.issuperset(statement.pairs) == all_shown
+                and (kind, frozenset(statement.pairs)) not in asked
+                and not true_windows(statement, plan.tracks)
+            )
+            if statement := next(fitting, None):
+                text = statement.text(int(rng.integers(6)))
+                unseen = not UNSEEN_PAIRS.isdisjoint(statement.pairs)
+                queries.append(Query(text, statement, (), unseen, _has_swap(statement, plan.tracks)))
                 break
-        text = statement.text(int(rng.integers(6)))
-        unseen = not UNSEEN_PAIRS.isdisjoint(statement.pairs)
-        queries.append(Query(text, statement, (), unseen, _has_swap(statement, plan.tracks)))
     return tuple(queries)
 
 

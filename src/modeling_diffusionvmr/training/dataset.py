@@ -1,6 +1,7 @@
 """The dataset: turns rows and features into samples, and makes the random draws of training."""
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,9 +20,15 @@ from ..diffusion import DiffusionSchedule
 from ..processing_diffusionvmr import DiffusionVMRProcessor
 from .supervision import clip_scores, draw_saliency_pairs, true_spans
 
-DRAWING_FIELDS = ("max_training_proposals", "num_diffusion_steps", "signal_scale")  # of the config, for random draws
+# Fields of the config that the random draws depend on
+DRAWING_FIELDS = ("max_training_proposals", "num_diffusion_steps", "signal_scale", "absent_loss_coefficient")
 MAX_CLIPS_APART, MAX_SHARE_APART = 2, 0.1  # a video may last this much more or less than its features cover
 MAX_AVERAGED_VIDEOS = 256  # kept in memory: 1.2 MB each with features of VGG or C3D
+
+
+def plain_sentence(text: str) -> str:
+    """Return a sentence in lower case, with single spaces and without its period, to compare it with others."""
+    return " ".join(text.casefold().split()).rstrip(" .")
 
 
 class MomentRetrievalDataset(Dataset):
@@ -49,8 +56,9 @@ class MomentRetrievalDataset(Dataset):
         split: the split for the model's card, if the data have several.
 
     Raises:
-        ValueError: if `check_row` rejects a row, a window ends after its video, or features are missing. Reading a
-            sample also raises it if the processor rejects the features. The message names the qid or vid.
+        ValueError: if `check_row` rejects a row, a window ends after its video, or features are missing; or if a model
+            cannot be trained on the rows, because there is no sentence of another video for some row. Reading a sample
+            also raises it if the processor rejects the features. The message names the qid or vid.
     """
 
     name = "unnamed data"
@@ -92,6 +100,9 @@ class MomentRetrievalDataset(Dataset):
                     raise ValueError(f"qid {row['qid']}: training needs `relevant_windows`")
             self.schedule = DiffusionSchedule(config.num_diffusion_steps, config.signal_scale)
             self._group_by_video()
+            self._true_sentences: dict[str, set[str]] = {}  # of each video; empty if negative sentences may be true
+            if config.absent_loss_coefficient > 0:
+                self._collect_true_sentences()
 
     @staticmethod
     def _checked(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,6 +160,25 @@ class MomentRetrievalDataset(Dataset):
         counts = np.bincount(video_of_row)
         self._first = (np.cumsum(counts) - counts)[video_of_row]
         self._count = counts[video_of_row]
+
+    def _collect_true_sentences(self) -> None:
+        """Remember which sentences are true in each video. Raise ValueError if none is left as a negative sentence."""
+        everywhere: Counter[str] = Counter()
+        of_video: Counter[tuple[str, str]] = Counter()
+        for row in self.rows:
+            sentence = plain_sentence(row["query"])
+            everywhere[sentence] += 1
+            of_video[row["vid"], sentence] += 1
+            true_sentences = self._true_sentences.setdefault(row["vid"], set())
+            if row["relevant_windows"]:
+                true_sentences.add(sentence)
+        for vid, true_sentences in self._true_sentences.items():
+            others = (text for text, count in everywhere.items() if count > of_video[vid, text])
+            if all(text in true_sentences for text in others):
+                raise ValueError(
+                    f"video {vid}: every sentence of another video is also true in it, so there is no negative "
+                    "sentence to train with `absent_loss_coefficient`"
+                )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -244,7 +274,7 @@ class MomentRetrievalDataset(Dataset):
         rngs = [np.random.default_rng((self.seed, self.epoch, sample["row"])) for sample in samples]
         for sample, rng in zip(samples, rngs):
             row, labels = self.rows[sample["row"]], sample["labels"]
-            sample["negative_text_features"] = self._text(self.rows[self._row_of_another_video(sample["row"], rng)])
+            sample["negative_text_features"] = self._text(self._row_with_negative_sentence(sample["row"], rng))
             scores = clip_scores(row, labels["spans"], sample["covered_duration"], len(sample["video_features"]))
             labels["saliency_pos"], labels["saliency_neg"] = draw_saliency_pairs(scores, rng)
 
@@ -254,6 +284,14 @@ class MomentRetrievalDataset(Dataset):
         draws = self.schedule.draw_samples(rngs, padded.shape[1], num_proposals)
         for sample, noisy_spans, timestep in zip(samples, *self.schedule.corrupt(padded, counts, draws)):
             sample["noisy_spans"], sample["timesteps"] = noisy_spans, timestep
+
+    def _row_with_negative_sentence(self, row: int, rng: np.random.Generator) -> Mapping[str, Any]:
+        """Draw a row of another video. If the model learns what is absent, its sentence is not true in this video."""
+        true_sentences = self._true_sentences.get(self.rows[row]["vid"], ())
+        while True:
+            other = self.rows[self._row_of_another_video(row, rng)]
+            if not true_sentences or plain_sentence(other["query"]) not in true_sentences:
+                return other
 
     def _row_of_another_video(self, row: int, rng: np.random.Generator) -> int:
         # A position among the rows sorted by video, excluding those of this video. `random` always advances the

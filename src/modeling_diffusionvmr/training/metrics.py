@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..data.annotations import NUM_SALIENCY_ANNOTATORS, SALIENCY_CLIP_SECONDS, check_saliency
+from .rejection_metrics import rejection_metrics
 
 IOU_THRESHOLDS = np.array([0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95])
 EXTRA_IOU_THRESHOLDS = (0.1, 0.3)
@@ -31,23 +32,27 @@ def evaluate_predictions(
             counts for R1, the first ten, sorted by score, for the average precision). Either all or none also have
             `pred_saliency_scores`, one per 2 s clip. As in the official script, missing scores at the end count as 0
             and surplus ones are ignored. If no prediction has windows, only saliency is scored.
-        references: rows from `load_annotations`, each with at least one window (see `scorable`), and either all or none
-            with `saliency_scores`. They have the qids of the predictions, in any order; 7 and "7" are the same.
+        references: rows from `load_annotations` (see `scorable`), of which at least one has windows. Of those that do,
+            either all or none have `saliency_scores`. `relevant_windows: []` means that the query is not in the video;
+            such a row only counts for the metrics of Generalized Moment Retrieval. References have the qids of the
+            predictions, in any order; 7 and "7" are the same.
 
     Returns:
         Percentages with two digits. The official keys come first: `"brief"`; `"HL-min-Fair"`, `"HL-min-Good"` and
         `"HL-min-VeryGood"` (omitted, also from `"brief"`, if one side has no saliency); `"full"`, `"long"`, `"middle"`
         and `"short"` (true windows of all lengths, over 30 s, over 10 s up to 30 s, up to 10 s). Then `"extra"`, which
         is not official: `"MR-R1@0.1"`, `"MR-R1@0.3"` and `"MR-mIoU"`, the mean IoU of the first window over all
-        queries.
+        queries with windows. If some queries are not in their video, it also has the metrics of Generalized Moment
+        Retrieval over all queries: `"GMR-AUROC"`, `"GMR-Rej-F1@0.4"`, `"GMR-Rej-F1@0.6"`, `"GMR-G-mIoU@1"`,
+        `"GMR-G-mIoU@3"` and `"GMR-G-mIoU@5"` (see `rejection_metrics`).
 
         The official script crashes on some inputs and drops others. Here a query without a predicted window or a
         saliency score is a miss, and the numbers of a range of lengths without true windows are `None`.
 
     Raises:
         ValueError: if a row is not a dict; a qid is missing, repeated, or on one side only; windows or scores have a
-            wrong shape or values that are not finite; a window ends before it starts; or a reference has no windows.
-            The message names the qid or the row's number.
+            wrong shape or values that are not finite; a window ends before it starts; or a reference has no
+            `relevant_windows`, or all have an empty list. The message names the qid or the row's number.
     """
     truth, found = rows_by_qid(references, "reference"), rows_by_qid(predictions, "prediction")
     for rows, others, kind in ((truth, found, "prediction"), (found, truth, "reference")):
@@ -55,9 +60,15 @@ def evaluate_predictions(
         if alone:
             more = f" (and {len(alone) - 1} more qids)" if len(alone) > 1 else ""
             raise ValueError(f"no {kind} for qid {alone[0]}{more}")
+    everything = found, truth
+    absent = {qid for qid, row in truth.items() if _is_absent(row)}
+    if 0 < len(absent) < len(truth):
+        found, truth = ({qid: row for qid, row in rows.items() if qid not in absent} for rows in everything)
     saliency = _saliency(found, truth)
     highlights_only = saliency is not None and all("pred_relevant_windows" not in row for row in found.values())
     scores, extra = ({}, {}) if highlights_only else _moment_scores(found, truth)
+    if absent and not highlights_only:
+        extra |= _rejection_scores(*everything)
     brief: dict[str, float | None] = {}
     if not highlights_only:
         brief |= {f"MR-{name}-mAP": scores[name]["MR-mAP"]["average"] for name in LENGTH_RANGES}
@@ -75,7 +86,8 @@ def scorable(
     predictions: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
 ) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]], str | None]:
     """
-    Select what `evaluate_predictions` can score: the rows with windows, and the predictions for them.
+    Select what `evaluate_predictions` can score: the labeled rows if any of them has windows, and the predictions for
+    them.
 
     Args:
         predictions: dicts with `qid`, in any order.
@@ -83,20 +95,38 @@ def scorable(
             that the row is unlabeled.
 
     Returns:
-        Predictions, rows, and one message that counts the rows that are not scored, or `None` if there are none. Both
-        lists may be empty, which `evaluate_predictions` rejects.
+        Predictions, rows, and one message that counts the rows that the official metrics do not score, or `None` if
+        there are none. Both lists may be empty, which `evaluate_predictions` rejects.
     """
-    without_windows = [row for row in rows if not row.get("relevant_windows")]
-    if not without_windows:
-        return list(predictions), list(rows), None
-    absent = sum(row.get("relevant_windows") is not None for row in without_windows)
-    unlabeled = len(without_windows) - absent
+    absent = sum(map(_is_absent, rows))
+    unlabeled = sum(row.get("relevant_windows") is None for row in rows)
     reasons = [f"{absent} with `relevant_windows: []` (not in the video)"] if absent else []
     reasons += [f"{unlabeled} without `relevant_windows` (unlabeled)"] if unlabeled else []
-    message = f"{len(without_windows)} of {len(rows)} rows are not scored: {', '.join(reasons)}"
-    left_out = {str(row["qid"]) for row in without_windows}
-    scored = [prediction for prediction in predictions if str(prediction["qid"]) not in left_out]
-    return scored, [row for row in rows if row.get("relevant_windows")], message
+    message = (
+        f"{absent + unlabeled} of {len(rows)} rows are not scored by the official metrics: {', '.join(reasons)}"
+        if reasons
+        else None
+    )
+    labeled = [row for row in rows if row.get("relevant_windows") is not None] if absent + unlabeled < len(rows) else []
+    qids = {str(row["qid"]) for row in labeled}
+    return [prediction for prediction in predictions if str(prediction["qid"]) in qids], labeled, message
+
+
+def _is_absent(row: Mapping[str, Any]) -> bool:
+    """Return whether a row says that its query is not in the video, by an empty list of windows."""
+    windows = row.get("relevant_windows")
+    return isinstance(windows, (list, tuple, np.ndarray)) and not len(windows)
+
+
+def _rejection_scores(
+    predictions: Mapping[str, Mapping[str, Any]], references: Mapping[str, Mapping[str, Any]]
+) -> dict[str, float | None]:
+    """Return the metrics of Generalized Moment Retrieval, of which some references have no windows."""
+    found = [predicted_windows(qid, row) for qid, row in predictions.items()]
+    truth = [
+        np.empty((0, 2)) if _is_absent(references[qid]) else _true_windows(qid, references[qid]) for qid in predictions
+    ]
+    return {f"GMR-{name}": _percent(value) for name, value in rejection_metrics(found, truth).items()}
 
 
 def _moment_scores(

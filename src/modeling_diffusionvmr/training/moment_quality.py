@@ -104,18 +104,19 @@ def choose_on_dataset(
 ) -> dict[str, Any]:
     """
     Choose the processor's `threshold`, `nms_threshold` and `top_k` for the moments that people get, on the sentences of
-    a validation dataset: half of them with their own video, half with another one, where they should give nothing.
+    a validation dataset: each with its own video, and those that are true there also with another video, where they
+    should give nothing. Neither should those that are labeled as absent (`relevant_windows: []`).
 
     Returns:
-        The values, or nothing if there are fewer than `MIN_SENTENCES` labeled sentences, only one video, or no moment
-        that is right.
+        The values, or nothing if there are fewer than `MIN_SENTENCES` labeled sentences, none that is absent or could
+        be paired with another video, or no moment that is right.
     """
     rows = [] if dataset is None else [row for row in dataset.rows if "relevant_windows" in row]
-    absent = with_other_videos(rows)
-    if dataset is None or len(rows) < MIN_SENTENCES or not absent:
+    elsewhere = with_other_videos([row for row in rows if row["relevant_windows"]])
+    if dataset is None or len(rows) < MIN_SENTENCES or all(row["relevant_windows"] for row in rows + elsewhere):
         return {}
     predicted = []
-    for part in (rows, absent):
+    for part in (rows, elsewhere):
         own = MomentRetrievalDataset(
             part, dataset.video_features, dataset.text_features, processor, clip_seconds=dataset.clip_seconds
         )
