@@ -303,7 +303,7 @@ def test_output_in_a_folder_that_is_not_writable():
     "command, flag",
     [
         ("train --annotations a --video_features b --text_features c --output_dir {}", "--output_dir"),
-        ("extract --annotations a --backbone b {}", "OUTPUT_DIR"),
+        ("extract {} --annotations a --backbone b", "OUTPUT_DIR"),
         ("simulate --annotations a --output_dir {}", "--output_dir"),
         ("convert tacos {} --annotations a --video_features b --text_features c", "OUTPUT"),
         ("evaluate --annotations a --video_features b --text_features c --output_dir {}", "--output_dir"),
