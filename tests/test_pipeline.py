@@ -615,7 +615,7 @@ def test_checkpoint_holds_everything(checkpoint):
     assert {"clip/config.json", "clip/model.safetensors", "clip/tokenizer_config.json"} <= names
     parts = ("configuration", "modeling", "processing", "pipeline", "loss")
     assert {f"{part}_diffusionvmr.py" for part in parts} <= names
-    assert {"spans.py", "diffusion.py", "video.py", "download.py", "backbones.py", "checks.py"} <= names
+    assert {"spans.py", "diffusion.py", "video.py", "download.py", "backbones.py", "checks.py", "windows.py"} <= names
     config = json.loads((checkpoint / "config.json").read_text())
     assert config["custom_pipelines"][TASK]["pt"] == ["AutoModel"]
     assert config["custom_pipelines"][TASK]["impl"] == "pipeline_diffusionvmr.VideoMomentRetrievalPipeline"
