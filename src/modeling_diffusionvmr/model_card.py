@@ -404,7 +404,7 @@ def _limits(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     clips, seconds = config.get("max_clips", 75), _clip_seconds(config)
     length = f" ({clips * seconds:g} s)" if seconds else ""
     if _runs_on_video(config):
-        lines.append(f"A video of more than {clips} clips{length} is searched in windows: the longer, the less reliable.")
+        lines.append(f"A video of more than {clips} clips{length} is searched in windows; long ones have more errors.")
     else:
         lines.append(f"A video of more than {clips} clips{length} is averaged down to {clips}, which is less precise.")
     lines.append("Scores rank the moments of one sentence. They are not calibrated probabilities.")
