@@ -202,11 +202,10 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
         covered = video.num_clips * video.clip_seconds
         results: list[Any] = []
         for findings in features["findings"]:
-            (result,) = self.processor.post_process_moment_retrieval(findings, [covered], [video.duration], **options)
-            if return_saliency:
-                saliency = findings.saliency_scores[0].tolist()
-                result = {"moments": result, "saliency": saliency, "clip_seconds": covered / len(saliency)}
-            results.append(result)
+            (moments,) = self.processor.post_process_moment_retrieval(findings, [covered], [video.duration], **options)
+            saliency = findings.saliency_scores[0].tolist()
+            with_saliency = {"moments": moments, "saliency": saliency, "clip_seconds": covered / len(saliency)}
+            results.append(with_saliency if return_saliency else moments)
         return results[0] if features["single"] else results
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):

@@ -177,11 +177,13 @@ def search(
         )
         parts.append(_search_group(model, clips, clip_mask, texts, text_mask, options))
     shortest = min(saliency.shape[-1] for _, _, saliency in parts)  # windows of the finest scale are not longer
-    logits, spans, saliency = zip(*parts)
-    of_sentences = zip(
-        torch.cat(logits, dim=1), torch.cat(spans, dim=1), torch.cat([one[..., :shortest] for one in saliency], dim=1)
-    )
-    return [merge(windows, *found, processor.max_clips) for found in of_sentences]
+    findings = []
+    for sentence in range(len(texts)):  # one by one, so that there is no second copy of all outputs
+        logits = torch.cat([part[0][sentence] for part in parts])
+        spans = torch.cat([part[1][sentence] for part in parts])
+        saliency = torch.cat([part[2][sentence, :, :shortest] for part in parts])
+        findings.append(merge(windows, logits, spans, saliency, processor.max_clips))
+    return findings
 
 
 def _search_group(model, clips: Tensor, clip_mask: Tensor, texts: Tensor, text_mask: Tensor, options) -> tuple:

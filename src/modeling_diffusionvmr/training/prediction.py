@@ -105,6 +105,7 @@ def _merged_predictions(
     dataset: MomentRetrievalDataset, outputs: RowOutputs, post_processing: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Return the predictions of `official_predictions` for rows of which every window is a sample."""
+    assert dataset.windows is not None
     check_outputs(outputs)
     processor = every_proposal(dataset.processor)
     samples_of: dict[int, list[int]] = {}
