@@ -8,6 +8,8 @@ from modeling_diffusionvmr import (
     DiffusionVMRDataCollator,
     DiffusionVMRForMomentRetrieval,
     DiffusionVMRProcessor,
+    DiffusionVMRTrainer,
+    DiffusionVMRTrainingArguments,
     MomentRetrievalDataset,
 )
 from modeling_diffusionvmr.training.prediction import predict_moments
@@ -87,6 +89,18 @@ def test_predictions_are_those_of_the_search(make_dataset, features, model):
             np.testing.assert_allclose(prediction["pred_relevant_windows"], expected, atol=1e-3)
             np.testing.assert_allclose(prediction["pred_saliency_scores"], found.saliency_scores[0], atol=1e-4)
             assert len(prediction["pred_saliency_scores"]) == length
+
+
+def test_the_trainer_merges_windows(make_dataset, model, tmp_path):
+    arguments = DiffusionVMRTrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to=[], per_device_eval_batch_size=4, disable_tqdm=True
+    )
+    output = DiffusionVMRTrainer(model=model, args=arguments).predict(make_dataset())
+    expected = predict_moments(model, make_dataset(), progress=False)
+    assert [row["qid"] for row in output.predictions] == [0, 1, 2]
+    for found, wanted in zip(output.predictions, expected):
+        np.testing.assert_allclose(found["pred_relevant_windows"], wanted["pred_relevant_windows"], atol=1e-3)
+    assert "test_MR-full-mAP" in output.metrics
 
 
 def test_videos_within_the_limit_are_not_affected(make_dataset, model):
