@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -357,30 +358,110 @@ def test_saliency(pipe, video):
     assert pipe(video, [], return_saliency=True) == []
 
 
-def test_video_of_more_clips_than_the_model_reads(pipe, monkeypatch):
-    frames = np.stack([picture(index) for index in range(98)])
-    seen, forward = [], pipe.model.forward
+# Long videos. The model reads 20 clips, 40 s; tests/test_windows.py tests the plan of windows
+
+
+def frames_of(seconds: int) -> tuple[np.ndarray, int]:
+    """Return a video with one frame per second."""
+    return np.stack([picture(index) for index in range(seconds)]), 1
+
+
+@pytest.fixture
+def seen(pipe, monkeypatch) -> list[torch.Tensor]:
+    """Record the model's inputs, and let it find moments from the first to the last second of each."""
+    recorded, forward = [], pipe.model.forward
 
     def everything(**inputs):
-        """The model's output, with all moments from the first to the last second."""
-        seen.append(inputs["video_features"])
+        recorded.append(inputs["video_features"])
         outputs = forward(**inputs)
         outputs.pred_spans = torch.tensor([0.5, 1.0]).expand_as(outputs.pred_spans)
         return outputs
 
     monkeypatch.setattr(pipe.model, "forward", everything)
-    with pytest.warns(UserWarning, match=r"the 49 clips of this video of 98.0 s are averaged down to 20"):
-        result = pipe((frames, 1), QUERIES[0], return_saliency=True)
+    return recorded
+
+
+def test_long_video_is_searched_in_windows(pipe, seen):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = pipe(frames_of(98), QUERIES[0], return_saliency=True)
+    # Four windows of 20 clips, two of 40, which are averaged, and the whole video, which is the only one that has no
+    # neighbor and so cuts no moment
+    assert [features.shape for features in seen] == [(7, 20, 12)]
     assert {(moment["start"], moment["end"]) for moment in result["moments"]} == {(0, 98)}
-    assert len(result["saliency"]) == 20 and result["clip_seconds"] == pytest.approx(98 / 20)
+    assert len(result["moments"]) == 5
+    clips = pipe.backbones.models[0].encode_video(open_video(frames_of(98), 2.0))
+    clips /= np.linalg.norm(clips, axis=1, keepdims=True)
+    np.testing.assert_allclose(seen[0][3].cpu(), clips[-20:], atol=1e-4)
+    np.testing.assert_allclose(seen[0][6].mean(0).cpu(), clips.mean(0), atol=1e-4)
+
+
+def test_saliency_of_a_long_video(pipe):
+    result = pipe(frames_of(98), QUERIES[0], return_saliency=True)
+    assert len(result["saliency"]) == 49 and result["clip_seconds"] == 2.0
+    # The first window owns the first 14 clips or more, the last one as many at the end
+    frames, rate = frames_of(98)
+    for part, clips in ((frames[:40], slice(0, 14)), (frames[-40:], slice(-14, None))):
+        alone = pipe((part, rate), QUERIES[0], return_saliency=True)["saliency"]
+        assert len(alone) == 20
+        assert_close(result["saliency"][clips], alone[clips])
+
+
+def test_averaging_a_long_video_down(pipe, seen):
+    results = [
+        pipe(frames_of(98), QUERIES[0], return_saliency=True, chunk_length_s=chunk_length_s)
+        for chunk_length_s in (98, 98.0, 1000)
+    ]
+    assert results[0] == results[1] == results[2]
+    assert {(moment["start"], moment["end"]) for moment in results[0]["moments"]} == {(0, 98)}
+    assert len(results[0]["saliency"]) == 20 and results[0]["clip_seconds"] == pytest.approx(98 / 20)
     # No part of the video is left out
-    clips = pipe.backbones.models[0].encode_video(open_video((frames, 1), 2.0))
+    clips = pipe.backbones.models[0].encode_video(open_video(frames_of(98), 2.0))
     clips /= np.linalg.norm(clips, axis=1, keepdims=True)
     assert seen[0].shape == (1, 20, 12)
     np.testing.assert_allclose(seen[0][0].mean(0).cpu(), clips.mean(0), atol=1e-4)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        pipe((frames[:40], 1), QUERIES[0])
+
+
+def test_short_video_is_searched_in_one_pass(pipe, video):
+    """To the last bit, the result is that of one call of the model on all clips and sentences."""
+    frames = frames_of(40)
+    for source, covered, duration in ((video, 14.0, SECONDS), (frames, 40.0, 40.0)):
+        clip = pipe.backbones.models[0]
+        arrays = [clip.encode_video(open_video(source, 2.0))]
+        tokens = clip.encode_text(QUERIES, pipe.processor.max_tokens)
+        batch = pipe.processor([arrays] * 2, tokens)
+        with torch.inference_mode():
+            outputs = pipe.model(**batch.to(pipe.device))
+        expected = pipe.processor.post_process_moment_retrieval(outputs, [covered] * 2, [duration] * 2)
+        for options in ({}, {"chunk_length_s": 40, "stride_length_s": 5}, {"stride_length_s": 0}):
+            results = pipe(source, QUERIES, return_saliency=True, **options)
+            assert [result["moments"] for result in results] == expected
+            assert [result["saliency"] for result in results] == outputs.saliency_scores.tolist()
+
+
+def test_length_and_stride_of_windows(pipe, seen):
+    pipe(frames_of(98), QUERIES[0], chunk_length_s=20)
+    # 9 windows of 10 clips, 4 of 20, 2 of 40, which are averaged, and the whole video
+    assert [features.shape for features in seen] == [(16, 20, 12)]
+    seen.clear()
+    pipe(frames_of(98), QUERIES[0], stride_length_s=0)
+    assert [features.shape for features in seen] == [(3 + 2 + 1, 20, 12)]
+    seen.clear()
+    pipe(frames_of(38), QUERIES[0], chunk_length_s=20)
+    assert [features.shape for features in seen] == [(3 + 1, 19, 12)]
+
+
+def test_progress_of_a_long_video(pipe, capsys):
+    pipe(frames_of(98), QUERIES[0], progress=True)
+    assert "searching windows: 100%" in capsys.readouterr().err
+
+
+def test_length_for_all_calls_and_stride_of_a_call(checkpoint, pipe):
+    chosen = pipeline(TASK, model=str(checkpoint), chunk_length_s=20)
+    video = frames_of(98)
+    assert chosen(video, QUERIES[0], stride_length_s=2) == pipe(video, QUERIES[0], chunk_length_s=20, stride_length_s=2)
+    with pytest.raises(ValueError, match="^`stride_length_s` must be less than half of `chunk_length_s`, 20 s, got 12"):
+        chosen(video, QUERIES[0], stride_length_s=12)
 
 
 def test_long_sentence_is_truncated_with_a_warning(pipe, video):
@@ -468,6 +549,8 @@ def test_no_videos(pipe):
         *({"num_sampling_steps": value} for value in (0, 1000, 2.5, "2", True)),
         *({"max_download_bytes": value} for value in (0, 2.5, "5", None)),
         *({"max_video_seconds": value} for value in (0, -1.0, "5", None, float("nan"))),
+        *({"chunk_length_s": value} for value in (0, 1.5, "60", True, float("nan"))),
+        *({"stride_length_s": value} for value in (-1, 20, "5", True, (5, 5))),
         *({"batch_size": value} for value in (0, 2, "2")),
     ],
     ids=lambda option: "-".join(map(str, *option.items())),
@@ -476,10 +559,10 @@ def test_invalid_options(checkpoint, pipe, video, counts, option):
     """They are named before the work."""
     (name,) = option
     for inputs in ([video, QUERIES[0]], [[{"video": video, "query": QUERIES[0]}]]):
-        with pytest.raises(ValueError, match=f"^`{name}` must be .*, got {option[name]!r}"):
+        with pytest.raises(ValueError, match=f"^`{name}` must be .*, got {re.escape(repr(option[name]))}"):
             pipe(*inputs, **option)
     assert counts["videos"] == 0
-    with pytest.raises(ValueError, match=f"^`{name}` must be .*, got {option[name]!r}"):
+    with pytest.raises(ValueError, match=f"^`{name}` must be .*, got {re.escape(repr(option[name]))}"):
         pipeline(TASK, model=str(checkpoint), **option)
 
 
@@ -532,7 +615,7 @@ def test_checkpoint_holds_everything(checkpoint):
     assert {"clip/config.json", "clip/model.safetensors", "clip/tokenizer_config.json"} <= names
     parts = ("configuration", "modeling", "processing", "pipeline", "loss")
     assert {f"{part}_diffusionvmr.py" for part in parts} <= names
-    assert {"spans.py", "diffusion.py", "video.py", "download.py", "backbones.py", "checks.py"} <= names
+    assert {"spans.py", "diffusion.py", "video.py", "download.py", "backbones.py", "checks.py", "windows.py"} <= names
     config = json.loads((checkpoint / "config.json").read_text())
     assert config["custom_pipelines"][TASK]["pt"] == ["AutoModel"]
     assert config["custom_pipelines"][TASK]["impl"] == "pipeline_diffusionvmr.VideoMomentRetrievalPipeline"

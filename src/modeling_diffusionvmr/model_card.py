@@ -403,7 +403,10 @@ def _limits(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         lines.append(f"Takes features only: the backbones {', '.join(cannot_run)} cannot be run by this library.")
     clips, seconds = config.get("max_clips", 75), _clip_seconds(config)
     length = f" ({clips * seconds:g} s)" if seconds else ""
-    lines.append(f"A video of more than {clips} clips{length} is averaged down to {clips}, which is less precise.")
+    if _runs_on_video(config):
+        lines.append(f"A video of more than {clips} clips{length} is searched in windows; long ones have more errors.")
+    else:
+        lines.append(f"A video of more than {clips} clips{length} is averaged down to {clips}, which is less precise.")
     lines.append("Scores rank the moments of one sentence. They are not calibrated probabilities.")
     if facts.get("started_from") == EMBEDDED:
         lines.append("Training started from a model that only knows rendered shapes: not suited to photographic video.")

@@ -1,8 +1,8 @@
 """`pipeline("video-moment-retrieval")`: find moments in a video from sentences."""
 
+import math
 import os
 import reprlib
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,12 +16,13 @@ from .configuration_diffusionvmr import DiffusionVMRConfig
 from .diffusion import check_num_sampling_steps
 from .hub import PushToHub
 from .processing_diffusionvmr import POST_PROCESSING, DiffusionVMRProcessor, check_post_processing
-from .video import open_video
+from .video import Video, open_video
 from .weights import check_weights
+from .windows import SearchWindow, check_chunks, plan_windows, search
 
 # The options of a call, by the method that takes them
 PREPROCESS_OPTIONS = ("max_download_bytes", "max_video_seconds", "progress")
-FORWARD_OPTIONS = ("num_proposals", "num_sampling_steps", "progress")
+FORWARD_OPTIONS = ("num_proposals", "num_sampling_steps", "chunk_length_s", "stride_length_s", "progress")
 POSTPROCESS_OPTIONS = (*POST_PROCESSING, "return_saliency")
 
 
@@ -57,6 +58,7 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
         if backbones is None:
             backbones = load_backbones(config, origin_of(model), sources=model.backbone_sources, **model.hub_kwargs)
         self.backbones = backbones.to(self.device, self.model.dtype)
+        self._check_chunks(self._forward_params)  # here, since they depend on the length of a clip
 
     # Here and below, `Pipeline` uses other names for the same arguments, but always passes them by position
     def __call__(  # type: ignore[override]
@@ -76,9 +78,14 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
             round_to: round starts and ends to multiples of this number of seconds.
             num_proposals: number of proposals (N).
             num_sampling_steps: number of DDIM steps (S).
+            chunk_length_s: a longer video is searched in overlapping windows of this many seconds, see `windows`.
+                Default: as many clips as the model reads. At least as long as the video: the video is averaged down
+                to that number of clips instead.
+            stride_length_s: the part at each side of such a window whose moments are left to the neighboring window.
+                Default: a quarter of `chunk_length_s`.
             max_download_bytes: maximum size of a video that is downloaded. Default: 1 GiB.
             max_video_seconds: maximum duration of a video. Default: one day.
-            progress: show a progress bar while the video is downloaded and encoded.
+            progress: show a progress bar while the video is downloaded, encoded and searched.
             return_saliency: also return the saliency score of each clip.
 
         Returns:
@@ -128,10 +135,17 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
             check_whole(kwargs["max_download_bytes"], "`max_download_bytes`", 1)
         if "max_video_seconds" in kwargs:
             check_positive(kwargs["max_video_seconds"], "`max_video_seconds`")
+        if hasattr(self, "backbones"):
+            self._check_chunks({**self._forward_params, **kwargs})
         return tuple(
             {name: kwargs[name] for name in names if name in kwargs}
             for names in (PREPROCESS_OPTIONS, FORWARD_OPTIONS, POSTPROCESS_OPTIONS)
         )
+
+    def _check_chunks(self, options: Mapping[str, Any]) -> None:
+        """Check the length and the stride of the windows, of which one may be set for all calls."""
+        lengths = options.get("chunk_length_s"), options.get("stride_length_s")
+        check_chunks(*lengths, self.backbones.clip_seconds, self.processor.max_clips)
 
     def preprocess(  # type: ignore[override]
         self, inputs: Mapping[str, Any], **options
@@ -147,53 +161,51 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
         for sentence in queries:
             check_sentence(sentence)
         video = open_video(inputs["video"], self.backbones.clip_seconds, **options)
-        if video.num_clips > self.processor.max_clips:
-            warnings.warn(
-                f"the {video.num_clips} clips of this video of {video.duration:.1f} s are averaged down to "
-                f"{self.processor.max_clips}, which makes its moments less precise",
-                stacklevel=2,
-            )
         return {"video": video, "queries": queries, "single": isinstance(query, str)}
 
     def _forward(  # type: ignore[override]
-        self, inputs: dict[str, Any], progress: bool = False, **options
+        self,
+        inputs: dict[str, Any],
+        chunk_length_s: float | None = None,
+        stride_length_s: float | None = None,
+        progress: bool = False,
+        **options,
     ) -> dict[str, Any]:
         video, queries = inputs["video"], inputs["queries"]
-        features = {"outputs": None, "video": video, "single": inputs["single"]}
+        features = {"findings": [], "video": video, "single": inputs["single"]}
         if not queries:
             return features
         tokens = self.backbones.encode_text(queries, self.processor.max_tokens)
         arrays = self.backbones.encode_video(video, progress=progress)
-        texts, text_mask = self.processor.pad([self.processor.prepare_text(array) for array in tokens])
-        clips = self.processor.prepare_video(arrays)
-        device, dtype = self.device, self.model.dtype
-        features["outputs"] = self.model(
-            video_features=clips.to(device, dtype).expand(len(texts), -1, -1),
-            text_features=texts.to(device, dtype),
-            text_mask=text_mask.to(device),
-            **options,
-        )
+        texts = self.processor.pad([self.processor.prepare_text(array) for array in tokens])
+        windows = self._windows(video, chunk_length_s, stride_length_s)
+        features["findings"] = search(self.model, self.processor, arrays, *texts, windows, progress=progress, **options)
         return features
+
+    def _windows(self, video: Video, chunk_length_s: float | None, stride_length_s: float | None) -> list[SearchWindow]:
+        """Return the windows in which a video is searched."""
+        if chunk_length_s is None:
+            chunk = self.processor.max_clips
+        elif chunk_length_s >= video.duration:
+            chunk = video.num_clips
+        else:
+            chunk = math.floor(chunk_length_s / video.clip_seconds + 0.5)
+        return plan_windows(
+            video.num_clips, chunk, None if stride_length_s is None else stride_length_s / video.clip_seconds
+        )
 
     def postprocess(  # type: ignore[override]
         self, features: dict[str, Any], return_saliency: bool = False, **options
     ) -> Any:
-        """Turn the model's outputs into moments, see `__call__`."""
-        outputs, video = features["outputs"], features["video"]
-        if outputs is None:
-            return []
-        count = len(outputs.logits)
+        """Turn what was found into moments, see `__call__`."""
+        video = features["video"]
         covered = video.num_clips * video.clip_seconds
-        results: list[Any] = self.processor.post_process_moment_retrieval(
-            outputs, [covered] * count, [video.duration] * count, **options
-        )
-        if return_saliency:
-            saliency = outputs.saliency_scores.float().tolist()
-            clip_seconds = covered / outputs.saliency_scores.shape[1]
-            results = [
-                {"moments": moments, "saliency": scores, "clip_seconds": clip_seconds}
-                for moments, scores in zip(results, saliency)
-            ]
+        results: list[Any] = []
+        for findings in features["findings"]:
+            (moments,) = self.processor.post_process_moment_retrieval(findings, [covered], [video.duration], **options)
+            saliency = findings.saliency_scores[0].tolist()
+            with_saliency = {"moments": moments, "saliency": saliency, "clip_seconds": covered / len(saliency)}
+            results.append(with_saliency if return_saliency else moments)
         return results[0] if features["single"] else results
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):

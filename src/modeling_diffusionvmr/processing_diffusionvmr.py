@@ -313,10 +313,12 @@ class DiffusionVMRProcessor(PushToHub, ProcessorMixin):
 
         results = []
         for sample_windows, sample_scores in zip(windows, scores):
-            keep = sample_scores >= threshold
+            kept = sample_scores >= threshold
+            sample_windows, sample_scores = sample_windows[kept], sample_scores[kept]
             if nms_threshold is not None:
-                keep &= nms(sample_windows, nms_threshold)
-            moments = zip(sample_windows[keep][:top_k].tolist(), sample_scores[keep][:top_k].tolist())
+                kept = nms(sample_windows, nms_threshold)
+                sample_windows, sample_scores = sample_windows[kept], sample_scores[kept]
+            moments = zip(sample_windows[:top_k].tolist(), sample_scores[:top_k].tolist())
             results.append([{"start": start, "end": end, "score": score} for (start, end), score in moments])
         return results
 

@@ -138,12 +138,10 @@ def nms(windows: Tensor, threshold: float) -> Tensor:
     Returns:
         A bool tensor (M,), true for windows to keep.
     """
-    iou, _ = iou_and_generalized_iou(window_to_span(windows)[:, None], window_to_span(windows)[None])
-    overlaps = (iou > threshold).tolist()
-    keep: list[int] = []
-    for index, row in enumerate(overlaps):
-        if not any(row[better] for better in keep):
-            keep.append(index)
-    mask = torch.zeros(len(windows), dtype=torch.bool)
-    mask[keep] = True
-    return mask
+    spans = window_to_span(windows)
+    keep = torch.ones(len(windows), dtype=torch.bool)
+    for index in range(len(windows)):
+        if keep[index]:
+            iou, _ = iou_and_generalized_iou(spans[index], spans[index + 1 :])
+            keep[index + 1 :] &= iou <= threshold
+    return keep

@@ -174,3 +174,50 @@ def test_stills_in_nameless_colors_show_no_unseen_pair():
     nearest = {(nearest_name(track.pair[0]), track.pair[1]) for still in stills for track in still.tracks}
     assert len(nearest) > 50 and nearest.isdisjoint(world.UNSEEN_PAIRS)
     assert world.render_frame(stills[0], 0.0).shape == (world.FRAME_SIZE, world.FRAME_SIZE, 3)
+
+
+LONG = [world.plan_long_video(seed, 600.0, unseen_pairs=seed % 2 == 1) for seed in range(6)]
+
+
+def test_a_long_plan_is_a_function_of_its_seed():
+    assert world.plan_long_video(0, 600.0) == LONG[0] != LONG[2]
+    assert world.plan_long_video(0, 601.0).vid != LONG[0].vid != world.plan_long_video(0, 600.0, True).vid
+
+
+@pytest.mark.parametrize("plan", [*LONG, world.plan_long_video(9, 3600.0), world.plan_long_video(9, 150.0)])
+def test_each_sentence_of_a_long_video_is_true_in_one_scene_only(plan):
+    assert plan.scenes[0] == plan.scenery[0][0] == 0 and list(plan.scenes) == sorted(plan.scenes)
+    assert [start for start, _ in plan.scenery] == sorted(start for start, _ in plan.scenery)
+    assert all(0 <= track.start < track.end <= plan.duration + 1e-6 for track in plan.tracks)
+    assert len({query.text for query in plan.queries}) == len(plan.queries) > 0
+    borders = [*plan.scenes, plan.duration]
+    for query in plan.queries:
+        # Among all objects of the video, and not only those of a scene
+        windows = world.true_windows(query.statement, plan.tracks)
+        assert np.allclose(windows, query.windows, atol=1e-6)
+        scenes = np.searchsorted(borders, [sum(window) / 2 for window in windows])
+        (scene,) = set(scenes.tolist())
+        assert borders[scene - 1] - 1e-6 <= windows[0][0] and windows[-1][1] <= borders[scene] + 1e-6
+        assert min(end - start for start, end in windows) >= world.SHORTEST_WINDOW
+        assert world._has_lookalike(query.statement, plan.tracks)
+
+
+def test_long_videos_have_short_and_long_moments():
+    assert [plan.duration for plan in LONG] == [600.0] * 6 and min(len(plan.scenes) for plan in LONG) >= 2
+    lengths = [end - start for plan in LONG for query in plan.queries for start, end in query.windows]
+    assert min(lengths) < 10 and 150 < max(lengths) <= world.LONGEST_WINDOWS[1] + 1
+    hour = world.plan_long_video(0, 3600.0)
+    asked = {np.searchsorted(hour.scenes, sum(query.windows[0]) / 2) for query in hour.queries}
+    assert len(hour.scenes) > 20 and 5 <= len(asked) <= world.ASKED_SCENES
+
+
+def test_unseen_pairs_of_long_videos_appear_only_if_asked_for():
+    for plan in LONG:
+        shown = {track.pair for track in plan.tracks}
+        assert shown.isdisjoint(world.UNSEEN_PAIRS) == (not any(query.unseen for query in plan.queries))
+    assert [any(query.unseen for query in plan.queries) for plan in LONG] == [False, True] * 3
+
+
+def test_a_long_video_must_hold_a_scene():
+    with pytest.raises(ValueError, match=r"a long video must last at least 150 s, got 149\.0"):
+        world.plan_long_video(0, 149.0)

@@ -10,13 +10,15 @@ next to a blue star"). "A red circle" is also true while two red circles are vis
 Each sentence has distractors in its video: objects that share a word with it, often with the words swapped (a red star
 and a blue circle for "a red circle" or "a red circle next to a blue star"). Ten of the hundred color-shape pairs,
 `UNSEEN_PAIRS`, appear only on request. A model trained on the other ninety can be tested on these combinations.
+
+A long video consists of such videos, its scenes, one after the other, some of them in slow motion.
 """
 
 import itertools
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -59,6 +61,11 @@ DRIFT = 0.015  # how far an object moves from its place
 SHORTEST_WINDOW = 4.0
 SHORTEST_PAUSE = 2.0  # between two windows of one sentence
 MAX_WINDOWS = 5  # per sentence
+
+ASKED_SCENES = 10  # of a long video: the largest number of scenes with sentences
+SLOW_SCENE_EVERY = 3  # of these, one is in slow motion
+LONGEST_WINDOWS = (60.0, 300.0)  # of a scene in slow motion: the shortest and the longest one
+SCENE_SEEDS = (2**32, 2**33)  # of the scenes of long videos: those of other videos are smaller
 
 Pair = tuple[str | tuple[float, float, float], str]  # (color, shape); a color without a name is (r, g, b) in [0, 255]
 Window = tuple[float, float]  # (start, end) in seconds
@@ -130,6 +137,7 @@ class VideoPlan:
     tracks: tuple[Track, ...]
     scenery: tuple[tuple[float, int], ...]  # (start in seconds, seed of the background), the first at 0
     queries: tuple[Query, ...] = ()
+    scenes: tuple[float, ...] = (0.0,)  # start of each scene in seconds
 
     def visible(self, time: float) -> list[Track]:
         """Return the objects visible at `time` seconds."""
@@ -177,6 +185,39 @@ def plan_video(seed: int, unseen_pairs: bool = False) -> VideoPlan:
             cuts = np.sort(rng.uniform(0.1, 0.9, rng.integers(0, 3))) * duration
             scenery = tuple((float(start), int(rng.integers(2**31))) for start in (0.0, *cuts))
             return VideoPlan(vid, duration, tracks, scenery, queries)
+
+
+def plan_long_video(seed: int, duration: float, unseen_pairs: bool = False) -> VideoPlan:
+    """
+    Draw a video of several scenes, of which up to `ASKED_SCENES` have sentences. Each sentence is true in one scene
+    only. Some of these scenes are in slow motion, in which a window lasts up to 5 minutes.
+
+    Args:
+        seed: identifies the video. The same arguments give the same plan.
+        duration: in seconds, at least 150.
+        unseen_pairs: as in `plan_video`, for every scene.
+
+    Raises:
+        ValueError: if the video is too short for any scene.
+    """
+    if duration < 150:
+        raise ValueError(f"a long video must last at least 150 s, got {duration!r}")
+    rng = np.random.default_rng([seed, 7])
+    asked = _draw_asked_scenes(rng, duration, unseen_pairs)
+    statements = [query.statement for scene in asked for query in scene.queries]
+    scenes, filled = list(asked), sum(scene.duration for scene in asked)
+    while filled < duration:
+        other = replace(_draw_scene(rng, unseen_pairs), queries=())
+        if not any(_is_shown(statement, other) for statement in statements):
+            scenes.append(_cut(other, 0.0, min(duration - filled, other.duration)))
+            filled += scenes[-1].duration
+    # Its own queries are in the scene itself; those that another one shows as well are not asked
+    for i, scene in enumerate(asked):
+        others = [other for other in asked if other is not scene]
+        queries = [q for q in scene.queries if not any(_is_shown(q.statement, other) for other in others)]
+        scenes[i] = replace(scene, queries=tuple(queries))
+    vid = f"rendered_{'unseen_' if unseen_pairs else ''}{seed:06d}_{duration:g}s"
+    return _joined(vid, [scenes[i] for i in rng.permutation(len(scenes))])
 
 
 def plan_stills(
@@ -347,6 +388,108 @@ def _draw_tracks(rng: np.random.Generator, duration: float, cast: Sequence[Pair]
     return tuple(sorted(tracks, key=lambda track: track.start))
 
 
+def _draw_scene(rng: np.random.Generator, unseen_pairs: bool) -> VideoPlan:
+    """Draw one scene of a long video."""
+    return plan_video(int(rng.integers(*SCENE_SEEDS)), unseen_pairs)
+
+
+def _draw_asked_scenes(rng: np.random.Generator, duration: float, unseen_pairs: bool) -> list[VideoPlan]:
+    """Draw the scenes with sentences of a video of `duration` seconds. At least one fits into it."""
+    scenes: list[VideoPlan] = []
+    left = duration
+    while len(scenes) < ASKED_SCENES:
+        is_slow = len(scenes) % SLOW_SCENE_EVERY == 0
+        scene = _draw_slow_scene(rng, unseen_pairs) if is_slow else _draw_scene(rng, unseen_pairs)
+        if scene.duration <= left:
+            scenes.append(scene)
+            left -= scene.duration
+        elif scenes:
+            break
+    return scenes
+
+
+def _draw_slow_scene(rng: np.random.Generator, unseen_pairs: bool) -> VideoPlan:
+    """Draw a scene in slow motion: the part of a scene that has its longest window in the middle."""
+    while True:
+        scene = _draw_scene(rng, unseen_pairs)
+        start, end = _longest_window(scene)
+        margin = (end - start) / 3
+        part = _cut(scene, max(0.0, start - margin), min(end + margin, scene.duration))
+        slow = _slowed(part, rng.uniform(*LONGEST_WINDOWS) / (end - start))
+        # The sentence may have lost its lookalike, or be true for too large a share of the part
+        if slow.queries and np.ptp(_longest_window(slow)) >= LONGEST_WINDOWS[0]:
+            return slow
+
+
+def _longest_window(plan: VideoPlan) -> Window:
+    windows = (window for query in plan.queries for window in query.windows)
+    return max(windows, key=lambda window: window[1] - window[0])
+
+
+def _slowed(plan: VideoPlan, tempo: float) -> VideoPlan:
+    """Return the plan with all times multiplied by `tempo`. Objects drift as fast as before."""
+    return _retimed(
+        plan,
+        math.ceil(tempo * plan.duration * FRAME_RATE) / FRAME_RATE,
+        [replace(track, start=tempo * track.start, end=tempo * track.end) for track in plan.tracks],
+        [(tempo * start, background) for start, background in plan.scenery],
+    )
+
+
+def _cut(plan: VideoPlan, start: float, end: float) -> VideoPlan:
+    """Return the plan from `start` to `end` seconds."""
+    return _retimed(
+        plan,
+        end - start,
+        [
+            replace(track, start=max(track.start, start) - start, end=min(track.end, end) - start)
+            for track in plan.tracks
+            if track.start < end and start < track.end
+        ],
+        [(max(begin - start, 0.0), background) for begin, background in plan.scenery if begin < end],
+    )
+
+
+def _retimed(
+    plan: VideoPlan, duration: float, tracks: Sequence[Track], scenery: Sequence[tuple[float, int]]
+) -> VideoPlan:
+    """Return the plan with other times, and those of its sentences that can still be asked."""
+    queries = [
+        replace(query, windows=windows, swapped=_has_swap(query.statement, tracks))
+        for query in plan.queries
+        if (windows := _windows_to_ask(query.statement, tracks, duration))
+    ]
+    return replace(plan, duration=duration, tracks=tuple(tracks), scenery=tuple(scenery), queries=tuple(queries))
+
+
+def _is_shown(statement: Statement, plan: VideoPlan) -> bool:
+    """Return whether a statement is true at any time of a video."""
+    shown = {track.pair for track in plan.tracks}
+    return shown.issuperset(statement.pairs) and bool(true_windows(statement, plan.tracks))
+
+
+def _joined(vid: str, plans: Sequence[VideoPlan]) -> VideoPlan:
+    """Return one video of several, one after the other."""
+    starts = [float(start) for start in np.cumsum([0.0, *(plan.duration for plan in plans)]).round(6)]
+
+    def shifted(window: Window, start: float) -> Window:
+        return window[0] + start, window[1] + start
+
+    parts = list(zip(starts, plans))
+    return VideoPlan(
+        vid,
+        starts[-1],
+        tuple(replace(t, start=t.start + start, end=t.end + start) for start, plan in parts for t in plan.tracks),
+        tuple((begin + start, background) for start, plan in parts for begin, background in plan.scenery),
+        tuple(
+            replace(query, windows=tuple(shifted(window, start) for window in query.windows))
+            for start, plan in parts
+            for query in plan.queries
+        ),
+        tuple(starts[:-1]),
+    )
+
+
 def _draw_appearance(rng: np.random.Generator, cast: Sequence[Pair]) -> tuple[list[Pair], bool]:
     """Draw pairs that appear together, and whether they are next to each other."""
     first, second, first_swap, second_swap = cast[:4]
@@ -445,18 +588,26 @@ def _draw_queries(
 def _draw_query(
     rng: np.random.Generator, statement: Statement, tracks: Sequence[Track], duration: float
 ) -> Query | None:
+    """Put a statement into words. Return `None` if it cannot be asked, see `_windows_to_ask`."""
+    windows = _windows_to_ask(statement, tracks, duration)
+    if not windows:
+        return None
+    unseen = not UNSEEN_PAIRS.isdisjoint(statement.pairs)
+    return Query(statement.text(int(rng.integers(6))), statement, windows, unseen, _has_swap(statement, tracks))
+
+
+def _windows_to_ask(statement: Statement, tracks: Sequence[Track], duration: float) -> tuple[Window, ...]:
     """
-    Put a statement into words. Return `None` if its windows are too short, too close to each other, too many or nearly
-    the whole video, or if no other object in the video shares a word with it.
+    Return the windows in which a statement is true. Return none if they are too short, too close to each other, too
+    many or nearly the whole video, or if no other object in the video shares a word with it.
     """
     windows = true_windows(statement, tracks)
     durations = [end - start for start, end in windows]
     lasting = windows and min(durations) >= SHORTEST_WINDOW and sum(durations) < 0.7 * duration
     distinct = all(after[0] - before[1] >= SHORTEST_PAUSE for before, after in zip(windows, windows[1:]))
     if not lasting or not distinct or len(windows) > MAX_WINDOWS or not _has_lookalike(statement, tracks):
-        return None
-    unseen = not UNSEEN_PAIRS.isdisjoint(statement.pairs)
-    return Query(statement.text(int(rng.integers(6))), statement, windows, unseen, _has_swap(statement, tracks))
+        return ()
+    return windows
 
 
 def _has_lookalike(statement: Statement, tracks: Sequence[Track]) -> bool:

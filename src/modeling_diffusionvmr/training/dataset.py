@@ -3,6 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from ..data.annotations import check_row, warn_skipped
 from ..data.features import common_clip_seconds, name_of
 from ..diffusion import DiffusionSchedule
 from ..processing_diffusionvmr import DiffusionVMRProcessor
+from ..windows import SearchWindow, plan_windows
+from .row_windows import draw_window, row_in_window
 from .supervision import clip_scores, draw_saliency_pairs, true_spans
 
 # Fields of the config that the random draws depend on
@@ -50,6 +53,10 @@ class MomentRetrievalDataset(Dataset):
             features cover the whole `duration`.
         seed: seed of the random part.
         skip_invalid: read all features once and skip rows with unusable features, with one warning that lists them.
+        windows: search videos of more than `max_clips` clips in windows, as the pipeline does, instead of averaging
+            them down. In training, a sample is one window of a row's video, drawn anew in each epoch; otherwise, each
+            window is a sample, and predictions are merged. Features of all videos are read once for their lengths, and
+            again for each sample, so keep them in memory: `dict(open_features(path))`.
 
     Attributes:
         name: a name for the model's card, or the Hub id of the data. Never a path of this machine.
@@ -74,6 +81,7 @@ class MomentRetrievalDataset(Dataset):
         clip_seconds: float | None = None,
         seed: int = 0,
         skip_invalid: bool = False,
+        windows: bool = False,
     ):
         self.video_features = [video_features] if isinstance(video_features, Mapping) else list(video_features)
         self.text_features = text_features
@@ -92,6 +100,7 @@ class MomentRetrievalDataset(Dataset):
         else:
             for row in self.rows:
                 self._check_present(row)
+        self.windows = self._plan_windows() if windows else None
         self._has_warned = False
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # persistent workers see it change
         if config is not None:
@@ -180,8 +189,20 @@ class MomentRetrievalDataset(Dataset):
                     "sentence to train with `absent_loss_coefficient`"
                 )
 
+    def _plan_windows(self) -> dict[str, list[SearchWindow]]:
+        """Return the windows of each video."""
+        lengths = {row["vid"]: min(len(store[row["vid"]]) for store in self.video_features) for row in self.rows}
+        return {vid: plan_windows(length, self.processor.max_clips) for vid, length in lengths.items()}
+
+    @cached_property
+    def samples(self) -> list[tuple[int, SearchWindow | None]]:
+        """The row of each sample, and its window: `None` if it is the whole video, or is drawn in training."""
+        if self.windows is None or self.config is not None:
+            return [(index, None) for index in range(len(self.rows))]
+        return [(index, window) for index, row in enumerate(self.rows) for window in self.windows[row["vid"]]]
+
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.samples)
 
     def check_config(self, config: DiffusionVMRConfig) -> None:
         """
@@ -220,8 +241,12 @@ class MomentRetrievalDataset(Dataset):
         return samples
 
     def _sample(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
-        video, covered = self._video(row)
+        row_index, window = self.samples[index]
+        row = self.rows[row_index]
+        if self.windows is not None:
+            row, video, covered = self._window(row_index, window)
+        else:
+            video, covered = self._video(row)
         sample = {"row": index, "covered_duration": covered, "video_features": video, "text_features": self._text(row)}
         if "relevant_windows" in row:
             spans = true_spans(row["relevant_windows"], covered)
@@ -230,6 +255,23 @@ class MomentRetrievalDataset(Dataset):
             sample["labels"] = {"spans": spans}
         self._check_duration(row, covered)
         return sample
+
+    def _window(self, row_index: int, window: SearchWindow | None) -> tuple[dict[str, Any], Tensor, float]:
+        """Return a row as if its video were only a window, by default a drawn one, its features, and their seconds."""
+        row = self.rows[row_index]
+        assert self.windows is not None
+        windows = self.windows[row["vid"]]
+        num_clips = windows[-1].last
+        covered = self.covered_duration(row, num_clips)
+        if window is None:
+            rng = np.random.default_rng((self.seed, self.epoch, row_index, 1))
+            window = draw_window(row, windows, covered / num_clips, rng)
+        if len(windows) == 1:
+            return row, *self._video(row)
+        arrays = [store[row["vid"]][window.first : window.last] for store in self.video_features]
+        share = covered * (window.last - window.first) / num_clips
+        features = self.processor.prepare_video(arrays, f"video {row['vid']}")
+        return row_in_window(row, window, covered / num_clips), features, share
 
     def _check_duration(self, row: Mapping[str, Any], covered: float) -> None:
         """Warn once of features that cover another time than the video lasts: its moments would be elsewhere."""
@@ -275,6 +317,8 @@ class MomentRetrievalDataset(Dataset):
         for sample, rng in zip(samples, rngs):
             row, labels = self.rows[sample["row"]], sample["labels"]
             sample["negative_text_features"] = self._text(self._row_with_negative_sentence(sample["row"], rng))
+            if self.windows is not None and len(self.windows[row["vid"]]) > 1:
+                row = {}  # annotators' scores are of clips of the whole video
             scores = clip_scores(row, labels["spans"], sample["covered_duration"], len(sample["video_features"]))
             labels["saliency_pos"], labels["saliency_neg"] = draw_saliency_pairs(scores, rng)
 
@@ -296,5 +340,5 @@ class MomentRetrievalDataset(Dataset):
     def _row_of_another_video(self, row: int, rng: np.random.Generator) -> int:
         # A position among the rows sorted by video, excluding those of this video. `random` always advances the
         # generator equally; `integers` does not, so the draws that follow would depend on the number of rows.
-        place = int(rng.random() * (len(self) - self._count[row]))
+        place = int(rng.random() * (len(self.rows) - self._count[row]))
         return self._by_video[place + self._count[row] * (place >= self._first[row])]

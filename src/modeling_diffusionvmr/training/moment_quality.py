@@ -118,7 +118,12 @@ def choose_on_dataset(
     predicted = []
     for part in (rows, elsewhere):
         own = MomentRetrievalDataset(
-            part, dataset.video_features, dataset.text_features, processor, clip_seconds=dataset.clip_seconds
+            part,
+            dataset.video_features,
+            dataset.text_features,
+            processor,
+            clip_seconds=dataset.clip_seconds,
+            windows=dataset.windows is not None,
         )
         predictions = predict_moments(model, own, progress=False)
         predicted += [{**row, **prediction} for row, prediction in zip(own.rows, predictions)]

@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.annotations import SALIENCY_CLIP_SECONDS
-from ..processing_diffusionvmr import DiffusionVMRProcessor
+from ..processing_diffusionvmr import DiffusionVMRProcessor, check_outputs
+from ..windows import merge
 from .collator import DiffusionVMRDataCollator
 from .dataset import MomentRetrievalDataset
 
@@ -76,6 +77,8 @@ def official_predictions(
         post_processing: `threshold`, `top_k` and `nms_threshold`, by default those of `EVERY_PROPOSAL`, and `round_to`,
             by default the processor's.
     """
+    if dataset.windows is not None:
+        return _merged_predictions(dataset, outputs, post_processing)
     rows = [dataset.rows[index] for index in outputs.rows.tolist()]
     found = every_proposal(dataset.processor).post_process_moment_retrieval(
         outputs,
@@ -96,6 +99,37 @@ def official_predictions(
             rows, found, saliency, lengths, outputs.covered_durations.tolist()
         )
     ]
+
+
+def _merged_predictions(
+    dataset: MomentRetrievalDataset, outputs: RowOutputs, post_processing: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the predictions of `official_predictions` for rows of which every window is a sample."""
+    assert dataset.windows is not None
+    check_outputs(outputs)
+    processor = every_proposal(dataset.processor)
+    samples_of: dict[int, list[int]] = {}
+    for place, sample in enumerate(outputs.rows.tolist()):
+        samples_of.setdefault(dataset.samples[sample][0], []).append(place)
+    predictions = []
+    for index, places in samples_of.items():
+        row = dataset.rows[index]
+        places.sort(key=lambda place: int(outputs.rows[place]))
+        windows = dataset.windows[row["vid"]]
+        fields = outputs.logits[places], outputs.pred_spans[places], outputs.saliency_scores[places]
+        findings = merge(windows, *fields, processor.max_clips)
+        covered = dataset.covered_duration(row, windows[-1].last)
+        (moments,) = processor.post_process_moment_retrieval(findings, [covered], [row["duration"]], **post_processing)
+        predictions.append(
+            {
+                "qid": row["qid"],
+                "query": row["query"],
+                "vid": row["vid"],
+                "pred_relevant_windows": [[moment["start"], moment["end"], moment["score"]] for moment in moments],
+                "pred_saliency_scores": _on_official_clips(findings.saliency_scores[0].tolist(), covered, row),
+            }
+        )
+    return predictions
 
 
 def _on_official_clips(scores: list[float], covered_duration: float, row: dict[str, Any]) -> list[float]:
@@ -138,13 +172,13 @@ def predict_moments(
     """
     model.eval()
     loader = DataLoader(dataset, batch_size, collate_fn=DiffusionVMRDataCollator(with_rows=True))
-    predictions = []
+    parts = []
     for batch in tqdm(loader, desc="retrieving", disable=not progress):
         inputs = {
             name: batch[name].to(model.device, model.dtype if batch[name].is_floating_point() else None)
             for name in MODEL_INPUTS
         }
         outputs = model(**inputs, num_proposals=num_proposals, num_sampling_steps=num_sampling_steps)
-        outputs = row_outputs(outputs, batch, dataset.processor.max_clips)
-        predictions += official_predictions(dataset, outputs, **post_processing)
-    return predictions
+        parts.append(RowOutputs(*(field.cpu() for field in row_outputs(outputs, batch, dataset.processor.max_clips))))
+    # All at once, since windows of one video may lie in several batches
+    return official_predictions(dataset, RowOutputs(*map(torch.cat, zip(*parts))), **post_processing) if parts else []
