@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
+import torch
 from transformers import pipeline
 
-from modeling_diffusionvmr import DEFAULT_MODEL
+from modeling_diffusionvmr import DEFAULT_MODEL, open_video
 from modeling_diffusionvmr.cli.errors import run_safely
 from modeling_diffusionvmr.cli.options import CommandParser
 from modeling_diffusionvmr.presentation.timeline import frames_of
@@ -56,9 +57,11 @@ def main(arguments: argparse.Namespace) -> None:
     frames = frames_of(str(path), plan.duration)
     save_figure(plot_timeline(sentences, results, plan.duration, frames, truth), folder / "timeline.png")
 
-    inputs = retrieve.preprocess({"video": str(path), "query": sentences[0]})
-    features = retrieve.forward(inputs, num_sampling_steps=1)  # the last of several steps does not start from noise
-    outputs, video = features["outputs"], features["video"]
+    video = open_video(path, retrieve.backbones.clip_seconds)
+    features = retrieve.backbones.encode_video(video), retrieve.backbones.encode_text(sentences[:1])
+    with torch.inference_mode():
+        # One step, since the last of several does not start from noise
+        outputs = retrieve.model(**retrieve.processor([features[0]], features[1]), num_sampling_steps=1)
     figure = plot_refinement(
         outputs.intermediate_spans[0],
         outputs.logits[0].softmax(-1)[:, 0],

@@ -54,6 +54,38 @@ def test_clips_that_show_the_same_frame_are_encoded_once(clip, frames, monkeypat
         np.testing.assert_allclose(features, clip.encode_video(as_video(frames[:2])).repeat(10, axis=0), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("returned", "found"),
+    [
+        (np.zeros((7, 5), np.float32), r"\(7, 5\) float32"),
+        (np.zeros((6, 12), np.float32), r"\(6, 12\) float32"),
+        (np.zeros(12, np.float32), r"\(12,\) float32"),
+        (np.zeros((7, 12)), r"\(7, 12\) float64"),
+        (None, "NoneType"),
+    ],
+)
+def test_a_backbone_that_does_not_return_one_vector_per_clip(clip, frames, monkeypatch, returned, found):
+    monkeypatch.setattr(clip, "encode_clips", lambda inputs: returned)
+    message = rf"^ClipBackbone.encode_clips must return an array \(7, 12\) float32, got {found}$"
+    with pytest.raises(TypeError, match=message):
+        clip.encode_video(as_video(frames))
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5])
+def test_invalid_batch_size(clip, frames, batch_size):
+    with pytest.raises(ValueError, match="^`batch_size` must be"):
+        clip.encode_video(as_video(frames), batch_size)
+
+
+def test_backbones_cannot_change_the_frames_that_they_share(clip, frames, monkeypatch):
+    def prepare(shared):
+        shared[0][:] = 0
+
+    monkeypatch.setattr(clip, "prepare", prepare)
+    with pytest.raises(ValueError, match="read-only"):
+        clip.encode_video(as_video(frames))
+
+
 def test_an_error_while_decoding_ends_the_encoding(clip, tmp_path):
     path = write_video(tmp_path / "a.ts", np.arange(200) / 10, noise=True)
     content = bytearray(path.read_bytes())
@@ -130,7 +162,7 @@ def test_registered_class_replaces_an_earlier_one(clip, tmp_path, monkeypatch):
     [
         ("mine", object, "a backbone must be a subclass of `Backbone`, got <class 'object'>"),
         ("mine", tiny_siglip, "a backbone must be a subclass of `Backbone`, got <function"),
-        (SiglipBackbone, "mine", "a model type must be a string, got <class "),
+        (SiglipBackbone, "mine", "a model type must be a string that is not empty, got <class "),
     ],
 )
 def test_invalid_registration(model_type, backbone_class, message):

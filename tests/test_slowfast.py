@@ -215,3 +215,11 @@ def test_invalid_values_are_named(field, value):
     named = {"width": "channel_ratio" if value else "width", "num_frames": "frame_ratio"}.get(field, field)
     named = "slow_kernels" if value == (3, 4, 6) else named
     assert named in str(caught.value.__cause__ or caught.value)
+
+
+def test_weights_of_a_deeper_network(tmp_path):
+    SlowFastBackbone(tiny_slowfast()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "depths": [2, 1, 2]}))
+    with pytest.raises(ValueError, match=r"config.json describes another network; it has no place for fast\.stages\.2"):
+        SlowFastBackbone.from_pretrained(tmp_path)

@@ -320,6 +320,33 @@ def test_several_samplings_in_one_decoding(tmp_path, monkeypatch):
     assert len(decoded) == 1
 
 
+def test_clips_whose_frames_overlap(tmp_path):
+    """A window of frames that is longer than a clip."""
+    path = write_video(tmp_path / "a.mp4", np.arange(73) / 10)
+    frames = np.stack([picture(index) for index in range(73)])
+    for source in (path, (frames, 10)):
+        clips = open_video(source, 1.0).clips([FrameSampling(10, (0, 8, 16, 24))])
+        found = [[index_of(frame) for frame in clip] for _, clip in clips]
+        assert found == [[min(first + step, 72) for step in (0, 8, 16, 24)] for first in range(0, 70, 10)]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rate": 0}, "`rate` must be a whole number or a Fraction above 0, got 0"),
+        ({"rate": 29.97}, "`rate` must be a whole number or a Fraction above 0, got 29.97"),
+        ({"rate": 10, "indices": ()}, "`indices` must contain at least one frame"),
+        ({"rate": 10, "indices": (5, 0)}, r"`indices` must be in ascending order, got \[5, 0\]"),
+        ({"rate": 10, "indices": (-5, 0)}, "each of `indices` must be at least 0, got -5"),
+        ({"rate": 10, "indices": (0.5,)}, "each of `indices` must be a whole number, got 0.5"),
+        ({"rate": 10, "crop": 0}, "`crop` must be at least 1, got 0"),
+    ],
+)
+def test_invalid_samplings(values, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        FrameSampling(**values)
+
+
 def test_a_frame_that_is_repeated_is_converted_once(tmp_path, monkeypatch):
     """A file in which the first frame is shown for a minute."""
     path = write_video(tmp_path / "a.mkv", [0.0, 60.0, 61.0])

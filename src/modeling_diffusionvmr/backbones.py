@@ -31,8 +31,8 @@ def register_backbone(model_type: str, backbone_class: type[Backbone]) -> None:
     Raises:
         TypeError: if `model_type` is not a string, or the class is not a subclass of `Backbone`.
     """
-    if not isinstance(model_type, str):
-        raise TypeError(f"a model type must be a string, got {model_type!r}")
+    if not isinstance(model_type, str) or not model_type:
+        raise TypeError(f"a model type must be a string that is not empty, got {model_type!r}")
     if not (isinstance(backbone_class, type) and issubclass(backbone_class, Backbone)):
         raise TypeError(f"a backbone must be a subclass of `Backbone`, got {backbone_class!r}")
     BACKBONE_CLASSES[model_type] = backbone_class

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
+from .checks import check_whole
 from .video import Frames, FrameSampling, Video
 
 
@@ -62,7 +63,7 @@ class Backbone:
 
         Args:
             clip_seconds: length of a clip in seconds.
-            fps: average number of frames per second of the video.
+            fps: average number of frames per second of the video, above 0.
         """
         return FrameSampling(1 / clip_seconds)
 
@@ -115,17 +116,28 @@ def encode_video(
         One array (num_clips, feature_size) float32 per backbone.
 
     Raises:
-        ValueError: if the video is damaged.
+        ValueError: if the video is damaged, or `batch_size` is invalid.
+        TypeError: if a backbone returns anything but one vector of its size per clip.
     """
+    check_whole(batch_size, "`batch_size`", 1)
     features: list[list[np.ndarray]] = [[] for _ in backbones]
     total = video.num_clips * len(backbones)
     with tqdm(desc="encoding clips", total=total, disable=not progress) as bar:
         for which, inputs, repeats in _one_ahead(_prepared_batches(backbones, video, batch_size)):
-            features[which].append(np.repeat(backbones[which].encode_clips(inputs), repeats, axis=0))
+            encoded = backbones[which].encode_clips(inputs)
+            _check_encoded(encoded, backbones[which], len(repeats))
+            features[which].append(np.repeat(encoded, repeats, axis=0))
             bar.update(sum(repeats))
             if advance is not None:
                 advance(sum(repeats) / total)
     return [np.concatenate(arrays) for arrays in features]
+
+
+def _check_encoded(encoded: Any, backbone: Backbone, num_clips: int) -> None:
+    wanted = (num_clips, backbone.feature_size)
+    if not isinstance(encoded, np.ndarray) or encoded.shape != wanted or encoded.dtype != np.float32:
+        found = f"{encoded.shape} {encoded.dtype}" if isinstance(encoded, np.ndarray) else type(encoded).__name__
+        raise TypeError(f"{type(backbone).__name__}.encode_clips must return an array {wanted} float32, got {found}")
 
 
 def _prepared_batches(

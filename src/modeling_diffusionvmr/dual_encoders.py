@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from .base_backbone import Backbone
-from .checks import check_sentence
+from .checks import check_sentence, check_whole
 from .video import Frames
 from .weights import check_weight_index, check_weights, missing_weights
 
@@ -126,8 +126,11 @@ class DualEncoder(Backbone):
                 the maximum: the length that the model supports.
 
         Raises:
-            ValueError: if a sentence is not a string, is blank, or cannot be encoded as UTF-8.
+            ValueError: if a sentence is not a string, is blank, or cannot be encoded as UTF-8, or if `max_tokens` is
+                invalid.
         """
+        if max_tokens is not None:
+            check_whole(max_tokens, "`max_tokens`", 1)
         limit = self.model.config.text_config.max_position_embeddings
         limit = limit if max_tokens is None else min(limit, max_tokens)
         features = []

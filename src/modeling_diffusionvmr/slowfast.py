@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .base_backbone import Backbone
 from .checks import check_positive, check_whole
+from .messages import listed
 from .video import Frames, FrameSampling
 from .weights import check_weight_index, check_weights, missing_weights
 
@@ -249,7 +250,7 @@ class SlowFastBackbone(Backbone):
 
         Raises:
             OSError: if there is none.
-            ValueError: if weights are missing or not finite.
+            ValueError: if weights are missing or not finite, or there are more than the configuration describes.
         """
         where = os.path.join(path_or_id, subfolder) if subfolder else path_or_id
         if os.path.isdir(where):
@@ -259,6 +260,10 @@ class SlowFastBackbone(Backbone):
         )
         model, info = loaded
         check_weights(model, missing_weights(info), where)
+        if unexpected := sorted(info["unexpected_keys"]):
+            raise ValueError(
+                f"{where}: config.json describes another network; it has no place for {listed(unexpected)}"
+            )
         return cls(model)
 
     def sampling(self, clip_seconds: Fraction, fps: float) -> FrameSampling:

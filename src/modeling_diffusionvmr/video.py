@@ -12,13 +12,17 @@ import io
 import math
 import os
 import reprlib
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple
+from itertools import pairwise
+from numbers import Rational
+from typing import Any
 
 import numpy as np
 
-from .checks import check_positive
+from .checks import check_positive, check_whole
 from .download import MAX_DOWNLOAD_BYTES, fetch
 from .video_file import VideoFile, import_av, reason
 from .video_filters import FrameRateFilter, ToRGB
@@ -26,23 +30,40 @@ from .video_filters import FrameRateFilter, ToRGB
 MAX_VIDEO_SECONDS, MAX_CLIPS = 24 * 60 * 60, 1_000_000
 
 Frames = tuple[np.ndarray, ...]
-"""The frames of one clip, each (H, W, 3) uint8 RGB."""
+"""The frames of one clip, each (H, W, 3) uint8 RGB. They are read-only."""
 
 
-class FrameSampling(NamedTuple):
+@dataclass(frozen=True)
+class FrameSampling:
     """
     Which frames of each clip a backbone reads, and in which size.
 
     Args:
-        rate: frames per second, which FFmpeg's filter `fps=rate:start_time=0` takes.
-        indices: the frames of a clip, in ascending order, by their number since the clip's first frame.
+        rate: frames per second, a whole number or a `Fraction`, which FFmpeg's filter `fps=rate:start_time=0` takes.
+        indices: the frames of a clip, in ascending order, by their number since the clip's first frame. They can repeat,
+            and reach beyond the clip.
         crop: scale the short side to this number of pixels (bicubic) and crop the middle. `None`: leave frames as they
             are, except that those above 1080p are reduced to it.
+
+    Raises:
+        ValueError: if a value is invalid. The message names it.
     """
 
-    rate: Fraction
+    rate: Fraction | int
     indices: Sequence[int] = (0,)
     crop: int | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.rate, Rational) or self.rate <= 0:
+            raise ValueError(f"`rate` must be a whole number or a Fraction above 0, got {self.rate!r}")
+        if not len(self.indices):
+            raise ValueError("`indices` must contain at least one frame")
+        for index in self.indices:
+            check_whole(index, "each of `indices`", 0)
+        if any(after < before for before, after in pairwise(self.indices)):
+            raise ValueError(f"`indices` must be in ascending order, got {[*self.indices]}")
+        if self.crop is not None:
+            check_whole(self.crop, "`crop`", 1)
 
     def frames_of_clip(self, clip: int, clip_seconds: Fraction) -> list[int]:
         """Return the frames of a clip by their number since the start of the video."""
@@ -130,10 +151,10 @@ class FrameVideo(Video):
 
     def _picture(self, index: int, crop: int | None) -> np.ndarray:
         if crop is None:
-            return self.frames[index]
+            return _read_only(self.frames[index])
         frame = import_av().VideoFrame.from_ndarray(np.ascontiguousarray(self.frames[index]), format="rgb24")
         frame.time_base = Fraction(1)  # FFmpeg's filters need one
-        return ToRGB(pixel_aspect=1, crop=crop)(frame)
+        return _read_only(ToRGB(pixel_aspect=1, crop=crop)(frame))
 
 
 class FileVideo(Video):
@@ -170,8 +191,8 @@ class _ClipReader:
         self._filter = FrameRateFilter(sampling.rate)
         self._to_rgb = ToRGB(video.file.pixel_aspect, sampling.crop)
         self._clips = (sampling.frames_of_clip(clip, video.exact_clip_seconds) for clip in range(video.num_clips))
-        self._wanted = next(self._clips)
-        self._frames: list[np.ndarray] = []  # of the clip that is being read
+        self._next = next(self._clips)  # the wanted frames of the next clip
+        self._begun: deque[tuple[list[int], list[np.ndarray]]] = deque()  # wanted and found frames; clips may overlap
         self._number = 0  # of the next frame that the filter gives
         self._latest: Any = None
         self._converted: Any = None  # the latest frame that was needed
@@ -191,21 +212,31 @@ class _ClipReader:
 
     def _complete(self, last: float) -> Iterator[Frames]:
         """Add the latest frame wherever a frame up to the number `last` is wanted."""
-        while self._wanted and self._wanted[len(self._frames)] <= last:
-            self._frames.append(self._latest_picture())
-            if len(self._frames) == len(self._wanted):
-                yield tuple(self._frames)
-                self._wanted, self._frames = next(self._clips, []), []
+        while self._next and self._next[0] <= last:
+            self._begun.append((self._next, []))
+            self._next = next(self._clips, [])
+        for wanted, found in self._begun:
+            while len(found) < len(wanted) and wanted[len(found)] <= last:
+                found.append(self._latest_picture())
+        while self._begun and len(self._begun[0][1]) == len(self._begun[0][0]):
+            yield tuple(self._begun.popleft()[1])
 
     def _latest_picture(self) -> np.ndarray:
         # The filter repeats a frame without copying it. As long as the old one is kept, no other one is in its memory.
         if self._converted is None or _address(self._converted) != _address(self._latest):
-            self._converted, self._picture = self._latest, self._to_rgb(self._latest)
+            self._converted, self._picture = self._latest, _read_only(self._to_rgb(self._latest))
         return self._picture
 
 
 def _address(frame: Any) -> int:
     return frame.planes[0].buffer_ptr
+
+
+def _read_only(frame: np.ndarray) -> np.ndarray:
+    """Return a view of a frame that nobody can change, since several clips and backbones may share it."""
+    view = frame.view()
+    view.flags.writeable = False
+    return view
 
 
 def _file_of_row(row: Mapping[str, Any]) -> Any:
