@@ -261,9 +261,7 @@ class SlowFastBackbone(Backbone):
         model, info = loaded
         check_weights(model, missing_weights(info), where)
         if unexpected := sorted(info["unexpected_keys"]):
-            raise ValueError(
-                f"{where}: config.json describes another network; it has no place for {listed(unexpected)}"
-            )
+            raise ValueError(f"{where}: config.json describes another network, without {listed(unexpected)}")
         return cls(model)
 
     def sampling(self, clip_seconds: Fraction, fps: float) -> FrameSampling:

@@ -40,8 +40,8 @@ class FrameSampling:
 
     Args:
         rate: frames per second, a whole number or a `Fraction`, which FFmpeg's filter `fps=rate:start_time=0` takes.
-        indices: the frames of a clip, in ascending order, by their number since the clip's first frame. They can repeat,
-            and reach beyond the clip.
+        indices: the frames of a clip, in ascending order, by their number since the clip's first frame. They can
+            repeat, and reach beyond the clip.
         crop: scale the short side to this number of pixels (bicubic) and crop the middle. `None`: leave frames as they
             are, except that those above 1080p are reduced to it.
 

@@ -23,7 +23,7 @@ class FrameRateFilter:
         rate: frames per second.
     """
 
-    def __init__(self, rate: Fraction):
+    def __init__(self, rate: Fraction | int):
         self._options = f"fps={rate.numerator}/{rate.denominator}:start_time=0"
         self._graph: Any = None
 
