@@ -193,7 +193,7 @@ class VideoFile:
         av = import_av()
         shift, latest, expected, packet = -Fraction(container.start_time or 0, av.time_base), None, None, None
         try:
-            for packet in container.demux():
+            for packet in _demuxed(container):
                 if packet.stream is stream and packet.dts is not None and _can_restart(container):
                     decoded = packet.dts * packet.time_base
                     if latest is not None and not latest - MAX_STEP_BACK <= decoded <= expected + MAX_STEP_FORWARD:
@@ -281,6 +281,17 @@ class VideoFile:
                 of = f" of {float(promised):.2f} s" if is_short else ""
                 raise ValueError(f"{self.name}: cut off at {float(end_of_all):.2f} s{of}")
         return promised if is_short else end  # the last picture stays
+
+
+def _demuxed(container: Any) -> Iterator[Any]:
+    """Yield all packets. FFmpeg stops after 64 KB without a packet of MPEG-TS, and goes on when it is asked again."""
+    for _ in range(container.size >> 16):
+        try:
+            yield from container.demux()
+            return
+        except import_av().BlockingIOError:
+            continue
+    yield from container.demux()
 
 
 def _sound_track(container: Any) -> Any:
