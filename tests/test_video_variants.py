@@ -119,7 +119,6 @@ VARIANTS = [
     ("intra_refresh.mp4", {"codec_options": {"x264-params": "intra-refresh=1:keyint=30"}}),
     ("interlaced.mp4", {"codec_options": {"x264-params": "interlaced=1"}}),
     ("rate_1.mkv", {"rate": 1}),
-    ("rate_1_b_frames.ts", {"rate": 1, "codec_options": {"bf": "4"}}),
     ("rate_3.mp4", {"rate": 3}),
     ("rate_24.mp4", {"rate": 24}),
     ("rate_30.mp4", {"rate": 30}),
@@ -242,7 +241,7 @@ def test_joined_files_whose_clock_restarts_or_jumps(tmp_path, flags, offset):
 
 
 @pytest.mark.parametrize(("name", "distance"), [("a.ts", 188), ("a.m2ts", 192)])
-@pytest.mark.parametrize("how", [{}, {"rate": 25, "codec": "mpeg2video"}, {"sound": (0, 6)}], ids=str)
+@pytest.mark.parametrize("how", [{"rate": 25}, {"rate": 25, "codec": "mpeg2video"}], ids=str)
 def test_joined_files_whose_counters_restart(tmp_path, name, distance, how):
     path = write(tmp_path / name, **how)
     content, rate = path.read_bytes(), how.get("rate", 10)
@@ -314,7 +313,7 @@ def test_times_of_decoding_that_are_squeezed(tmp_path):
     with av.open(str(whole)) as source, av.open(str(path), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         for index, packet in enumerate(packet for packet in source.demux(video=0) if packet.size):
-            packet.dts = packet.pts - 90000 * 3 // 2 * (index < 3) - 90000 * (index >= 3)
+            packet.dts = packet.pts - 45000 * min(index, 2)
             packet.stream = stream
             target.mux(packet)
     assert open_video(path, 1.0).duration == SECONDS
