@@ -87,6 +87,7 @@ VARIANTS = [
     ("mpeg4.m4v", {"codec": "mpeg4"}),
     ("mpeg4.avi", {"codec": "mpeg4"}),
     ("mpeg4.nut", {"codec": "mpeg4"}),
+    ("vp8.ogv", {"codec": "libvpx", "codec_options": FAST_VPX}),
     ("sorenson.flv", {"codec": "flv"}),
     ("sorenson.swf", {"codec": "flv"}),
     ("mjpeg.avi", {"codec": "mjpeg", "pix_fmt": "yuvj420p"}),
@@ -146,7 +147,9 @@ def test_containers_codecs_rates_and_streams(tmp_path, monkeypatch, name, how):
     path.write_bytes(path.read_bytes().replace(b"LATIN", "Mus\xe9e".encode("latin-1")))
     rate = how.get("rate", 10)
     expected = last_before_centers(np.arange(SECONDS * rate) / rate, SECONDS)
-    assert abs(open_video(path, 1.0).duration - SECONDS) < 0.1
+    video = open_video(path, 1.0)
+    assert abs(video.duration - SECONDS) < 0.1
+    assert video.fps == pytest.approx(rate, rel=0.02)
     assert shown(name) == shown(path) == [index % 256 for index in expected]
 
 
@@ -235,6 +238,86 @@ def test_joined_files_whose_clock_restarts_or_jumps(tmp_path, flags, offset):
     path.write_bytes(first + second)
     assert open_video(path, 1.0).duration == pytest.approx(2 * SECONDS)
     assert shown(path) == 2 * [4, 14, 24, 34, 44, 54]
+
+
+@pytest.mark.parametrize(("name", "distance"), [("a.ts", 188), ("a.m2ts", 192)])
+@pytest.mark.parametrize("how", [{"rate": 25}, {"rate": 25, "codec": "mpeg2video"}], ids=str)
+def test_joined_files_whose_counters_restart(tmp_path, name, distance, how):
+    path = write(tmp_path / name, **how)
+    content, rate = path.read_bytes(), how.get("rate", 10)
+    expected = last_before_centers(np.arange(SECONDS * rate) / rate, SECONDS)
+    if name == "a.m2ts":  # which FFmpeg ends inside a packet
+        content = content[: len(content) // distance * distance]
+    path.write_bytes(2 * content)
+    assert open_video(path, 1.0).duration == pytest.approx(2 * SECONDS, abs=0.1)
+    assert shown(path) == 2 * expected
+
+
+def test_joined_segments_whose_counters_restart(tmp_path):
+    """`ffmpeg -f segment` starts each file anew, while the clock goes on."""
+    how = {"codec_options": {"bf": "0"}}
+    first = write(tmp_path / "first.ts", **how).read_bytes()
+    second = write(tmp_path / "second.ts", output_ts_offset=str(SECONDS), **how).read_bytes()
+    path = tmp_path / "joined.ts"
+    path.write_bytes(first + second)
+    assert open_video(path, 1.0).duration == pytest.approx(2 * SECONDS)
+    assert shown(path) == 2 * [4, 14, 24, 34, 44, 54]
+    lost = 188 * 3  # the tables before the first picture
+    path.write_bytes(first + second[lost:])
+    with pytest.raises(ValueError, match=r"joined\.ts: damaged or cut off at .* convert it first"):
+        open_video(path, 1.0)
+
+
+@pytest.mark.parametrize("zeros", [1, 1000, 200_000])
+@pytest.mark.parametrize("name", ["a.ts", "a.m2ts", "fragments.mp4"])
+def test_zeros_after_the_end(tmp_path, name, zeros):
+    how = {"movflags": "frag_keyframe+empty_moov+skip_trailer"} if name == "fragments.mp4" else {}
+    path = write(tmp_path / name, **how)
+    content = path.read_bytes()
+    path.write_bytes(content + bytes(zeros))
+    assert shown(path) == [4, 14, 24, 34, 44, 54]
+    path.write_bytes(content[:-100])
+    with pytest.raises(ValueError, match=rf"{name}: .*cut off at"):
+        open_video(path, 1.0)
+
+
+def test_dv(tmp_path):
+    path = write(
+        tmp_path / "a.dv", codec="dvvideo", rate=25, size=(720, 576),
+        draw=lambda index: picture(index).repeat(12, 0)[:576].repeat(12, 1)[:, :720],
+    )  # fmt: skip
+    video = open_video(path, 1.0)
+    assert video.fps == 25 and video.duration == SECONDS and len(list(video)) == SECONDS
+
+
+def test_avi_written_to_a_pipe(tmp_path):
+    path = write(tmp_path / "a.avi", codec="mpeg4")
+    content = bytearray(path.read_bytes())
+    place = content.index(b"vids") + 32
+    content[place : place + 4] = struct.pack("<I", 1 << 30)
+    content[4:8] = struct.pack("<I", 0xFFFFFFFF)
+    path.write_bytes(content)
+    assert open_video(path, 1.0).duration == SECONDS
+    assert shown(path) == [4, 14, 24, 34, 44, 54]
+
+
+def test_pictures_before_time_0(tmp_path):
+    path = write(tmp_path / "a.mkv", start=-2.0, avoid_negative_ts="disabled", codec_options={"bf": "0"})
+    assert open_video(path, 1.0).duration == 4
+    assert shown(path) == [24, 34, 44, 54]
+
+
+def test_times_of_decoding_that_are_squeezed(tmp_path):
+    """The cut of a stream of one picture per second puts the times of decoding close together."""
+    whole, path = write(tmp_path / "whole.ts", rate=1, codec_options={"bf": "0"}), tmp_path / "a.ts"
+    with av.open(str(whole)) as source, av.open(str(path), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for index, packet in enumerate(packet for packet in source.demux(video=0) if packet.size):
+            packet.dts = packet.pts - 45000 * min(index, 2)
+            packet.stream = stream
+            target.mux(packet)
+    assert open_video(path, 1.0).duration == SECONDS
+    assert shown(path) == [0, 1, 2, 3, 4, 5]
 
 
 def test_joined_files_of_different_sizes(tmp_path):

@@ -13,6 +13,10 @@ from typing import Any, BinaryIO
 SKIPPING_DEMUXERS = ("matroska,webm", "flv", "asf")
 # In bytes: the distance between packets of MPEG-TS, which are alone, after a time (M2TS), or before error correction
 TS_PACKET, TS_DISTANCES = 188, (188, 192, 204)
+# Between the table of programs (PAT) and the first picture of an MPEG-TS file are few packets, of other streams
+MAX_TS_START = 50 * max(TS_DISTANCES)
+# In pictures: FFmpeg flags the one before the last one before a gap
+GAP_DELAY = 2
 # MPEG-4 writes that nothing has changed in a few bytes, and its decoder gives no picture for them
 MIN_PICTURE_BYTES = 20
 
@@ -79,6 +83,40 @@ class AwaitedPictures:
         return lost
 
 
+class Gaps:
+    """The gaps that FFmpeg finds in MPEG-TS, by the counters of its packets: lost packets, or the joins of files."""
+
+    def __init__(self):
+        self._gaps: list[tuple[float, int | None]] = []  # seconds, and where in the file the key frame after it is
+        self._pictures = 0  # since the latest gap
+
+    def add(self, packet: Any, time: float) -> None:
+        """Look at the next packet of the pictures. The ones before it end at `time` in seconds."""
+        self._pictures += 1
+        if packet.is_corrupt:
+            self._gaps.append((time, None))
+            self._pictures = 0
+        elif packet.is_keyframe and self._gaps and self._pictures == GAP_DELAY:
+            self._gaps[-1] = (self._gaps[-1][0], packet.pos)
+
+    def first_loss(self, file: BinaryIO, stream_id: int) -> float | None:
+        """Return the seconds of the first gap that is not a join, or `None`. The stream is that of the pictures."""
+        for time, place in self._gaps:
+            if place is None or not _starts_at(file, place, stream_id):
+                return time
+        return None
+
+
+def _starts_at(file: BinaryIO, place: int, stream_id: int) -> bool:
+    """Return whether an MPEG-TS file starts with the picture at this place: the counters before it restart at 0."""
+    first = max(0, place - MAX_TS_START)
+    file.seek(first)
+    content = file.read(place - first + max(TS_DISTANCES))
+    table = content.rfind(b"G@\0", 0, place - first)  # of packets that begin a unit, the one of stream 0
+    packet = content[content.find(b"G" + (0x4000 | stream_id).to_bytes(2), place - first) :]
+    return table >= 0 and len(packet) > 3 and content[table + 3] & 15 == packet[3] & 15 == 0
+
+
 def stated_bytes(head: bytes) -> float | None:
     """Return the size of a Matroska, FLV or ASF file according to its first bytes, `None` if they do not say it."""
     if segment := re.match(rb"\x1a\x45\xdf\xa3.*?\x18\x53\x80\x67([^\0])", head, re.DOTALL):
@@ -95,21 +133,41 @@ def stated_bytes(head: bytes) -> float | None:
 
 
 def is_incomplete(file: BinaryIO, demuxer: str) -> bool:
-    """Return whether an MPEG-TS, fragmented MP4 or GIF file ends in the middle of a packet, box or block."""
+    """
+    Return whether an MPEG-TS, fragmented MP4 or GIF file ends in the middle of a packet, box or block.
+
+    It can go on with zeros: recorders reserve space.
+    """
     if "mp4" in demuxer:
         return _ends_inside_box(file)
-    file.seek(0)
     if demuxer == "mpegts":
-        return _ends_inside_packet(file.read(10 * max(TS_DISTANCES)), file.seek(0, os.SEEK_END))
+        return _ends_inside_packet(file)
+    file.seek(0)
     return demuxer == "gif" and _ends_inside_block(file.read())
 
 
-def _ends_inside_packet(head: bytes, size: int) -> bool:
+def _end_without_zeros(file: BinaryIO) -> int:
+    """Return the number of bytes before the zeros at the end of a file."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - (1 << 20))
+        file.seek(start)
+        if content := file.read(end - start).rstrip(b"\0"):
+            return start + len(content)
+        end = start
+    return 0
+
+
+def _ends_inside_packet(file: BinaryIO) -> bool:
     """Return whether the last packet of an MPEG-TS file is incomplete. The file can begin inside of a packet."""
+    file.seek(0)
+    head = file.read(10 * max(TS_DISTANCES))
+    size, end = file.seek(0, os.SEEK_END), _end_without_zeros(file)
     for distance in TS_DISTANCES:
         for first in range(distance):
             if all(byte == 0x47 for byte in head[first::distance]) and len(head) > 3 * distance:
-                return (size - first) % distance not in (0, TS_PACKET)
+                last = first + (end - 1 - first) // distance * distance
+                return size < last + TS_PACKET
     return False
 
 
@@ -119,7 +177,8 @@ def _ends_inside_box(file: BinaryIO) -> bool:
 
     FFmpeg takes that for the end. Files without fragments have an index, which must lead to each picture.
     """
-    place, end, has_fragments = 0, file.seek(0, os.SEEK_END), False
+    place, has_fragments = 0, False
+    size_of_file, end = file.seek(0, os.SEEK_END), _end_without_zeros(file)
     while place < end:
         file.seek(place)
         head = file.read(16).ljust(16, b"\0")
@@ -131,7 +190,7 @@ def _ends_inside_box(file: BinaryIO) -> bool:
         if size < 8:
             return has_fragments
         place += size
-    return has_fragments and place > end
+    return has_fragments and place > size_of_file
 
 
 def _ends_inside_block(gif: bytes) -> bool:

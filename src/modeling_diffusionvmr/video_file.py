@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from fractions import Fraction
 from typing import Any
 
-from .video_damage import AwaitedPictures, is_incomplete, logged_errors, stated_bytes, take_error
+from .video_damage import AwaitedPictures, Gaps, is_incomplete, logged_errors, stated_bytes, take_error
 
 # FFmpeg's demuxers that read a single file and open no other one: no playlists (HLS, DASH, concat), no SDP, no images
 DEMUXERS = (
@@ -27,6 +27,10 @@ MAX_THREADS = 4
 END_TOLERANCE = Fraction(1, 2)
 # In seconds, as in FFmpeg's command (`-dts_delta_threshold`): larger jumps are another clock, not a pause
 MAX_STEP_FORWARD, MAX_STEP_BACK = 10, Fraction(1, 10)
+# Frames per second. FFmpeg says 60000 of DV, whose clock ticks that often.
+MAX_RATE = 1000
+# AVI written to a pipe promises at least this many frames
+UNKNOWN_NUMBER = 1 << 30
 
 
 def import_av():
@@ -92,7 +96,7 @@ class VideoFile:
 
     def _decoded(self, thread_type: str, awaited: AwaitedPictures, with_sound: bool = False) -> Iterator[Any]:
         av = import_av()
-        time, following, has_begun, is_empty = 0.0, 0, False, True
+        time, following, has_begun, is_empty = 0.0, None, False, True
         with self._opened() as (container, stream), ExitStack() as stack:
             stream.thread_type = thread_type
             stream.codec_context.thread_count = min(MAX_THREADS, 1 + (os.cpu_count() or 1))
@@ -117,16 +121,18 @@ class VideoFile:
                     ) from error
                 for frame in frames:
                     # B-frames in AVI have the time of decoding only, and the last of them none
-                    frame.pts = next(stamp for stamp in (frame.pts, frame.dts, following) if stamp is not None)
+                    frame.pts = next((pts for pts in (frame.pts, frame.dts, following) if pts is not None), None)
+                    if frame.pts is None:  # before time 0 in Matroska
+                        continue
                     following, time, is_empty = frame.pts + frame.duration, frame.time, False
                     if frame.is_corrupt and has_begun:
                         raise ValueError(f"{self.name}: the frame at {time:.2f} s is damaged")
                     self._check_lost(awaited.lost(before=frame.pts), stream)
                     yield frame
+            if is_empty:
+                raise ValueError(f"{self.name}: no frames that can be decoded")
             awaited.lost(before=following - 1)  # shown with the last picture: its second field
             self._check_lost(awaited.times, stream)
-        if is_empty:
-            raise ValueError(f"{self.name}: no frames that can be decoded")
 
     def _check_lost(self, lost: list[int], stream: Any) -> None:
         """Raise ValueError if the decoder dropped pictures for more than a moment. Others are hidden or repeated."""
@@ -141,13 +147,17 @@ class VideoFile:
             warnings.warn(f"{self.name}: parts of its sound cannot be decoded ({reason(error)})", stacklevel=2)
             return []
 
+    def _bytes(self) -> Any:
+        """Return a context manager of the file. A file object stays open."""
+        return open(self.file, "rb") if self.is_path else nullcontext(self.file)
+
     @contextmanager
     def _opened(self) -> Iterator[tuple[Any, Any]]:
         """Open the container and choose the stream of the pictures: FFmpeg's best one, which is not a cover."""
         av = import_av()
         with ExitStack() as stack:
             try:
-                file = stack.enter_context(open(self.file, "rb")) if self.is_path else self.file
+                file = stack.enter_context(self._bytes())
                 file.seek(0)
                 # A file object, not a path: a name can contain a colon, which FFmpeg takes for the end of a protocol
                 container = av.open(
@@ -181,14 +191,14 @@ class VideoFile:
         a jump of the pictures' clock is removed. In other formats it is a long frame.
         """
         av = import_av()
-        shift, expected, packet = -Fraction(container.start_time or 0, av.time_base), None, None
+        shift, latest, expected, packet = -Fraction(container.start_time or 0, av.time_base), None, None, None
         try:
-            for packet in container.demux():
+            for packet in _demuxed(container):
                 if packet.stream is stream and packet.dts is not None and _can_restart(container):
                     decoded = packet.dts * packet.time_base
-                    if expected is not None and not -MAX_STEP_BACK <= decoded - expected <= MAX_STEP_FORWARD:
+                    if latest is not None and not latest - MAX_STEP_BACK <= decoded <= expected + MAX_STEP_FORWARD:
                         shift += expected - decoded
-                    expected = decoded + (packet.duration or 0) * packet.time_base
+                    latest, expected = decoded, decoded + (packet.duration or 0) * packet.time_base
                 shift_in_ticks = round(shift / packet.time_base)
                 packet.pts = None if packet.pts is None else packet.pts + shift_in_ticks
                 packet.dts = None if packet.dts is None else packet.dts + shift_in_ticks
@@ -208,34 +218,50 @@ class VideoFile:
         """
         av = import_av()
         start, end, end_of_all, skipped = math.inf, Fraction(0), Fraction(0), ""
+        pictures, without_time, gaps = 0, 0, Gaps()
         with logged_errors(av.logging) as logs, self._opened() as (container, stream):
             self.pixel_aspect = stream.sample_aspect_ratio or Fraction(1)
-            frame_seconds = 1 / stream.average_rate if stream.average_rate else 0
-            self.fps = float(stream.average_rate or 0)
+            # `None` in Ogg and NUT
+            average = stream.average_rate if stream.average_rate and stream.average_rate <= MAX_RATE else None
+            rate = average or stream.guessed_rate
+            frame_seconds = 1 / rate if rate else 0
             self.has_sound = _sound_track(container) is not None
             for packet in self._packets(container, stream):
                 is_picture = packet.stream is stream
                 if (message := take_error(logs, container.format.name)) and not skipped:
                     skipped = f"after {float(end):.2f} s ({message})"
-                if is_picture and packet.is_corrupt:
-                    raise ValueError(f"{self.name}: damaged or cut off at {float(end):.2f} s")
+                if is_picture:
+                    gaps.add(packet, float(end))
                 stamp = packet.pts if packet.pts is not None else packet.dts
-                if is_picture and packet.size and stamp is None:
-                    raise ValueError(f"{self.name}: frames have no timestamps; put them into a container such as mp4")
+                without_time += is_picture and packet.size > 0 and stamp is None
                 if not packet.size or packet.is_discard or stamp is None:
                     continue
                 packet_start = stamp * packet.time_base
                 packet_end = packet_start + (packet.duration or 0) * packet.time_base
                 end_of_all = max(end_of_all, packet_end)
                 if is_picture:
+                    pictures += 1
                     start = min(start, packet_start)
                     end = max(end, packet_end if packet.duration else packet_start + frame_seconds)
+            if without_time and not pictures:
+                raise ValueError(f"{self.name}: frames have no timestamps; put them into a container such as mp4")
+            self._check_gaps(gaps, container, stream)
             end = self._checked_end(container, stream, end, end_of_all)
         if skipped:  # if the file is cut off, that was said above
             raise ValueError(f"{self.name}: damaged {skipped}")
         if end <= start:
             raise ValueError(f"{self.name}: no frames")
+        self.fps = float(average or pictures / (end - start))
         return end
+
+    def _check_gaps(self, gaps: Gaps, container: Any, stream: Any) -> None:
+        """Raise ValueError if packets are missing in the middle of a file."""
+        with self._bytes() as file:
+            time = gaps.first_loss(file, stream.id)
+        if time is not None:
+            joined = ". If it was joined from others, convert it first: `ffmpeg -i joined.ts -c copy whole.mp4`"
+            advice = joined if _can_restart(container) else ""
+            raise ValueError(f"{self.name}: damaged or cut off at {time:.2f} s{advice}")
 
     def _checked_end(self, container: Any, stream: Any, end: Fraction, end_of_all: Fraction) -> Fraction:
         """Return the end of the last picture, given that of its packet and that of all packets."""
@@ -243,11 +269,11 @@ class VideoFile:
         # Headers count from 0
         promised = Fraction((container.duration or 0) - (container.start_time or 0), import_av().time_base)
         if demuxer == "avi":  # FFmpeg shortens the duration of damaged files, but also gives the header's
-            promised = stream.frames * stream.time_base
+            promised = (stream.frames if stream.frames < UNKNOWN_NUMBER else 0) * stream.time_base
             if promised and end > promised + END_TOLERANCE:
                 raise ValueError(f"{self.name}: damaged: {float(end):.2f} s of pictures, not {float(promised):.2f} s")
         is_short = end_of_all < promised - END_TOLERANCE and not _can_restart(container)  # those have no header
-        with open(self.file, "rb") if self.is_path else nullcontext(self.file) as file:
+        with self._bytes() as file:
             file.seek(0)
             stated = stated_bytes(file.read(4096))
             missing_bytes = is_short if stated is None else not container.size >= stated  # it can be NaN
@@ -255,6 +281,17 @@ class VideoFile:
                 of = f" of {float(promised):.2f} s" if is_short else ""
                 raise ValueError(f"{self.name}: cut off at {float(end_of_all):.2f} s{of}")
         return promised if is_short else end  # the last picture stays
+
+
+def _demuxed(container: Any) -> Iterator[Any]:
+    """Yield all packets. FFmpeg stops after 64 KB without a packet of MPEG-TS, and goes on when it is asked again."""
+    for _ in range(container.size >> 16):
+        try:
+            yield from container.demux()
+            return
+        except import_av().BlockingIOError:
+            continue
+    yield from container.demux()
 
 
 def _sound_track(container: Any) -> Any:
