@@ -12,9 +12,11 @@ instructions that a dictionary of NumPy arrays needs, and refuses a file with an
 import argparse
 import pickletools
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -263,32 +265,48 @@ class ArrayReader:
 
 
 def load_caffe2(path: Path) -> dict[str, PickledArray]:
-    """Return the weights of a Caffe2 file by name. Raise ValueError if it has anything but arrays of numbers."""
+    """
+    Return the arrays of a Caffe2 file by name. Raise ValueError if anything else is not ignored, such as `model_iter`,
+    a plain number.
+    """
     try:
         content = ArrayReader().read(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: not Caffe2 weights ({one_line(error)})") from None
     blobs = content.get("blobs") if isinstance(content, dict) else None
-    if not isinstance(blobs, dict) or not all(isinstance(array, PickledArray) for array in blobs.values()):
+    if not isinstance(blobs, dict):
         raise ValueError(f"{path}: has no `blobs`, a dictionary of arrays")
-    return blobs
+    arrays = {name: blob for name, blob in blobs.items() if isinstance(blob, PickledArray)}
+    others = [name for name in blobs if name not in arrays and not CAFFE2.ignored.fullmatch(name)]
+    if others:
+        raise ValueError(f"{path}: not Caffe2 weights (not an array: {listed(others, 5)})")
+    return arrays
 
 
 def load_pytorch(path: Path) -> dict[str, Tensor]:
     """Return the weights of a PyTorch checkpoint by name. Raise ValueError if it has anything but plain data."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+        with warnings.catch_warnings(action="ignore"):  # about files that it refuses anyway
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
         raise
-    except Exception as error:  # of many types, for a damaged file
-        lines = [line for line in str(error).splitlines() if "WeightsUnpickler error" in line]
-        raise ValueError(f"{path}: cannot be loaded as plain data ({one_line(lines[0] if lines else error)})") from None
+    except UnpicklingError as error:
+        raise ValueError(f"{path}: cannot be loaded as plain data ({_refusal(error)})") from None
+    except Exception:  # of many types
+        raise ValueError(f"{path}: damaged, or not a checkpoint of PyTorch") from None
     state = checkpoint.get("model_state") if isinstance(checkpoint, Mapping) else None
     if not isinstance(state, Mapping) or not all(
         isinstance(name, str) and _is_plain(tensor) for name, tensor in state.items()
     ):
         raise ValueError(f"{path}: has no `model_state`, a dictionary of weights")
     return dict(state)
+
+
+def _refusal(error: UnpicklingError) -> str:
+    """Return why PyTorch refuses a file, without its advice to load it unsafely or to file an issue."""
+    reason = str(error).partition("Check the documentation")[0].strip()
+    reason = reason.rpartition("WeightsUnpickler error:")[2].strip().split("\n\n")[-1]
+    return one_line(reason.partition(" Please use")[0]).rstrip(".")
 
 
 def _is_plain(tensor: Any) -> bool:

@@ -15,6 +15,10 @@ from .checks import check_whole
 from .video import Frames, FrameSampling, Video
 
 
+class VideoError(ValueError):
+    """A video is damaged. Any other error of `encode_video` is a backbone's."""
+
+
 class Backbone:
     """
     A frozen backbone. Subclass it for your own, and register it with `register_backbone`.
@@ -116,7 +120,8 @@ def encode_video(
         One array (num_clips, feature_size) float32 per backbone.
 
     Raises:
-        ValueError: if the video is damaged, or `batch_size` is invalid.
+        VideoError: if the video is damaged.
+        ValueError: if `batch_size` is invalid.
         TypeError: if a backbone returns anything but one vector of its size per clip.
     """
     check_whole(batch_size, "`batch_size`", 1)
@@ -148,7 +153,7 @@ def _prepared_batches(
     latest: list[Frames] = [()] * len(backbones)
     inputs: list[list[Any]] = [[] for _ in backbones]
     repeats: list[list[int]] = [[] for _ in backbones]
-    for which, frames in video.clips(samplings):
+    for which, frames in _decoded(video, samplings):
         if latest[which] and all(one is other for one, other in zip(latest[which], frames)):
             repeats[which][-1] += 1
             continue
@@ -160,6 +165,14 @@ def _prepared_batches(
         latest[which] = frames
     for which in range(len(backbones)):
         yield which, default_collate(inputs[which]), repeats[which]
+
+
+def _decoded(video: Video, samplings: Sequence[FrameSampling]) -> Iterator[tuple[int, Frames]]:
+    """Yield what `video.clips` yields. Raise `VideoError` if the video is damaged."""
+    try:
+        yield from video.clips(samplings)
+    except ValueError as error:
+        raise VideoError(str(error)) from error
 
 
 def _one_ahead(items: Iterable[Any]) -> Iterator[Any]:

@@ -25,9 +25,10 @@ from modeling_diffusionvmr import (
 from modeling_diffusionvmr.backbones import BACKBONE_CLASSES
 from modeling_diffusionvmr.cli import main
 from modeling_diffusionvmr.cli.processes import Process
-from modeling_diffusionvmr.data.extraction import find_videos
+from modeling_diffusionvmr.data.extraction import find_videos, share_of_videos
 from modeling_diffusionvmr.data.features import METADATA_FILE, TEXT_KEY, VIDEO_KEY, write_features
 from modeling_diffusionvmr.data.files import save_jsonl
+from modeling_diffusionvmr.dual_encoders import ClipBackbone
 from modeling_diffusionvmr.slowfast import SlowFastBackbone
 from modeling_diffusionvmr.synthetic.rendered_world import annotation_rows, plan_video, write_video
 from modeling_diffusionvmr.training.prediction import every_proposal
@@ -226,6 +227,16 @@ def test_damaged_video(world, extract, extract_error, tmp_path, capsys):
     assert sorted(open_features(output / "clip")) == sorted(world.vids)
 
 
+def test_fault_of_a_backbone(world, extract_error, monkeypatch):
+    """It is not a damaged video, which `--skip_invalid` would skip."""
+
+    def encode_clips(self, inputs):
+        raise ValueError("a fault of the backbone")
+
+    monkeypatch.setattr(ClipBackbone, "encode_clips", encode_clips)
+    assert extract_error("--videos", world.videos, "--skip_invalid") == "error: a fault of the backbone"
+
+
 def test_two_files_of_one_video(world, extract_error, tmp_path):
     videos = copied(world, tmp_path / "videos")
     shutil.copy(videos / f"{world.vids[0]}.mp4", videos / f"{world.vids[0]}.MKV")
@@ -292,23 +303,37 @@ def test_several_processes(world, extract, argv, tmp_path, monkeypatch, capsys):
     expected = contents(output)
     shutil.rmtree(output)
     capsys.readouterr()
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
     shares = []
-    for rank in range(2):
+    for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
         before = contents(output) if rank else {}
         extract(*arguments)
         shares.append(contents(output).keys() - before.keys())
-        assert f"process {rank + 1} of 2: {output / 'clip'}: 1 of 1 videos" in capsys.readouterr().out
+        number = len(share_of_videos(dict.fromkeys(world.vids), rank, 3))
+        assert f"process {rank + 1} of 3: {output / 'clip'}: {number} of {number} videos" in capsys.readouterr().out
     assert all(any(name.startswith("clip_text/qid") for name in share) for share in shares)
     assert contents(output) == expected
 
     shutil.rmtree(output / "clip_text")
-    monkeypatch.setenv("WORLD_SIZE", "3")  # another number of processes resumes
-    for rank in range(3):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # another number of processes resumes
+    for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
         extract(*arguments)
     assert contents(output) == expected
+
+
+def test_each_missing_video_is_reported_by_one_process(world, extract, tmp_path, monkeypatch, capsys):
+    """Even if it is there when another process starts."""
+    videos = copied(world, tmp_path / "videos")
+    vid = world.vids[0]
+    (owner,) = (rank for rank in range(2) if share_of_videos({vid: None}, rank, 2))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (1 - owner, owner):
+        monkeypatch.setenv("RANK", str(rank))
+        extract("--videos", videos, "--annotations", world.annotations, "--skip_invalid")
+        assert (f"{vid}: no such file" in capsys.readouterr().err) == (rank == owner)
+        (videos / f"{vid}.mp4").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("rank, world_size", [("2", "2"), ("-1", "2"), ("0", "two")])
@@ -342,9 +367,10 @@ def test_a_process_waits_for_the_others(monkeypatch):
 def test_accelerate_launch(world, argv, tmp_path):
     """One of two processes fails, on bad videos."""
     videos = copied(world, tmp_path / "videos")
-    sizes = [path.stat().st_size for path in videos.iterdir()]
-    for size in sizes:  # the processes take turns from the largest file on, so one of them gets the bad ones
-        (videos / f"bad_{size}.mp4").write_bytes(bytes(size + 1))
+    assert share_of_videos(dict.fromkeys(world.vids), 1, 2).keys() == set(world.vids)
+    of_first = share_of_videos(dict.fromkeys(f"bad_{index}" for index in range(20)), 0, 2)
+    for vid in list(of_first)[:2]:
+        (videos / f"{vid}.mp4").write_bytes(b"bad")
     launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0 -m".split()
     command = [*launch, "modeling_diffusionvmr", *argv("--videos", videos, "--device", "cpu")]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

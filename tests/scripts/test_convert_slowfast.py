@@ -4,6 +4,7 @@ import ast
 import builtins
 import os
 import pickle
+import re
 import struct
 import sys
 from collections.abc import Callable
@@ -118,14 +119,14 @@ def blobs_of(model: SlowFastModel) -> dict[str, np.ndarray]:
     blobs = {name: value.numpy() for name, value in published(model, script.CAFFE2).items()}
     blobs |= {f"{name}_momentum": np.zeros_like(array) for name, array in blobs.items() if name.endswith("_w")}
     more = {"pred_w": np.zeros((5, 144), "f4"), "pred_b": np.zeros(5, "f4"), "lr": np.ones(1, "f4")}
-    return {**blobs, **more, "model_iter": np.array([9], "i8")}
+    return {**blobs, **more, "model_iter": 9, "conv1_w_momentum": 2**40}  # plain numbers, the second one a long
 
 
 def save_caffe2(model: SlowFastModel, path: Path, **changes) -> None:
     path.write_bytes(as_python_2({"blobs": {**blobs_of(model), **changes}}))
 
 
-def as_python_2(value: dict | np.ndarray | str, module: bytes = b"numpy.core") -> bytes:
+def as_python_2(value: dict | np.ndarray | str | int, module: bytes = b"numpy.core") -> bytes:
     """A pickle as Python 2 writes it with its highest protocol, 2: all strings are strings of bytes."""
 
     def text(content: bytes) -> bytes:
@@ -137,11 +138,15 @@ def as_python_2(value: dict | np.ndarray | str, module: bytes = b"numpy.core") -
         return b"(" + b"".join(parts) + b"t"
 
     def number(value: int) -> bytes:
+        if value >= 2**31:
+            return b"\x8a\x08" + struct.pack("<q", value)
         return b"J" + struct.pack("<i", value)
 
     def dump(value) -> bytes:
         if isinstance(value, str):
             return text(value.encode())
+        if isinstance(value, int):
+            return number(value)
         if isinstance(value, dict):
             return b"}(" + b"".join(dump(key) + dump(item) for key, item in value.items()) + b"u"
         numbers = b"cnumpy\ndtype\n" + tuple_of(text(value.dtype.str[1:].encode()), number(0), number(1)) + b"R"
@@ -382,6 +387,7 @@ def test_what_is_refused_is_named(tmp_path):
         ("a new object", "the instruction NEWOBJ is not allowed"),
         ("an extension", "the instruction EXT1 is not allowed"),
         ("a deep key", "the keys of a dictionary must be strings"),
+        ("blobs that are no arrays", r"not Caffe2 weights \(not an array: conv1_w\)$"),
         ("a huge array", r"an array of shape \(2147483647, 2147483647\) has 16 bytes, which does not fit"),
     ):
         path.write_bytes(harmful(str(tmp_path / "marker"))[name])
@@ -427,6 +433,9 @@ def test_harmful_checkpoints_of_pytorch_are_refused(tmp_path, legacy):
         with pytest.raises(ValueError, match=f"^{path}: cannot be loaded as plain data ") as caught:
             convert(path)
         assert "\n" not in str(caught.value) and not marker.exists()
+        fault = "(Unsupported global:|Trying to load unsupported) GLOBAL .*"
+        assert re.fullmatch(rf"{path}: cannot be loaded as plain data \({fault}\)", str(caught.value))
+        assert "torch." not in str(caught.value) and "file an issue" not in str(caught.value)
     for content in ({"state": {}}, [1], {"model_state": {1: torch.zeros(2)}}, {"model_state": {"a": [1.0]}}):
         torch.save(content, path, _use_new_zipfile_serialization=not legacy)
         with pytest.raises(ValueError, match=f"^{path}: has no `model_state`, a dictionary of weights$"):
@@ -439,6 +448,12 @@ def test_harmful_checkpoints_of_pytorch_are_refused(tmp_path, legacy):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"^{path}: "):
             convert(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=f"^{path}: damaged, or not a checkpoint of PyTorch$"):
+        convert(path)
+    path.write_bytes(pickle.dumps({"model_state": {}}, 4))
+    with pytest.raises(ValueError, match=rf"^{path}: cannot be loaded as plain data \(Unsupported operand 149\)$"):
+        convert(path)
 
 
 def test_the_package_reads_no_pickles():

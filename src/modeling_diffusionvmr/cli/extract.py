@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
     missing: dict[str, str] = {}
     if arguments.videos:
         videos, missing = _choose_videos(arguments, list(dict.fromkeys(row["vid"] for row in rows)), is_first)
-    videos = share_of_videos(videos, process.rank, process.count)
+    videos, missing = (share_of_videos(part, process.rank, process.count) for part in (videos, missing))
     sentences = dict(islice(((row["qid"], row["query"]) for row in rows), process.rank, None, process.count))
 
     clip_seconds, backbones = _open_backbones(arguments, process)
@@ -110,7 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.max_video_seconds or MAX_VIDEO_SECONDS,
             progress=is_first,
         )
-        failed = {**missing, **failed} if is_first else failed
+        failed = {**missing, **failed}
         num_failed += _report(process, "videos", len(videos.keys() | failed.keys()), failed, outputs)
     process.wait_for_others()
     if num_failed and not arguments.skip_invalid:

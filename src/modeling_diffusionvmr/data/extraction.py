@@ -1,27 +1,42 @@
 """Encode videos and sentences with frozen backbones, and write feature files in the official layout."""
 
+import hashlib
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from itertools import islice
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from tqdm.auto import tqdm
 
-from ..base_backbone import Backbone, encode_video
+from ..base_backbone import Backbone, VideoError, encode_video
+from ..checks import check_sentence
 from ..video import MAX_VIDEO_SECONDS, open_video
 from .backbone_record import absolute
 from .feature_store import VIDEO_SUFFIXES
-from .features import METADATA_FILE, TEXT_KEY, VIDEO_KEY, open_features, recorded_sentence, write_features
+from .features import (
+    METADATA_FILE,
+    TEXT_KEY,
+    VIDEO_KEY,
+    features_path,
+    open_features,
+    recorded_sentence,
+    write_features,
+)
 from .files import parse_json_object, save_json
 
 # Folders of videos often contain other files too
 VIDEO_FILE_SUFFIXES = (*VIDEO_SUFFIXES, ".3gp", ".flv", ".m4v", ".mpeg", ".mpg", ".ogv", ".ts", ".wmv")
 # Decoding uses one core, and a short video is a single batch, so that its decoding and its encoding do not overlap
 VIDEOS_AT_ONCE = 2
+
+
+class ItemError(ValueError):
+    """A video or sentence cannot be used, or its id cannot name a file. The others are not affected."""
 
 
 class Output(NamedTuple):
@@ -51,7 +66,7 @@ def extract_video(
 ) -> None:
     """
     Write the features (clips, size) of one video, computed from the same frames as in the pipeline. It is decoded once
-    for all backbones. Each file is written atomically.
+    for all backbones. Each file is written atomically. If one cannot be written, the others still are.
 
     Args:
         backbones: encode the frames, each by the folder of its file, `folder/{vid}.npz`.
@@ -63,12 +78,23 @@ def extract_video(
         advance: see `encode_video`.
 
     Raises:
-        FileNotFoundError, ValueError: if the file is missing, damaged, too long or not a video. The message names it.
+        ItemError, VideoError: if the file is missing, damaged, too long or not a video. The message names it.
+        ValueError: if features are not finite in this dtype. The message names the backbone and the video.
+        OSError: if a file cannot be written.
     """
-    opened = open_video(video, clip_seconds, max_video_seconds=max_video_seconds)
+    with _errors_of_item():
+        for folder in backbones:
+            features_path(folder, vid, VIDEO_KEY)
+        opened = open_video(video, clip_seconds, max_video_seconds=max_video_seconds)
     arrays = encode_video(list(backbones.values()), opened, batch_size, advance=advance)
-    for folder, clips in zip(backbones, arrays):
-        write_features(folder, vid, clips.astype(dtype), VIDEO_KEY)
+    errors = []
+    for (folder, backbone), clips in zip(backbones.items(), arrays):
+        try:
+            write_features(folder, vid, _finite(clips, dtype, f"{folder}, {opened.name}", backbone), VIDEO_KEY)
+        except (ValueError, OSError) as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def extract_sentence(
@@ -81,10 +107,36 @@ def extract_sentence(
         The path of the file.
 
     Raises:
-        ValueError: if `check_sentence` rejects the sentence.
+        ItemError: if `check_sentence` rejects the sentence.
+        ValueError: if features are not finite in this dtype. The message names the backbone and the sentence.
+        OSError: if the file cannot be written.
     """
+    with _errors_of_item():
+        features_path(folder, qid, TEXT_KEY)
+        check_sentence(sentence)
     (tokens,) = backbone.encode_text([sentence])
-    return write_features(folder, qid, tokens.astype(dtype), TEXT_KEY, sentence)
+    return write_features(folder, qid, _finite(tokens, dtype, f"{folder}, {qid}", backbone), TEXT_KEY, sentence)
+
+
+@contextmanager
+def _errors_of_item() -> Iterator[None]:
+    """Turn errors into `ItemError`."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise ItemError(str(error)) from error
+
+
+def _finite(features: np.ndarray, dtype: str, where: str, backbone: Backbone) -> np.ndarray:
+    """Return features in another dtype. Raise ValueError if they are not finite."""
+    with np.errstate(over="ignore"):  # numbers that are too large become infinity
+        converted = features.astype(dtype)
+    if np.isfinite(converted).all():
+        return converted
+    name = type(backbone).__name__
+    if np.isfinite(features).all():
+        raise ValueError(f"{where}: features of {name} are too large for {dtype}; choose float32")
+    raise ValueError(f"{where}: features of {name} contain NaN or infinity")
 
 
 def find_videos(folder: str | os.PathLike) -> tuple[dict[str, Path], list[str]]:
@@ -114,14 +166,19 @@ def find_videos(folder: str | os.PathLike) -> tuple[dict[str, Path], list[str]]:
     return dict(sorted(videos.items())), others
 
 
-def share_of_videos(videos: Mapping[str, Path], rank: int, num_processes: int) -> dict[str, Path]:
+def share_of_videos(videos: Mapping[str, Any], rank: int, num_processes: int) -> dict[str, Any]:
     """
-    Return the videos that one of several processes encodes, by `vid`. The processes take turns from the largest file
-    on, so that all have about as much to do.
+    Return the entries, by `vid`, that one of several processes is responsible for.
+
+    The choice depends on the `vid` alone: processes that start at different times can see different files, and each
+    video must still belong to exactly one of them. A hash spreads videos, long ones too, evenly if there are many.
     """
-    by_size = sorted(videos, key=lambda vid: (-_num_bytes(videos[vid]), vid))
-    chosen = set(islice(by_size, rank, None, num_processes))
-    return {vid: path for vid, path in videos.items() if vid in chosen}
+    return {vid: value for vid, value in videos.items() if _stable_hash(vid) % num_processes == rank}
+
+
+def _stable_hash(text: str) -> int:
+    """Return a number that is the same in all processes, unlike Python's `hash`."""
+    return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest())
 
 
 def extract_videos(
@@ -135,7 +192,8 @@ def extract_videos(
 ) -> dict[str, str]:
     """
     Write the features of many videos. Each is decoded once, for the backbones of which it has no readable features yet,
-    so that an interrupted run can be resumed. A video that cannot be encoded does not stop the others.
+    so that an interrupted run can be resumed. A video that cannot be opened or decoded does not stop the others; any
+    error of a backbone stops the run.
 
     Args:
         outputs: the backbones and their folders. `clip_seconds` and `dtype` are saved in `features.json`, too.
@@ -144,11 +202,11 @@ def extract_videos(
         clip_seconds, batch_size, dtype, max_video_seconds: see `extract_video`.
 
     Returns:
-        The reason for each video that could not be encoded, by `vid`.
+        The reason for each video that could not be opened or decoded, by `vid`.
 
     Raises:
-        ValueError: if a folder contains features made with another backbone, `clip_seconds` or `dtype`, or if it does
-            not record how they were made.
+        ValueError: if a folder contains features made with another backbone, `clip_seconds` or `dtype`, if it does not
+            record how they were made, or if features are not finite.
         OSError: if a file cannot be written.
     """
     settings = {"clip_seconds": clip_seconds, "dtype": dtype}
@@ -212,7 +270,7 @@ def _reason_of_failure(extract: Callable, *arguments) -> str | None:
     """Call the function. Return why its item is unusable, or `None`."""
     try:
         extract(*arguments)
-    except (ValueError, FileNotFoundError) as error:  # any other OSError is about the output, so about all items
+    except (ItemError, VideoError) as error:  # any other error is about a backbone or the output, so about all items
         return str(error)
     return None
 

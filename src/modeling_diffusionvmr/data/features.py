@@ -247,17 +247,27 @@ def write_features(
         ValueError: if the array could not be read back, the key is unknown, or the identifier cannot be part of a file
             name.
     """
+    path = features_path(folder, identifier, key)
+    check_features(array, f"{folder}, {identifier}")
+    arrays: dict[str, Any] = {key: array} if sentence is None else {key: array, SENTENCE_KEY: np.array(sentence)}
+    with atomic_write(path) as temporary:
+        np.savez_compressed(temporary, **arrays)
+    return path
+
+
+def features_path(folder: str | os.PathLike, identifier: int | str, key: str) -> Path:
+    """
+    Return the file that `write_features` writes.
+
+    Raises:
+        ValueError: if the key is unknown, or the identifier cannot be part of a file name.
+    """
     if key not in (VIDEO_KEY, TEXT_KEY):
         raise ValueError(f"`key` must be `{VIDEO_KEY}` or `{TEXT_KEY}`, got {key!r}")
     name = f"{TEXT_PREFIX if key == TEXT_KEY else ''}{identifier}.npz"
     if Path(name).name != name or name.startswith(".") or "\0" in name:
         raise ValueError(f"{folder}: {identifier!r} cannot be part of a file name")
-    check_features(array, f"{folder}, {identifier}")
-    path = Path(folder) / name
-    arrays: dict[str, Any] = {key: array} if sentence is None else {key: array, SENTENCE_KEY: np.array(sentence)}
-    with atomic_write(path) as temporary:
-        np.savez_compressed(temporary, **arrays)
-    return path
+    return Path(folder) / name
 
 
 def recorded_sentence(folder: str | os.PathLike, qid: int | str) -> str | None:
