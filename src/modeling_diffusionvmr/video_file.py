@@ -96,7 +96,8 @@ class VideoFile:
 
     def _decoded(self, thread_type: str, awaited: AwaitedPictures, with_sound: bool = False) -> Iterator[Any]:
         av = import_av()
-        time, following, has_begun, is_empty = 0.0, None, False, True
+        time, has_begun, is_empty = 0.0, False, True
+        following: Any = None
         with self._opened() as (container, stream), ExitStack() as stack:
             stream.thread_type = thread_type
             stream.codec_context.thread_count = min(MAX_THREADS, 1 + (os.cpu_count() or 1))
@@ -191,7 +192,9 @@ class VideoFile:
         a jump of the pictures' clock is removed. In other formats it is a long frame.
         """
         av = import_av()
-        shift, latest, expected, packet = -Fraction(container.start_time or 0, av.time_base), None, None, None
+        shift, packet = -Fraction(container.start_time or 0, av.time_base), None
+        latest: Any = None
+        expected: Any = None
         try:
             for packet in _demuxed(container):
                 if packet.stream is stream and packet.dts is not None and _can_restart(container):
