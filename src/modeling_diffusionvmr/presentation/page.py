@@ -16,12 +16,12 @@ import numpy as np
 from PIL import Image
 
 from ..data.files import atomic_write
-from .timeline import saliency_curve, tick_label, tick_times, timestamp
+from .timeline import curve_points, tick_label, tick_times, timestamp
 
 MAX_EMBEDDED_BYTES = 50_000_000
 FRAME_WIDTH, JPEG_QUALITY = 160, 80  # of a frame of the timeline
 MAX_TICKS = 6  # as many as fit on a phone
-# Browsers refuse the types that files of these names officially have, though they often can play them
+# Browsers refuse the official types of these files, although they often can play them
 MEDIA_TYPES = {".mov": "video/mp4", ".m4v": "video/mp4", ".mkv": "video/webm"}
 FILE_CAVEAT = (
     "It is too large to be part of this page, so it only plays while both files keep their places: if you move or send "
@@ -95,20 +95,20 @@ def _ticks(duration: float) -> str:
 
 
 def _lane(query: str, result: Mapping[str, Any], duration: float) -> str:
-    """Return the part of one sentence: the curve and bars to look at, and a list of buttons for every kind of input."""
+    """Return the section of a sentence: its curve, its moments as bars, and the same moments as a list of buttons."""
     bars, items = [], []
     for moment in result["moments"]:
         start, end = (min(max(moment[side], 0), duration) for side in ("start", "end"))
         times = f'data-start="{start:.3f}" data-end="{end:.3f}"'
-        said = f"{timestamp(start)} – {timestamp(end)}"
-        # The least width of a bar is that of the style sheet. It must not reach beyond the end.
+        interval = f"{timestamp(start)} – {timestamp(end)}"
+        # The style sheet sets a minimum width of 6px, with which a bar must not reach beyond the end
         left, width = 100 * start / duration, 100 * (end - start) / duration
         place = f"left:min({left:.4f}%, 100% - 6px);width:{width:.4f}%"
-        title = f'title="{said}, score {moment["score"]:.2f}"'
+        title = f'title="{interval}, score {moment["score"]:.2f}"'
         # Not reachable by keyboard, nor read aloud: the list has the same buttons
         bars.append(f'<button type="button" tabindex="-1" aria-hidden="true" {times} {title} style="{place}"></button>')
-        label = f"Play {said}, score {moment['score']:.2f}"
-        text = f"▶ {said} <small>{moment['score']:.2f}</small>"
+        label = f"Play {interval}, score {moment['score']:.2f}"
+        text = f"▶ {interval} <small>{moment['score']:.2f}</small>"
         items.append(f'<li><button type="button" {times} aria-label="{label}">{text}</button></li>')
     found = f"<ol>{''.join(items)}</ol>" if items else "<p>No moment found.</p>"
     return (
@@ -119,11 +119,9 @@ def _lane(query: str, result: Mapping[str, Any], duration: float) -> str:
 
 
 def _curve(result: Mapping[str, Any], duration: float) -> str:
-    values = saliency_curve(result["saliency"])
-    covered = len(result["saliency"]) * result["clip_seconds"]
-    times = (np.arange(len(values)) + 0.5) * covered / len(values)
     points = " ".join(
-        f"{1000 * time / duration:.1f},{CURVE_HEIGHT * (0.98 - 0.96 * value):.1f}" for time, value in zip(times, values)
+        f"{1000 * time / duration:.1f},{CURVE_HEIGHT * (0.98 - 0.96 * value):.1f}"
+        for time, value in zip(*curve_points(result))
     )
     return (
         f'<svg viewBox="0 0 1000 {CURVE_HEIGHT}" preserveAspectRatio="none" role="img" '

@@ -196,7 +196,7 @@ class MomentRetrievalDataset(Dataset):
 
     @cached_property
     def samples(self) -> list[tuple[int, SearchWindow | None]]:
-        """The row of each sample, and its window: `None` if it is the whole video, or is drawn in training."""
+        """The row index and the window of each sample: `None` for the whole video, or to draw one in training."""
         if self.windows is None or self.config is not None:
             return [(index, None) for index in range(len(self.rows))]
         return [(index, window) for index, row in enumerate(self.rows) for window in self.windows[row["vid"]]]
@@ -257,7 +257,10 @@ class MomentRetrievalDataset(Dataset):
         return sample
 
     def _window(self, row_index: int, window: SearchWindow | None) -> tuple[dict[str, Any], Tensor, float]:
-        """Return a row as if its video were only a window, by default a drawn one, its features, and their seconds."""
+        """
+        Return a row as if its video were only the given window (`None`: draw one), the features (Lv, Dv) of the window,
+        and the seconds that they cover.
+        """
         row = self.rows[row_index]
         assert self.windows is not None
         windows = self.windows[row["vid"]]
@@ -269,9 +272,9 @@ class MomentRetrievalDataset(Dataset):
         if len(windows) == 1:
             return row, *self._video(row)
         arrays = [store[row["vid"]][window.first : window.last] for store in self.video_features]
-        share = covered * (window.last - window.first) / num_clips
+        seconds = covered * (window.last - window.first) / num_clips
         features = self.processor.prepare_video(arrays, f"video {row['vid']}")
-        return row_in_window(row, window, covered / num_clips), features, share
+        return row_in_window(row, window, covered / num_clips), features, seconds
 
     def _check_duration(self, row: Mapping[str, Any], covered: float) -> None:
         """Warn once of features that cover another time than the video lasts: its moments would be elsewhere."""
@@ -330,7 +333,7 @@ class MomentRetrievalDataset(Dataset):
             sample["noisy_spans"], sample["timesteps"] = noisy_spans, timestep
 
     def _row_with_negative_sentence(self, row: int, rng: np.random.Generator) -> Mapping[str, Any]:
-        """Draw a row of another video. If the model learns what is absent, its sentence is not true in this video."""
+        """Draw a row of another video. With `absent_loss_coefficient`, its sentence is not true in this video."""
         true_sentences = self._true_sentences.get(self.rows[row]["vid"], ())
         while True:
             other = self.rows[self._row_of_another_video(row, rng)]
