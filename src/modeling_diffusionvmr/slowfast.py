@@ -23,9 +23,16 @@ from .video import Frames, FrameSampling
 from .weights import check_weight_index, check_weights, missing_weights
 
 Size = tuple[int, int, int]  # over time, height and width
-WHOLE_NUMBERS = (
-    *("width", "frame_ratio", "channel_ratio", "fusion_kernel", "fusion_ratio"),
-    *("frame_rate", "num_frames", "sampling_rate", "image_size"),
+WHOLE_NUMBER_FIELDS = (
+    "width",
+    "frame_ratio",
+    "channel_ratio",
+    "fusion_kernel",
+    "fusion_ratio",
+    "frame_rate",
+    "num_frames",
+    "sampling_rate",
+    "image_size",
 )
 
 
@@ -81,7 +88,7 @@ class SlowFastConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Raise ValueError, naming the field, if a value is invalid."""
-        for field in WHOLE_NUMBERS:
+        for field in WHOLE_NUMBER_FIELDS:
             check_whole(getattr(self, field), f"`{field}`", low=1)
         if not math.isfinite(self.image_mean):
             raise ValueError(f"`image_mean` must be finite, got {self.image_mean}")

@@ -56,13 +56,13 @@ def cut_moments(
     file = VideoFile(video)
     to_rgb = ToRGB(file.pixel_aspect)
     cuts = [
-        _Cut(folder / file_name(number, rank, query, moment), moment, file, to_rgb)
+        _MomentFile(folder / file_name(number, rank, query, moment), moment, file, to_rgb)
         for number, (query, result) in enumerate(zip(queries, results), start=1)
         for rank, moment in enumerate(result["moments"], start=1)
     ]
     if cuts:
         try:
-            _cut(file, cuts, progress)
+            _write_all(file, cuts, progress)
         except (import_av().FFmpegError, OverflowError) as error:
             if isinstance(error, OSError):  # such as a full disk
                 raise
@@ -82,7 +82,7 @@ def file_name(number: int, rank: int, query: str, moment: Mapping[str, float]) -
     return f"{number:02d}-{rank:02d}_{slug}_{moment['start']:06.1f}-{moment['end']:06.1f}.mp4"
 
 
-def _cut(file: VideoFile, cuts: Sequence["_Cut"], progress: bool) -> None:
+def _write_all(file: VideoFile, cuts: Sequence["_MomentFile"], progress: bool) -> None:
     """Decode the video up to the end of the last moment, and write all moments on the way."""
     waiting, active = sorted(cuts, key=lambda cut: -cut.start), []  # the next one is last
     seconds = round(max(cut.end for cut in cuts))
@@ -114,9 +114,9 @@ def _cut(file: VideoFile, cuts: Sequence["_Cut"], progress: bool) -> None:
         bar.update(seconds - bar.n)
 
 
-class _Cut:
+class _MomentFile:
     """
-    Writes one moment. It is a context manager, in which an error removes the unfinished file.
+    A file to which one moment is written. It is a context manager, in which an error removes the unfinished file.
 
     Attributes:
         path: the file.
@@ -140,7 +140,7 @@ class _Cut:
         self._early_sound: list[tuple[np.ndarray, Fraction]] = []  # what came before the size of the pictures is known
         self._num_samples = 0  # written
 
-    def __enter__(self) -> "_Cut":
+    def __enter__(self) -> "_MomentFile":
         return self
 
     def __exit__(self, *error) -> None:

@@ -96,26 +96,31 @@ def _ticks(duration: float) -> str:
 
 def _lane(query: str, result: Mapping[str, Any], duration: float) -> str:
     """Return the section of a sentence: its curve, its moments as bars, and the same moments as a list of buttons."""
-    bars, items = [], []
-    for moment in result["moments"]:
-        start, end = (min(max(moment[side], 0), duration) for side in ("start", "end"))
-        times = f'data-start="{start:.3f}" data-end="{end:.3f}"'
-        interval = f"{timestamp(start)} – {timestamp(end)}"
-        # The style sheet sets a minimum width of 6px, with which a bar must not reach beyond the end
-        left, width = 100 * start / duration, 100 * (end - start) / duration
-        place = f"left:min({left:.4f}%, 100% - 6px);width:{width:.4f}%"
-        title = f'title="{interval}, score {moment["score"]:.2f}"'
-        # Not reachable by keyboard, nor read aloud: the list has the same buttons
-        bars.append(f'<button type="button" tabindex="-1" aria-hidden="true" {times} {title} style="{place}"></button>')
-        label = f"Play {interval}, score {moment['score']:.2f}"
-        text = f"▶ {interval} <small>{moment['score']:.2f}</small>"
-        items.append(f'<li><button type="button" {times} aria-label="{label}">{text}</button></li>')
-    found = f"<ol>{''.join(items)}</ol>" if items else "<p>No moment found.</p>"
+    buttons = [_buttons(moment, duration) for moment in result["moments"]]
+    bars = "".join(bar for bar, _ in buttons)
+    items = "".join(f"<li>{item}</li>" for _, item in buttons)
+    found = f"<ol>{items}</ol>" if items else "<p>No moment found.</p>"
     return (
         f"<section>\n<h2>{escape(_visible(query))}</h2>\n"
-        f'<div class="lane">{_curve(result, duration)}<div class="bars">{"".join(bars)}</div>'
+        f'<div class="lane">{_curve(result, duration)}<div class="bars">{bars}</div>'
         f'<div class="now"></div></div>\n{found}\n</section>'
     )
+
+
+def _buttons(moment: Mapping[str, float], duration: float) -> tuple[str, str]:
+    """Return the two buttons of a moment: its bar on the timeline, and its entry in the list."""
+    start, end = (min(max(moment[side], 0), duration) for side in ("start", "end"))
+    times = f'data-start="{start:.3f}" data-end="{end:.3f}"'
+    interval = f"{timestamp(start)} – {timestamp(end)}"
+    score = f"{moment['score']:.2f}"
+    # The style sheet sets a minimum width of 6px, with which a bar must not reach beyond the end
+    left, width = 100 * start / duration, 100 * (end - start) / duration
+    place = f"left:min({left:.4f}%, 100% - 6px);width:{width:.4f}%"
+    title = f'title="{interval}, score {score}"'
+    # Not reachable by keyboard, nor read aloud: the list has the same buttons
+    bar = f'<button type="button" tabindex="-1" aria-hidden="true" {times} {title} style="{place}"></button>'
+    label = f"Play {interval}, score {score}"
+    return bar, f'<button type="button" {times} aria-label="{label}">▶ {interval} <small>{score}</small></button>'
 
 
 def _curve(result: Mapping[str, Any], duration: float) -> str:
