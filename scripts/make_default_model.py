@@ -54,7 +54,7 @@ from rendered_clip import measure_clip, train_rendered_clip
 CLIP_SECONDS = 2.0
 TRAINING_VIDEOS = 1200
 TRAINING_STEPS = 4000
-# Training on sentences that are true nowhere in their video: how many per video, and the weight of the absent term
+# Training on sentences that are true nowhere in their video: how many per video, and the weight of the null pairs
 ABSENT_SENTENCES_PER_VIDEO = 0
 ABSENT_LOSS_COEFFICIENT = 0.0
 OTHER_VIDEOS = 100  # held out or for validation: number with seen pairs, and with pairs that training never shows
