@@ -53,7 +53,12 @@ def load_backbone(
     **hub_kwargs,
 ) -> Backbone:
     """
-    Load one backbone from a complete checkpoint, in a folder or on the Hub.
+    Load one backbone.
+
+    Args:
+        path_or_id: folder or Hub id of a complete checkpoint.
+        device, dtype: where to move the model, and its type. `None` leaves them as they were loaded.
+        hub_kwargs: options of the Hub, such as `revision`, `token`, `cache_dir` and `local_files_only`.
 
     Raises:
         ValueError: if the model type is not supported, weights are missing or not finite, or the parts do not fit

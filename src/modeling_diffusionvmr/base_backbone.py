@@ -42,6 +42,11 @@ class Backbone:
         """
         Load a complete checkpoint.
 
+        Args:
+            path_or_id: folder or Hub id.
+            subfolder: the checkpoint is in this folder inside `path_or_id`.
+            hub_kwargs: options of the Hub, such as `revision`, `token`, `cache_dir` and `local_files_only`.
+
         Raises:
             OSError: if there is no checkpoint, or a part of it is missing.
             ValueError: if weights are missing or not finite, or the parts do not fit together.
