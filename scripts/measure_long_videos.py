@@ -29,11 +29,11 @@ from modeling_diffusionvmr.synthetic.rendered_world import (
     PAIRS,
     Statement,
     VideoPlan,
-    Window,
     plan_long_video,
     plan_video,
     render_frame,
 )
+from modeling_diffusionvmr.training.moment_quality import match_moments
 
 FIRST_SEED = 60_000_000
 LENGTHS = {"one scene": 0.0, "10 min": 600.0, "1 h": 3600.0, "2 h": 7200.0}  # seconds
@@ -68,18 +68,15 @@ def measure_plan(retrieve, plan: VideoPlan) -> list[dict[str, Any]]:
     for way, options in (("windows", {}), ("averaged", {"chunk_length_s": plan.duration + 1})):
         results = retrieve(video, sentences, top_k=1, threshold=0.0, **options)
         for row, query, (best,) in zip(rows, plan.queries, results):
-            found = best["start"], best["end"]
-            row[way] = any(iou(found, window) >= 0.5 for window in query.windows)
+            windows = {
+                "relevant_windows": query.windows,
+                "pred_relevant_windows": [[best["start"], best["end"], best["score"]]],
+            }
+            ((_, row[way]),) = match_moments(windows, None)
             # At no other time of its video is the sentence true, so the best moment is right about the scene or not
-            center = sum(found) / 2
+            center = (best["start"] + best["end"]) / 2
             row[f"{way} elsewhere"] = bisect(plan.scenes, center) != bisect(plan.scenes, query.windows[0][0])
     return rows
-
-
-def iou(a: Window, b: Window) -> float:
-    """Return the intersection over union of two windows."""
-    common = max(0.0, min(a[1], b[1]) - max(a[0], b[0]))
-    return common / max(a[1] - a[0] + b[1] - b[0] - common, 1e-9)
 
 
 def percent(values: Sequence[bool]) -> float:

@@ -360,7 +360,7 @@ def test_terms_without_their_inputs_are_zero(model, inputs, labels, negative):
 
 @pytest.mark.parametrize("train", [True, False])
 def test_absent_term(make_model, inputs, labels, negative, device, train):
-    """It is the class term of the null pairs alone, without windows and from the same noise. All else stays."""
+    """It equals the class term of the negative sentences alone, without windows. All other outputs stay the same."""
     options = {"train": train, "dropout": 0.0, "input_dropout": 0.0}
     start = {"noisy_spans": torch.randn(3, 4, 2, device=device), "timesteps": torch.tensor([3, 99, 50], device=device)}
     start |= {"num_sampling_steps": 2, "output_hidden_states": True}
@@ -383,7 +383,7 @@ def test_absent_term(make_model, inputs, labels, negative, device, train):
             close(value, wanted)
 
 
-def test_no_absent_term_without_null_pairs_or_labels(make_model, inputs, labels, negative):
+def test_no_absent_term_without_negative_sentences_or_labels(make_model, inputs, labels, negative):
     model = make_model(absent_loss_coefficient=1)
     assert set(model(**inputs, labels=labels).loss_dict) == set(TERMS)
     seen = []

@@ -1,4 +1,4 @@
-"""The frozen backbones that turn videos and sentences into features: how they are found, loaded and used together."""
+"""Register and load the frozen backbones that encode videos and sentences, and use those of a model together."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -25,8 +25,8 @@ BACKBONE_CLASSES: dict[str, type[Backbone]] = {
 
 def register_backbone(model_type: str, backbone_class: type[Backbone]) -> None:
     """
-    Register the class that loads backbones whose `config.json` has this `model_type`. It replaces an earlier one, also
-    one of this package. See docs/how_to/use_your_own_backbone.md.
+    Register the class that loads backbones whose `config.json` has this `model_type`. It replaces the class that the
+    type had before, even one of this package. See docs/how_to/use_your_own_backbone.md.
 
     Raises:
         TypeError: if `model_type` is not a string, or the class is not a subclass of `Backbone`.
@@ -39,7 +39,7 @@ def register_backbone(model_type: str, backbone_class: type[Backbone]) -> None:
 
 
 def what_is_supported() -> str:
-    """Return what a message says about a backbone without a class."""
+    """Return the part of an error message that lists the supported types and says how to add one."""
     return (
         f"supported: {', '.join(BACKBONE_CLASSES)}; a class for another type is not part of a checkpoint, so install "
         "modeling_diffusionvmr and call its `register_backbone` first"
@@ -53,7 +53,12 @@ def load_backbone(
     **hub_kwargs,
 ) -> Backbone:
     """
-    Load one backbone from a folder or the Hub: a complete standard checkpoint with its image processor and tokenizer.
+    Load one backbone.
+
+    Args:
+        path_or_id: folder or Hub id of a complete checkpoint.
+        device, dtype: where to move the model, and its type. `None` leaves them as they were loaded.
+        hub_kwargs: options of the Hub, such as `revision`, `token`, `cache_dir` and `local_files_only`.
 
     Raises:
         ValueError: if the model type is not supported, weights are missing or not finite, or the parts do not fit
@@ -81,11 +86,11 @@ class Backbones:
     Args:
         descriptions: `backbones` of the configuration.
         models: one model per description.
-        places: where each model was loaded from, for messages.
+        places: where each model was loaded from, for error messages.
 
     Raises:
         ValueError: if a model's feature sizes differ from its description, or if the backbones differ in clip length:
-            all of them read the same frames.
+            their features are concatenated clip by clip.
     """
 
     def __init__(
@@ -153,6 +158,6 @@ class Backbones:
 
 
 def in_folder(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the description of a backbone that is in the folder of its name inside the checkpoint."""
+    """Return the description of a backbone that is saved inside the checkpoint, in a folder of its name."""
     rest = {key: value for key, value in description.items() if key not in ("name", "folder", "id")}
     return {"name": description["name"], "folder": description["name"], **rest}

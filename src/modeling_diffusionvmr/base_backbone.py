@@ -1,4 +1,4 @@
-"""What a frozen backbone does: turn the clips of a video, or sentences, or both into features."""
+"""The interface of frozen backbones, which encode the clips of a video, or sentences, or both as features."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,8 +24,8 @@ class Backbone:
     A frozen backbone. Subclass it for your own, and register it with `register_backbone`.
 
     A subclass that reads videos sets `feature_size` and implements `prepare` and `encode_clips`, and `sampling` if it
-    reads more than one frame per clip. These are called from several threads at once. A subclass that reads sentences
-    sets `text_feature_size` and implements `encode_text`.
+    reads more than one frame per clip. Several threads call these methods at once. A subclass that reads sentences sets
+    `text_feature_size` and implements `encode_text`.
 
     Args:
         model: the network. It is frozen and set to eval mode.
@@ -46,8 +46,13 @@ class Backbone:
         """
         Load a complete checkpoint.
 
+        Args:
+            path_or_id: folder or Hub id.
+            subfolder: the checkpoint is in this folder inside `path_or_id`.
+            hub_kwargs: options of the Hub, such as `revision`, `token`, `cache_dir` and `local_files_only`.
+
         Raises:
-            OSError: if there is none, or a part of it is missing.
+            OSError: if there is no checkpoint, or a part of it is missing.
             ValueError: if weights are missing or not finite, or the parts do not fit together.
         """
         raise NotImplementedError
@@ -96,7 +101,7 @@ class Backbone:
         raise NotImplementedError
 
     def encode_video(self, video: Video, batch_size: int = 32, progress: bool = False) -> np.ndarray:
-        """Encode a video to (num_clips, feature_size) float32. See `encode_video`."""
+        """Encode a video to (num_clips, feature_size) float32. See the function `encode_video`."""
         return encode_video([self], video, batch_size, progress)[0]
 
 
@@ -114,7 +119,7 @@ def encode_video(
     Args:
         batch_size: frames per batch. A batch has at least one clip.
         progress: show a progress bar.
-        advance: called after each batch with the fraction of the work that it was. The fractions sum to 1.
+        advance: called after each batch with its share of the work. The shares sum to 1.
 
     Returns:
         One array (num_clips, feature_size) float32 per backbone.
@@ -148,7 +153,7 @@ def _check_encoded(encoded: Any, backbone: Backbone, num_clips: int) -> None:
 def _prepared_batches(
     backbones: Sequence[Backbone], video: Video, batch_size: int
 ) -> Iterator[tuple[int, Any, list[int]]]:
-    """Yield the index of a backbone, some clips that it has prepared, and for how many successive clips each stands."""
+    """Yield batches: the index of a backbone, its prepared clips, and how many successive clips each of them is."""
     samplings = [backbone.sampling(video.exact_clip_seconds, video.fps) for backbone in backbones]
     latest: list[Frames] = [()] * len(backbones)
     inputs: list[list[Any]] = [[] for _ in backbones]
@@ -176,7 +181,7 @@ def _decoded(video: Video, samplings: Sequence[FrameSampling]) -> Iterator[tuple
 
 
 def _one_ahead(items: Iterable[Any]) -> Iterator[Any]:
-    """Yield the same items. While one is used, the next one is made in a thread."""
+    """Yield the same items. While the caller uses one, a thread computes the next one."""
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(1) as executor:
         item = executor.submit(next, iterator, end).result()

@@ -64,7 +64,8 @@ class DiffusionVMRConfig(PushToHub, PreTrainedConfig):
     video_feature_size, text_feature_size (`int`, *optional*, defaults to 2816 and 512):
         Size of the feature vector of a clip and of a token, without the two positions that the model appends to clips.
     max_clips, max_tokens (`int`, *optional*, defaults to 75 and 32):
-        Maximum input length. The processor averages longer videos down and truncates longer sentences.
+        Maximum input length. The processor averages longer videos down and truncates longer sentences. The pipeline
+        searches longer videos in windows.
     num_diffusion_steps (`int`, *optional*, defaults to 1000):
         Number of steps of the forward process (T).
     signal_scale (`float`, *optional*, defaults to 2.0):

@@ -23,18 +23,19 @@ from .checks import check_sentence, check_whole
 from .video import Frames
 from .weights import check_weight_index, check_weights, missing_weights
 
-NUM_SPECIAL_TOKENS = 5  # the most that a tokenizer has, without an error, where its files are missing
+# Without its files, a tokenizer is loaded without an error, but has only its special tokens: at most these
+NUM_SPECIAL_TOKENS = 5
 
 
 class DualEncoder(Backbone):
     """
     A model of `transformers` with an encoder of images and one of text: the pooled embedding of one frame per clip, and
-    the last hidden states of the text encoder. A subclass says what is different in its kind of model.
+    the last hidden states of the text encoder. Subclasses add what differs between kinds of models.
 
     Args:
         model: an instance of `model_class`. It is frozen and set to eval mode.
         image_processor: the Pillow version, because torchvision resizes differently from how CLIP was trained.
-        tokenizer: if it is a fast one, its truncation and padding are turned off.
+        tokenizer: truncation and padding of a fast tokenizer are turned off.
     """
 
     model_class: Any
@@ -146,11 +147,11 @@ class DualEncoder(Backbone):
         return features
 
     def _token_ids(self, sentence: str) -> list[int]:
-        """Return all tokens of a sentence, with those for its start and its end."""
+        """Return the ids of all tokens of a sentence, including its start and end tokens."""
         return self.tokenizer(sentence, verbose=False)["input_ids"]
 
     def _padded(self, ids: list[int]) -> list[int]:
-        """Return tokens as the text encoder reads them."""
+        """Return the ids, with padding if the text encoder expects it."""
         return ids
 
 
@@ -182,8 +183,8 @@ class SiglipBackbone(DualEncoder):
     the last hidden states of the text encoder, up to the end token.
 
     The text encoder was trained on sentences in lower case, padded to its full length, without an attention mask
-    (big_vision; https://huggingface.co/docs/transformers/model_doc/siglip). It reads the padding here, too, but only
-    the tokens of the sentence are returned. Not every tokenizer of SigLIP 2 changes sentences to lower case.
+    (big_vision; https://huggingface.co/docs/transformers/model_doc/siglip). So sentences are put in lower case, which
+    not every tokenizer of SigLIP 2 does, and padded, but only the features of their own tokens are returned.
     """
 
     model_class: Any = SiglipModel
@@ -237,7 +238,7 @@ class Siglip2Backbone(SiglipBackbone):
     image_processor_class = Siglip2ImageProcessorPil
 
     def prepare(self, frames):
-        """Transform the frame of a clip to patches and their shape: `pixel_values` (P, D) and more."""
+        """Transform the frame of a clip to `pixel_values` (P, D), P patches of D numbers, and their shape and mask."""
         return self._processed(frames)
 
     def encode_clips(self, inputs):

@@ -58,7 +58,7 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
         if backbones is None:
             backbones = load_backbones(config, origin_of(model), sources=model.backbone_sources, **model.hub_kwargs)
         self.backbones = backbones.to(self.device, self.model.dtype)
-        self._check_chunks(self._forward_params)  # here, since they depend on the length of a clip
+        self._check_chunks(self._forward_params)  # only now, because the check needs the length of a clip
 
     # Here and below, `Pipeline` uses other names for the same arguments, but always passes them by position
     def __call__(  # type: ignore[override]
@@ -79,8 +79,8 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
             num_proposals: number of proposals (N).
             num_sampling_steps: number of DDIM steps (S).
             chunk_length_s: a longer video is searched in overlapping windows of this many seconds, see `windows`.
-                Default: as many clips as the model reads. At least as long as the video: the video is averaged down
-                to that number of clips instead.
+                Default: as many clips as the model reads, `max_clips`. If this is at least the duration, a video of
+                more clips is averaged down to `max_clips` instead.
             stride_length_s: the part at each side of such a window whose moments are left to the neighboring window.
                 Default: a quarter of `chunk_length_s`.
             max_download_bytes: maximum size of a video that is downloaded. Default: 1 GiB.
@@ -143,7 +143,7 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
         )
 
     def _check_chunks(self, options: Mapping[str, Any]) -> None:
-        """Check the length and the stride of the windows, of which one may be set for all calls."""
+        """Check the length and the stride of the windows together: each may be given here or for all calls."""
         lengths = options.get("chunk_length_s"), options.get("stride_length_s")
         check_chunks(*lengths, self.backbones.clip_seconds, self.processor.max_clips)
 

@@ -24,7 +24,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from .checks import check_positive
 from .data.annotations import MAX_SALIENCY, SALIENCY_CLIP_SECONDS, check_row
 from .data.files import atomic_write
-from .presentation.timeline import SALIENCY_LABEL, saliency_curve, tick_label, tick_times
+from .presentation.timeline import SALIENCY_LABEL, curve_points, tick_label, tick_times
 from .spans import span_to_window
 from .training.metrics import predicted_saliency, predicted_windows
 
@@ -133,10 +133,7 @@ def plot_timeline(
     ticks = tick_times(duration, MAX_TICKS)
     for index, (query, result) in enumerate(zip(queries, results)):
         axes = figure.add_subplot(grid[index])
-        curve = saliency_curve(result["saliency"])
-        covered = len(result["saliency"]) * result["clip_seconds"]
-        middles = (np.arange(len(curve)) + 0.5) * covered / len(curve)
-        axes.plot(middles, curve, linewidth=1.2, color=SALIENCY, label=SALIENCY_LABEL)
+        axes.plot(*curve_points(result), linewidth=1.2, color=SALIENCY, label=SALIENCY_LABEL)
         _draw_moments(axes, result["moments"], duration)
         true_windows = truth[index] if truth is not None else []
         _draw_windows(axes, -1.0, true_windows, TRUE, edgecolor=TRUE, linewidth=OUTLINE, label="true")

@@ -1,4 +1,4 @@
-"""SlowFast (arXiv 1812.03982) up to its pooled features, which the released SlowFast features are."""
+"""SlowFast (arXiv 1812.03982) without its classifier. Its pooled features are what was released for benchmarks."""
 
 import math
 import os
@@ -23,9 +23,16 @@ from .video import Frames, FrameSampling
 from .weights import check_weight_index, check_weights, missing_weights
 
 Size = tuple[int, int, int]  # over time, height and width
-WHOLE_NUMBERS = (
-    *("width", "frame_ratio", "channel_ratio", "fusion_kernel", "fusion_ratio"),
-    *("frame_rate", "num_frames", "sampling_rate", "image_size"),
+WHOLE_NUMBER_FIELDS = (
+    "width",
+    "frame_ratio",
+    "channel_ratio",
+    "fusion_kernel",
+    "fusion_ratio",
+    "frame_rate",
+    "num_frames",
+    "sampling_rate",
+    "image_size",
 )
 
 
@@ -48,12 +55,12 @@ class SlowFastConfig(PreTrainedConfig):
     fusion_kernel, fusion_ratio (`int`, *optional*, default to 7 and 2):
         Kernel size over time of the lateral convolutions, and their outputs per channel of the fast pathway.
     frame_rate, num_frames, sampling_rate (`int`, *optional*, default to 30, 32 and 2):
-        A clip is read at `frame_rate` frames per second, and `num_frames` of them are chosen, at every
-        `sampling_rate`-th. See `SlowFastBackbone.sampling`.
+        A clip is read at `frame_rate` frames per second. Of these frames, one in `sampling_rate` is chosen,
+        `num_frames` in all. See `SlowFastBackbone.sampling`.
     image_size (`int`, *optional*, defaults to 224):
         Height and width of the frames.
     image_mean, image_std (`float`, *optional*, default to 0.45 and 0.225):
-        Mean and standard deviation of values in [0, 1], of each color.
+        Mean and standard deviation with which values in [0, 1] are normalized, the same for all colors.
     """
 
     model_type = "slowfast"
@@ -81,7 +88,7 @@ class SlowFastConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Raise ValueError, naming the field, if a value is invalid."""
-        for field in WHOLE_NUMBERS:
+        for field in WHOLE_NUMBER_FIELDS:
             check_whole(getattr(self, field), f"`{field}`", low=1)
         if not math.isfinite(self.image_mean):
             raise ValueError(f"`image_mean` must be finite, got {self.image_mean}")
@@ -102,7 +109,7 @@ class SlowFastConfig(PreTrainedConfig):
 
 
 class FrozenBatchNorm(nn.Module):
-    """Batch normalization by the statistics of a finished training. They do not change, in train mode either."""
+    """Batch normalization (B, C, T, H, W) with fixed statistics, in train mode too."""
 
     weight: Tensor
     bias: Tensor
@@ -119,7 +126,7 @@ class FrozenBatchNorm(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """A convolution over (time, height, width) that keeps the size apart from the stride, and a normalization."""
+    """A 3-D convolution of (B, C, T, H, W), padded so that only its stride changes the size, and a normalization."""
 
     def __init__(self, inputs: int, outputs: int, kernel: Size, stride: Size = (1, 1, 1)):
         super().__init__()
@@ -132,7 +139,7 @@ class ConvNorm(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A residual block that ends in 4 * width channels. Its stride is over height and width."""
+    """A residual block: (B, inputs, T, H, W) to (B, 4 * width, T, H / stride, W / stride)."""
 
     def __init__(self, inputs: int, width: int, kernel: int, stride: int):
         super().__init__()
@@ -166,7 +173,7 @@ class Pathway(nn.Module):
         width: channels of the stem.
         kernels: kernel size over time of the stem and of each stage.
         depths: number of blocks per stage.
-        fused: channels from the other pathway that each stage reads beside those of the layer before it.
+        fused: number of channels that each stage reads from the other pathway, after its own.
     """
 
     def __init__(self, width: int, kernels: Sequence[int], depths: Sequence[int], fused: Sequence[int]):
@@ -182,7 +189,7 @@ class Pathway(nn.Module):
 
 
 class SlowFastModel(PreTrainedModel):
-    """SlowFast without its classifier."""
+    """The two pathways, and the lateral connections from the fast one to the slow one."""
 
     config_class = SlowFastConfig
     config: SlowFastConfig
@@ -211,8 +218,8 @@ class SlowFastModel(PreTrainedModel):
         Encode clips.
 
         Args:
-            pixel_values: (B, 3, T, H, W), the normalized frames of the fast pathway. The slow pathway reads some of
-                them (PySlowFast, `pack_pathway_output`).
+            pixel_values: (B, 3, T, H, W), the normalized frames of the fast pathway. The slow pathway reads one in
+                `frame_ratio` of them (PySlowFast, `pack_pathway_output`).
 
         Returns:
             An output with `pooler_output` (B, sum of the feature sizes): the average of each pathway over time and
@@ -249,8 +256,8 @@ class SlowFastBackbone(Backbone):
         Load a checkpoint that `save_pretrained` or `scripts/convert_slowfast.py` wrote.
 
         Raises:
-            OSError: if there is none.
-            ValueError: if weights are missing or not finite, or there are more than the configuration describes.
+            OSError: if there is no checkpoint.
+            ValueError: if weights are missing or not finite, or the configuration does not describe all of them.
         """
         where = os.path.join(path_or_id, subfolder) if subfolder else path_or_id
         if os.path.isdir(where):
@@ -268,8 +275,9 @@ class SlowFastBackbone(Backbone):
         """
         Return the frames of a clip, chosen as for the released features (`preprocessing.py` there): from the first one
         on, evenly over a window of `num_frames * sampling_rate * floor(fps) / frame_rate` frames, rounded down, and not
-        beyond the clip's last one. That the window depends on the frame rate of the source, although frames are counted
-        at `frame_rate`, is a quirk: at 15 frames per second, only the first half of the usual window is read.
+        beyond the clip's last one. The window depends on the frame rate of the source, although frames are counted at
+        `frame_rate`. So at 15 frames per second, only the first half of the usual window is read. This looks like an
+        oversight, but the released features were made this way.
         """
         config = self.model.config
         last = max(round(clip_seconds * config.frame_rate) - 1, 0)

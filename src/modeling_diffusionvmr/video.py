@@ -36,12 +36,12 @@ Frames = tuple[np.ndarray, ...]
 @dataclass(frozen=True)
 class FrameSampling:
     """
-    Which frames of each clip a backbone reads, and in which size.
+    Which frames of each clip a backbone reads, and at which size.
 
     Args:
-        rate: frames per second, a whole number or a `Fraction`, which FFmpeg's filter `fps=rate:start_time=0` takes.
-        indices: the frames of a clip, in ascending order, by their number since the clip's first frame. They can
-            repeat, and reach beyond the clip.
+        rate: frames per second, a whole number or a `Fraction`. FFmpeg's filter `fps=rate:start_time=0` takes them.
+        indices: which of these frames a clip consists of, counted from the clip's first frame, in ascending order.
+            They can repeat, and reach beyond the clip.
         crop: scale the short side to this number of pixels (bicubic) and crop the middle. `None`: leave frames as they
             are, except that those above 1080p are reduced to it.
 
@@ -66,7 +66,7 @@ class FrameSampling:
             check_whole(self.crop, "`crop`", 1)
 
     def frames_of_clip(self, clip: int, clip_seconds: Fraction) -> list[int]:
-        """Return the frames of a clip by their number since the start of the video."""
+        """Return the numbers of the frames of a clip, counted from the start of the video."""
         first = math.floor(clip * clip_seconds * self.rate + Fraction(1, 2))
         return [first + index for index in self.indices]
 
@@ -96,7 +96,7 @@ class Video:
         self.exact_duration = duration
         self.exact_clip_seconds = max(Fraction(clip_seconds).limit_denominator(10**6), Fraction(1, 10**6))
         self.num_clips = max(1, math.floor(duration / self.exact_clip_seconds + Fraction(1, 2)))
-        # Work must not be sized by what a file claims: two pictures can be years apart
+        # Timestamps can claim any duration: two pictures can be years apart. Limit the work that follows from them
         if duration > max_video_seconds:
             raise ValueError(
                 f"{name}: lasts {self.duration:.0f} s; the limit is {max_video_seconds:g} s (`max_video_seconds`)"
@@ -108,8 +108,11 @@ class Video:
         """
         Yield the frames of each clip for several samplings in one pass, each with the index of its sampling.
 
-        Each sampling has `num_clips` clips, in the order of time. The last frame of the video is repeated to a whole
-        clip. A repeated frame is the same array.
+        Each sampling has `num_clips` clips, in the order of time. The last frame of the video is repeated to complete
+        the last clip. A repeated frame is the same array.
+
+        Raises:
+            ValueError: if the video is damaged. The message names the video and the second.
         """
         raise NotImplementedError
 
@@ -133,7 +136,7 @@ class FrameVideo(Video):
         super().__init__("the video", duration, float(fps), clip_seconds, max_video_seconds)
 
     def clips(self, samplings):
-        pictures: list[dict[int, np.ndarray]] = [{} for _ in samplings]  # those of the latest clip, by index
+        pictures: list[dict[int, np.ndarray]] = [{} for _ in samplings]  # of the latest clip, by index
         for clip in range(self.num_clips):
             for which, sampling in enumerate(samplings):
                 numbers = sampling.frames_of_clip(clip, self.exact_clip_seconds)
@@ -196,7 +199,7 @@ class _ClipReader:
         self._number = 0  # of the next frame that the filter gives
         self._latest: Any = None
         self._converted: Any = None  # the latest frame that was needed
-        self._picture = np.empty(0)  # and what it looks like
+        self._picture = np.empty(0)  # the same frame as RGB
 
     def push(self, frame: Any) -> Iterator[Frames]:
         """Yield the clips that one more frame completes."""
@@ -222,7 +225,8 @@ class _ClipReader:
             yield tuple(self._begun.popleft()[1])
 
     def _latest_picture(self) -> np.ndarray:
-        # The filter repeats a frame without copying it. As long as the old one is kept, no other one is in its memory.
+        # The filter repeats a frame without copying it. The old frame is kept, so its memory is not used for another
+        # one: frames at the same address are the same.
         if self._converted is None or _address(self._converted) != _address(self._latest):
             self._converted, self._picture = self._latest, _read_only(self._to_rgb(self._latest))
         return self._picture
@@ -267,7 +271,7 @@ def open_video(
             - an `http://`, `https://` or `file://` URL. A download lasts as long as the returned object,
             - a binary file object (anything with `read` and `seek`),
             - a row of a `datasets` column of type `Video`: a dict of `path` and `bytes`, or the decoder that `datasets`
-              makes of it. The decoder is not used: its file is read like any other,
+              makes from it, whose file is read like any other,
             - `(frames, fps)` with frames (T, H, W, 3) uint8 RGB and fps any real number.
         clip_seconds: length of a clip in seconds.
         max_download_bytes: maximum size of a download.
@@ -283,7 +287,7 @@ def open_video(
             the video lasts longer than `max_video_seconds`.
         ImportError: if a file is given and PyAV is not installed.
     """
-    source = getattr(video, "_hf_encoded", video)  # `datasets` remembers there what it made a decoder of
+    source = getattr(video, "_hf_encoded", video)  # the row from which `datasets` made a decoder
     if isinstance(source, Mapping) and {"path", "bytes"} & source.keys():
         source = _file_of_row(source)
     source = fetch(source, max_download_bytes, progress)

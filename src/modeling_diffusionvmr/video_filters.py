@@ -9,9 +9,8 @@ import numpy as np
 
 from .video_file import import_av
 
-# In pixels. Larger frames are reduced to this short side before they are kept: 32 frames of 8K are 3.2 GB. Image
-# processors of CLIP reduce the short side to 224 or 336 with an antialiasing filter, so what is lost they would drop
-# too, but features differ a little. Frames of 1080p or less stay as they are.
+# In pixels. Larger frames are reduced to this short side to save memory: 32 frames of 8K are 3.2 GB. Features change
+# little, because image processors of CLIP reduce the short side to 224 or 336 anyway, with an antialiasing filter.
 MAX_SHORT_SIDE = 1080
 
 
@@ -36,8 +35,8 @@ class FrameRateFilter:
 
 class ToRGB:
     """
-    Turns an `av.VideoFrame` into a picture (H, W, 3) uint8 RGB as a player shows it: upright, with square pixels, in
-    its colors.
+    Converts an `av.VideoFrame` to a picture (H, W, 3) uint8 RGB as a player shows it: upright, with square pixels and
+    the right colors.
 
     Args:
         pixel_aspect: width of a pixel divided by its height.

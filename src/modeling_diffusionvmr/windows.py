@@ -6,9 +6,9 @@ two strides. Those of the next scale are twice as long and overlap by twice as m
 one window, the whole video. The processor averages a window of more clips than the model reads. The model itself never
 hears of windows.
 
-Within a scale, each point in time is owned by one window: neighbors share their overlap in the middle. A window keeps
-the moments whose center it owns, so a moment in an overlap is found once. A moment of up to two strides lies whole in
-the window that owns its center. Longer ones may not, so the next scale looks for these, and only for these.
+Within a scale, one window owns each point in time: neighbors divide their overlap in the middle. A window keeps the
+moments whose center it owns, so a moment in an overlap is found once. A moment of up to two strides lies completely in
+the window that owns its center. Longer moments may not, so the next scale looks for these, and only for these.
 """
 
 import math
@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 from .checks import check_positive, is_number
 from .processing_diffusionvmr import DiffusionVMRProcessor, check_outputs
 
-MAX_BATCH = 32  # pairs of a window and a sentence, so that memory grows with neither
-EDGE = 0.5  # in clips that the model reads: a moment that ends closer to the edge of its window is cut by it
+MAX_BATCH = 32  # pairs of a window and a sentence: memory does not grow with the number of either
+EDGE = 0.5  # in clips that the model reads: a moment that comes closer to the edge of its window counts as cut
 
 
 class SearchWindow(NamedTuple):
@@ -33,7 +33,7 @@ class SearchWindow(NamedTuple):
     A slice of a video that the model searches alone. All fields count clips of the video.
 
     `first`, `last`: the slice is [first, last). `own_start`, `own_end`: the window keeps moments whose center lies in
-    [own_start, own_end). `shortest`: it keeps moments longer than this; finer scales find the others.
+    [own_start, own_end). `shortest`: the window keeps moments longer than this; finer scales find the others.
     """
 
     first: int
@@ -44,7 +44,7 @@ class SearchWindow(NamedTuple):
 
 
 def check_chunks(chunk_length_s: Any, stride_length_s: Any, clip_seconds: float, max_clips: int) -> None:
-    """Raise `ValueError` for an invalid length or stride of the windows, in seconds. `None` is a valid value."""
+    """Raise `ValueError` if the length or the stride of the windows, in seconds, is invalid. `None` is valid."""
     if chunk_length_s is not None:
         check_positive(chunk_length_s, "`chunk_length_s`")
         if chunk_length_s < clip_seconds:
@@ -69,7 +69,7 @@ def plan_windows(num_clips: int, chunk: int, stride: float | None = None) -> lis
         num_clips: number of clips of the video.
         chunk: number of clips of a window of the finest scale. If it is at least `num_clips`, there is one window.
         stride: the part at each side of such a window, in clips, that is left to its neighbor. At most half of `chunk`.
-            Default: a quarter of it.
+            Default: a quarter of `chunk`.
     """
     stride = chunk / 4 if stride is None else stride
     windows: list[SearchWindow] = []
@@ -82,7 +82,7 @@ def plan_windows(num_clips: int, chunk: int, stride: float | None = None) -> lis
 
 
 def _scale(num_clips: int, chunk: int, stride: float, shortest: float) -> Iterator[SearchWindow]:
-    """Yield windows of equal length, spread evenly over the video."""
+    """Yield the windows of one scale: of equal length, spread evenly over the video."""
     length = min(chunk, num_clips)
     count = 1 + math.ceil((num_clips - length) / max(1, length - 2 * stride))
     firsts = [round(first) for first in np.linspace(0, num_clips - length, count)]
@@ -94,7 +94,7 @@ def _scale(num_clips: int, chunk: int, stride: float, shortest: float) -> Iterat
 @dataclass(frozen=True)
 class Findings:
     """
-    What the model finds for one sentence in a video, in the form that `post_process_moment_retrieval` takes.
+    The merged outputs of the model for one sentence in a video, as `post_process_moment_retrieval` takes them.
 
     logits: (1, M, 2) of M moments. pred_spans: (1, M, 2), float64, as fractions of the time that all clips cover.
     saliency_scores: (1, L), for L equal parts of that time.
@@ -107,7 +107,7 @@ class Findings:
 
 def merge(windows: Sequence[SearchWindow], logits: Tensor, spans: Tensor, saliency: Tensor, max_clips: int) -> Findings:
     """
-    Merge what the model finds for one sentence in the W windows of a video. For a single window, nothing changes.
+    Merge the outputs of the model for one sentence in the W windows of a video. A single window changes nothing.
 
     Args:
         windows: from `plan_windows`.

@@ -177,8 +177,12 @@ addEventListener("error", event => report.errors.push(String(event.message || ev
 const until = (target, name) => new Promise(done => target.addEventListener(name, done, {once: true}));
 (async () => {
   video.muted = true;
-  if (video.readyState < 1 && !video.error) await Promise.race([until(video, "loadedmetadata"), until(video, "error")]);
-  report.complains = !document.querySelector("#unplayable").hidden;
+  const complaint = document.querySelector("#unplayable");
+  // `video.error` may be set before its event arrives
+  if (video.readyState < 1 && complaint.hidden) {
+    await Promise.race([until(video, "loadedmetadata"), until(video, "error")]);
+  }
+  report.complains = !complaint.hidden;
   report.width = document.documentElement.scrollWidth - document.documentElement.clientWidth;
   report.bar = document.querySelector(".bars button").getBoundingClientRect().width;
   if (!video.error) {

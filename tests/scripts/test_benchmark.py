@@ -169,7 +169,7 @@ def test_extraction(folder, monkeypatch):
     assert [line["backbones"] for line in measured["table"]] == ["clip", "slowfast", "clip + slowfast"]
     columns = ["decoding", "preparation", "forward", "one video", "extract", "CPU of extract"]
     for line in measured["table"]:
-        assert list(line)[1:] == columns and all(line[column] >= 0 for column in columns)
+        assert list(line)[1:] == columns
         assert line["decoding"] > 0 and line["extract"] > 0
 
 

@@ -1,4 +1,4 @@
-"""One command in several processes, which `accelerate launch` or `torchrun` starts."""
+"""Run one command in several processes, started by `accelerate launch` or `torchrun`."""
 
 import os
 from contextlib import suppress
@@ -29,7 +29,7 @@ class Process:
         Read the environment variables that launchers set: RANK, WORLD_SIZE and LOCAL_RANK.
 
         Raises:
-            ValueError: if they are not such numbers.
+            ValueError: if they are not whole numbers, or RANK is not below WORLD_SIZE.
         """
         values = [os.environ.get(name, default) for name, default in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), "010")]
         if not all(value.isdecimal() for value in values) or not int(values[0]) < int(values[1]):
@@ -41,12 +41,12 @@ class Process:
 
     @property
     def name(self) -> str:
-        """For messages, with a colon; empty if there is one process."""
+        """The start of a message, such as "process 1 of 4: ". Empty if there is only one process."""
         return f"process {self.rank + 1} of {self.count}: " if self.count > 1 else ""
 
     @property
     def device(self) -> str | None:
-        """The GPU of this process, or `None` to leave the choice to `choose_device`. Processes can share a GPU."""
+        """The GPU of this process, or `None` if `choose_device` should choose. Processes can share a GPU."""
         import torch
 
         if self.count == 1 or not torch.cuda.is_available():
@@ -59,7 +59,7 @@ class Process:
             return
         from torch.distributed import rendezvous
 
-        # The work is done. If another process was killed, or the launcher has ended, there is nothing to wait for
+        # If another process was killed, or the launcher has ended, there is nothing to wait for. The work is done.
         with suppress(RuntimeError, ValueError):
             store, _, _ = next(rendezvous("env://", self.rank, self.count, timeout=LONGEST_WAIT))
             store.set(f"done {self.rank}", "")

@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     with loading(model.name_or_path):
         retrieve = VideoMomentRetrievalPipeline(model=model, processor=processor)
     options = {name: getattr(arguments, name) for name in PIPELINE_OPTIONS if getattr(arguments, name) is not None}
-    video = fetch(arguments.video, progress=True)  # here, since what is saved reads the video as well
+    video = fetch(arguments.video, progress=True)  # once: --plot, --html and --cut read it again
     results = retrieve(video, arguments.query, return_saliency=True, progress=True, **options)
     if arguments.json:
         print(json.dumps([{"query": query, **result} for query, result in zip(arguments.query, results)]))
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Raise an error for invalid flags that would otherwise only fail after the work is done."""
+    """Raise an error for invalid arguments that would otherwise only fail after the work."""
     from ..checks import check_sentence
     from ..download import URL
 

@@ -1,1 +1,1 @@
-"""Show moments to people: a web page, files cut from the video, and what pictures of a timeline have in common."""
+"""Show moments to people: a web page, files cut from the video, and the parts that all timelines share."""

@@ -17,9 +17,9 @@ from ..video_filters import ToRGB
 
 TICKS = 90_000  # per second, of the pictures
 SAMPLE_RATE, LAYOUT, SAMPLE_FORMAT = 48_000, "stereo", "fltp"  # of the sound
-# Pictures per second, for the encoder, if the file does not state it, and at least
+# Pictures per second that the encoder is told: if the file does not state them, and the lowest number
 DEFAULT_RATE, SLOWEST_RATE = 25, Fraction(1, 100)
-SHORTEST = Fraction(1, 25)  # in seconds: a moment can have no length
+SHORTEST = Fraction(1, 25)  # in seconds: a moment can have a length of 0
 QUALITY = {"preset": "veryfast", "crf": "20"}
 # Without B-frames, times of decoding and of display are the same, and a file needs no edit list to begin at 0
 NO_B_FRAMES = {"bf": "0"}
@@ -27,7 +27,7 @@ BT709, LIMITED_RANGE = 1, 1  # FFmpeg's numbers
 LONG_PICTURE = 1  # in seconds, see `cut_moments`
 INTERLEAVING = 10  # in seconds: how far apart in a file pictures and sound of the same time can be
 SOUND_TOLERANCE = SAMPLE_RATE // 20  # in samples: smaller gaps are rounded timestamps
-MAX_NAME_BYTES = 60  # of the sentence in a file name
+MAX_NAME_BYTES = 60  # of the sentence in the name of a file
 
 
 def cut_moments(
@@ -36,10 +36,9 @@ def cut_moments(
     """
     Write each moment as a video file. Files of the same names are replaced. The video is decoded once.
 
-    The first picture is the first one that is shown at or after the start of the moment, the last one the last before
-    its end. If that leaves more than a second at the beginning without a picture, as in a recording of slides, or all
-    of it, the file begins with the picture that is on the screen at the start. A file lasts at least
-    1/25 s. Pictures are upright, with square pixels, and reduced to 1080p.
+    The pictures are those that appear between start and end of the moment. If none does, or none within the first
+    second, as in a recording of slides, the file begins with the picture that is on the screen at the start. A file
+    lasts at least 1/25 s. Pictures are upright, with square pixels, and reduced to 1080p.
 
     Args:
         video: a path or a binary file object.
@@ -49,8 +48,7 @@ def cut_moments(
         progress: show a progress bar.
 
     Returns:
-        The path of each file, by sentence, best moments first. The name consists of the number of the sentence, the
-        rank of the moment, the sentence, and start and end in seconds.
+        The path of each file, in the order of `results`. See `file_name`.
 
     Raises:
         FileNotFoundError, ValueError: if the video is missing, not readable or damaged.
@@ -58,13 +56,13 @@ def cut_moments(
     file = VideoFile(video)
     to_rgb = ToRGB(file.pixel_aspect)
     cuts = [
-        _Cut(folder / file_name(number, rank, query, moment), moment, file, to_rgb)
+        _MomentFile(folder / file_name(number, rank, query, moment), moment, file, to_rgb)
         for number, (query, result) in enumerate(zip(queries, results), start=1)
         for rank, moment in enumerate(result["moments"], start=1)
     ]
     if cuts:
         try:
-            _cut(file, cuts, progress)
+            _write_all(file, cuts, progress)
         except (import_av().FFmpegError, OverflowError) as error:
             if isinstance(error, OSError):  # such as a full disk
                 raise
@@ -73,7 +71,10 @@ def cut_moments(
 
 
 def file_name(number: int, rank: int, query: str, moment: Mapping[str, float]) -> str:
-    """Return a name such as `01-02_a-red-circle_0032.0-0041.5.mp4`, which is valid on every file system."""
+    """
+    Return a name that is valid on every file system, such as `01-02_a-red-circle_0032.0-0041.5.mp4`: the number of the
+    sentence, the rank of the moment, the sentence, start and end in seconds.
+    """
     # Letters, marks (which many scripts need to write vowels) and digits of all languages
     text = unicodedata.normalize("NFC", query).lower()
     words = "".join(char if unicodedata.category(char)[0] in "LMN" else " " for char in text).split()
@@ -81,8 +82,8 @@ def file_name(number: int, rank: int, query: str, moment: Mapping[str, float]) -
     return f"{number:02d}-{rank:02d}_{slug}_{moment['start']:06.1f}-{moment['end']:06.1f}.mp4"
 
 
-def _cut(file: VideoFile, cuts: Sequence["_Cut"], progress: bool) -> None:
-    """Decode the video up to the end of the last moment, and write all moments meanwhile."""
+def _write_all(file: VideoFile, cuts: Sequence["_MomentFile"], progress: bool) -> None:
+    """Decode the video up to the end of the last moment, and write all moments on the way."""
     waiting, active = sorted(cuts, key=lambda cut: -cut.start), []  # the next one is last
     seconds = round(max(cut.end for cut in cuts))
     on_screen, picture_time, sound_time = None, Fraction(0), Fraction(0)
@@ -113,9 +114,9 @@ def _cut(file: VideoFile, cuts: Sequence["_Cut"], progress: bool) -> None:
         bar.update(seconds - bar.n)
 
 
-class _Cut:
+class _MomentFile:
     """
-    Writes one moment. It is a context manager, in which an error removes the unfinished file.
+    A file to which one moment is written. It is a context manager, in which an error removes the unfinished file.
 
     Attributes:
         path: the file.
@@ -126,7 +127,7 @@ class _Cut:
     def __init__(self, path: Path, moment: Mapping[str, float], file: VideoFile, to_rgb: ToRGB):
         self.path, self._to_rgb, self._has_sound = path, to_rgb, file.has_sound
         self._rate = max(Fraction(file.fps or DEFAULT_RATE).limit_denominator(100_000), SLOWEST_RATE)
-        # 1.1 is 11/10, when the eleventh of ten pictures per second begins, and not the float, which is a bit later
+        # 1.1 means 11/10, the start of a picture at 10 per second. The float is a bit later and would miss it.
         self.start, end = (Fraction(moment[side]).limit_denominator(10**6) for side in ("start", "end"))
         self.end = max(end, self.start + SHORTEST)
         self.is_finished = False
@@ -135,11 +136,11 @@ class _Cut:
         self._pictures: Any = None
         self._sound: Any = None
         self._picture: Any = None  # the latest one. How long it is shown depends on the next one
-        self._durations: dict[int, int] = {}  # of the pictures in the encoder, by their time, in ticks
+        self._durations: dict[int, int] = {}  # of the pictures in the encoder, by start, in ticks
         self._early_sound: list[tuple[np.ndarray, Fraction]] = []  # what came before the size of the pictures is known
         self._num_samples = 0  # written
 
-    def __enter__(self) -> "_Cut":
+    def __enter__(self) -> "_MomentFile":
         return self
 
     def __exit__(self, *error) -> None:
@@ -187,7 +188,7 @@ class _Cut:
         self.is_finished = True
 
     def _show(self, frame: Any, time: Fraction) -> None:
-        """Show a picture from a time on; the first one from the start of the file."""
+        """Show a picture from a time on, in seconds. The first one is shown from the start of the file."""
         av = import_av()
         pixels = self._to_rgb(frame)
         height, width = pixels.shape[:2]
@@ -247,7 +248,7 @@ class _Cut:
 
 
 class _Resampler:
-    """Turns audio frames into samples (2, n) float32 in [-1, 1] of one rate, each with its time in seconds."""
+    """Converts audio frames to samples (2, n) float32 in [-1, 1] at `SAMPLE_RATE`, with their time in seconds."""
 
     def __init__(self) -> None:
         self._resampler: Any = None

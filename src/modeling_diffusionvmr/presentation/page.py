@@ -16,12 +16,12 @@ import numpy as np
 from PIL import Image
 
 from ..data.files import atomic_write
-from .timeline import saliency_curve, tick_label, tick_times, timestamp
+from .timeline import curve_points, tick_label, tick_times, timestamp
 
 MAX_EMBEDDED_BYTES = 50_000_000
 FRAME_WIDTH, JPEG_QUALITY = 160, 80  # of a frame of the timeline
 MAX_TICKS = 6  # as many as fit on a phone
-# Browsers refuse the types that files of these names officially have, though they often can play them
+# Browsers refuse the official types of these files, although they often can play them
 MEDIA_TYPES = {".mov": "video/mp4", ".m4v": "video/mp4", ".mkv": "video/webm"}
 FILE_CAVEAT = (
     "It is too large to be part of this page, so it only plays while both files keep their places: if you move or send "
@@ -95,35 +95,38 @@ def _ticks(duration: float) -> str:
 
 
 def _lane(query: str, result: Mapping[str, Any], duration: float) -> str:
-    """Return the part of one sentence: the curve and bars to look at, and a list of buttons for every kind of input."""
-    bars, items = [], []
-    for moment in result["moments"]:
-        start, end = (min(max(moment[side], 0), duration) for side in ("start", "end"))
-        times = f'data-start="{start:.3f}" data-end="{end:.3f}"'
-        said = f"{timestamp(start)} – {timestamp(end)}"
-        # The least width of a bar is that of the style sheet. It must not reach beyond the end.
-        left, width = 100 * start / duration, 100 * (end - start) / duration
-        place = f"left:min({left:.4f}%, 100% - 6px);width:{width:.4f}%"
-        title = f'title="{said}, score {moment["score"]:.2f}"'
-        # Not reachable by keyboard, nor read aloud: the list has the same buttons
-        bars.append(f'<button type="button" tabindex="-1" aria-hidden="true" {times} {title} style="{place}"></button>')
-        label = f"Play {said}, score {moment['score']:.2f}"
-        text = f"▶ {said} <small>{moment['score']:.2f}</small>"
-        items.append(f'<li><button type="button" {times} aria-label="{label}">{text}</button></li>')
-    found = f"<ol>{''.join(items)}</ol>" if items else "<p>No moment found.</p>"
+    """Return the section of a sentence: its curve, its moments as bars, and the same moments as a list of buttons."""
+    buttons = [_buttons(moment, duration) for moment in result["moments"]]
+    bars = "".join(bar for bar, _ in buttons)
+    items = "".join(f"<li>{item}</li>" for _, item in buttons)
+    found = f"<ol>{items}</ol>" if items else "<p>No moment found.</p>"
     return (
         f"<section>\n<h2>{escape(_visible(query))}</h2>\n"
-        f'<div class="lane">{_curve(result, duration)}<div class="bars">{"".join(bars)}</div>'
+        f'<div class="lane">{_curve(result, duration)}<div class="bars">{bars}</div>'
         f'<div class="now"></div></div>\n{found}\n</section>'
     )
 
 
+def _buttons(moment: Mapping[str, float], duration: float) -> tuple[str, str]:
+    """Return the two buttons of a moment: its bar on the timeline, and its entry in the list."""
+    start, end = (min(max(moment[side], 0), duration) for side in ("start", "end"))
+    times = f'data-start="{start:.3f}" data-end="{end:.3f}"'
+    interval = f"{timestamp(start)} – {timestamp(end)}"
+    score = f"{moment['score']:.2f}"
+    # The style sheet sets a minimum width of 6px, with which a bar must not reach beyond the end
+    left, width = 100 * start / duration, 100 * (end - start) / duration
+    place = f"left:min({left:.4f}%, 100% - 6px);width:{width:.4f}%"
+    title = f'title="{interval}, score {score}"'
+    # Not reachable by keyboard, nor read aloud: the list has the same buttons
+    bar = f'<button type="button" tabindex="-1" aria-hidden="true" {times} {title} style="{place}"></button>'
+    label = f"Play {interval}, score {score}"
+    return bar, f'<button type="button" {times} aria-label="{label}">▶ {interval} <small>{score}</small></button>'
+
+
 def _curve(result: Mapping[str, Any], duration: float) -> str:
-    values = saliency_curve(result["saliency"])
-    covered = len(result["saliency"]) * result["clip_seconds"]
-    times = (np.arange(len(values)) + 0.5) * covered / len(values)
     points = " ".join(
-        f"{1000 * time / duration:.1f},{CURVE_HEIGHT * (0.98 - 0.96 * value):.1f}" for time, value in zip(times, values)
+        f"{1000 * time / duration:.1f},{CURVE_HEIGHT * (0.98 - 0.96 * value):.1f}"
+        for time, value in zip(*curve_points(result))
     )
     return (
         f'<svg viewBox="0 0 1000 {CURVE_HEIGHT}" preserveAspectRatio="none" role="img" '

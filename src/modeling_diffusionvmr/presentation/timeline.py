@@ -1,6 +1,6 @@
-"""What all timelines have in common: times as text, ticks, frames, and the curve of the saliency."""
+"""The parts that all timelines share: times as text, ticks, frames, and the curve of the saliency."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from ..video import open_video
 NUM_FRAMES = 12  # number of frames below or above a timeline
 MAX_POINTS = 1000  # of a curve, about one per pixel
 SALIENCY_LABEL = "saliency (a ranking, not a probability)"
-# In seconds. Longer ones are whole days.
+# In seconds, between two ticks. Longer steps are whole days.
 STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200, 86400)
 
 
@@ -51,6 +51,15 @@ def saliency_curve(scores: Sequence[float] | np.ndarray, max_points: int = MAX_P
     # Groups differ by at most one clip. No group is empty.
     groups = np.arange(min(max_points, len(values))) * len(values) // min(max_points, len(values))
     return np.maximum.reduceat(values, groups)
+
+
+def curve_points(result: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Return the curve of a result of the pipeline with `return_saliency=True`: times in seconds, and `saliency_curve`.
+    """
+    values = saliency_curve(result["saliency"])
+    covered = len(result["saliency"]) * result["clip_seconds"]
+    return (np.arange(len(values)) + 0.5) * covered / len(values), values
 
 
 def frames_of(video: Any, duration: float, progress: bool = False) -> list[np.ndarray]:

@@ -211,7 +211,7 @@ def plan_long_video(seed: int, duration: float, unseen_pairs: bool = False) -> V
         if not any(_is_shown(statement, other) for statement in statements):
             scenes.append(_cut(other, 0.0, min(duration - filled, other.duration)))
             filled += scenes[-1].duration
-    # Its own queries are in the scene itself; those that another one shows as well are not asked
+    # Ask only sentences that no other scene shows
     for i, scene in enumerate(asked):
         others = [other for other in asked if other is not scene]
         queries = [q for q in scene.queries if not any(_is_shown(q.statement, other) for other in others)]
@@ -274,9 +274,9 @@ def absent_queries(plan: VideoPlan, seed: int, recombined: bool) -> tuple[Query,
         seed: of the random draws.
         recombined: whether the video shows every color and every shape that a sentence names, but not as it says. If
             possible, the sentence names an object that the video never shows: "a blue circle", if there are a red
-            circle and a blue star. Otherwise it says of objects that are shown that they are next to each other or that
-            there are two, and the tuple is shorter if even that is always true. Not `recombined`, it names an object
-            that the video never shows, and no object of the video has that color, or none has that shape.
+            circle and a blue star. Otherwise it says that objects of the video are next to each other, or that there
+            are two of them. If no such sentence is false, the tuple is shorter. If not `recombined`, the sentence names
+            an object whose color or shape the video never shows.
     """
     rng = np.random.default_rng([seed, 7, int(recombined)])
     shown = {track.pair for track in plan.tracks}
@@ -394,7 +394,7 @@ def _draw_scene(rng: np.random.Generator, unseen_pairs: bool) -> VideoPlan:
 
 
 def _draw_asked_scenes(rng: np.random.Generator, duration: float, unseen_pairs: bool) -> list[VideoPlan]:
-    """Draw the scenes with sentences of a video of `duration` seconds. At least one fits into it."""
+    """Draw the scenes with sentences of a video of `duration` seconds: at least one, at most `ASKED_SCENES`."""
     scenes: list[VideoPlan] = []
     left = duration
     while len(scenes) < ASKED_SCENES:

@@ -1,7 +1,6 @@
 """The dataset: turns rows and features into samples, and makes the random draws of training."""
 
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -20,6 +19,7 @@ from ..data.features import common_clip_seconds, name_of
 from ..diffusion import DiffusionSchedule
 from ..processing_diffusionvmr import DiffusionVMRProcessor
 from ..windows import SearchWindow, plan_windows
+from .negative_sentences import NegativeSentences
 from .row_windows import draw_window, row_in_window
 from .supervision import clip_scores, draw_saliency_pairs, true_spans
 
@@ -27,11 +27,6 @@ from .supervision import clip_scores, draw_saliency_pairs, true_spans
 DRAWING_FIELDS = ("max_training_proposals", "num_diffusion_steps", "signal_scale", "absent_loss_coefficient")
 MAX_CLIPS_APART, MAX_SHARE_APART = 2, 0.1  # a video may last this much more or less than its features cover
 MAX_AVERAGED_VIDEOS = 256  # kept in memory: 1.2 MB each with features of VGG or C3D
-
-
-def plain_sentence(text: str) -> str:
-    """Return a sentence in lower case, with single spaces and without its period, to compare it with others."""
-    return " ".join(text.casefold().split()).rstrip(" .")
 
 
 class MomentRetrievalDataset(Dataset):
@@ -108,10 +103,7 @@ class MomentRetrievalDataset(Dataset):
                 if "relevant_windows" not in row:
                     raise ValueError(f"qid {row['qid']}: training needs `relevant_windows`")
             self.schedule = DiffusionSchedule(config.num_diffusion_steps, config.signal_scale)
-            self._group_by_video()
-            self._true_sentences: dict[str, set[str]] = {}  # of each video; empty if negative sentences may be true
-            if config.absent_loss_coefficient > 0:
-                self._collect_true_sentences()
+            self._negatives = NegativeSentences(self.rows, must_be_absent=config.absent_loss_coefficient > 0)
 
     @staticmethod
     def _checked(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,38 +149,6 @@ class MomentRetrievalDataset(Dataset):
             raise ValueError(f"none of {len(self.rows)} rows has usable features; {skipped[0]}")
         return kept, skipped
 
-    def _group_by_video(self) -> None:
-        # With rows sorted by video, those of one video are adjacent, so that choosing a row of another video takes a
-        # single draw
-        videos, video_of_row = np.unique([row["vid"] for row in self.rows], return_inverse=True)
-        if len(videos) < 2:
-            raise ValueError(
-                "training needs rows of at least two videos, because negative queries come from another video"
-            )
-        self._by_video = np.argsort(video_of_row, kind="stable")
-        counts = np.bincount(video_of_row)
-        self._first = (np.cumsum(counts) - counts)[video_of_row]
-        self._count = counts[video_of_row]
-
-    def _collect_true_sentences(self) -> None:
-        """Remember which sentences are true in each video. Raise ValueError if none is left as a negative sentence."""
-        everywhere: Counter[str] = Counter()
-        of_video: Counter[tuple[str, str]] = Counter()
-        for row in self.rows:
-            sentence = plain_sentence(row["query"])
-            everywhere[sentence] += 1
-            of_video[row["vid"], sentence] += 1
-            true_sentences = self._true_sentences.setdefault(row["vid"], set())
-            if row["relevant_windows"]:
-                true_sentences.add(sentence)
-        for vid, true_sentences in self._true_sentences.items():
-            others = (text for text, count in everywhere.items() if count > of_video[vid, text])
-            if all(text in true_sentences for text in others):
-                raise ValueError(
-                    f"video {vid}: every sentence of another video is also true in it, so there is no negative "
-                    "sentence to train with `absent_loss_coefficient`"
-                )
-
     def _plan_windows(self) -> dict[str, list[SearchWindow]]:
         """Return the windows of each video."""
         lengths = {row["vid"]: min(len(store[row["vid"]]) for store in self.video_features) for row in self.rows}
@@ -196,7 +156,7 @@ class MomentRetrievalDataset(Dataset):
 
     @cached_property
     def samples(self) -> list[tuple[int, SearchWindow | None]]:
-        """The row of each sample, and its window: `None` if it is the whole video, or is drawn in training."""
+        """The row index and the window of each sample: `None` for the whole video, or to draw one in training."""
         if self.windows is None or self.config is not None:
             return [(index, None) for index in range(len(self.rows))]
         return [(index, window) for index, row in enumerate(self.rows) for window in self.windows[row["vid"]]]
@@ -257,7 +217,10 @@ class MomentRetrievalDataset(Dataset):
         return sample
 
     def _window(self, row_index: int, window: SearchWindow | None) -> tuple[dict[str, Any], Tensor, float]:
-        """Return a row as if its video were only a window, by default a drawn one, its features, and their seconds."""
+        """
+        Return a row as if its video were only the given window (`None`: draw one), the features (Lv, Dv) of the window,
+        and the seconds that they cover.
+        """
         row = self.rows[row_index]
         assert self.windows is not None
         windows = self.windows[row["vid"]]
@@ -269,9 +232,9 @@ class MomentRetrievalDataset(Dataset):
         if len(windows) == 1:
             return row, *self._video(row)
         arrays = [store[row["vid"]][window.first : window.last] for store in self.video_features]
-        share = covered * (window.last - window.first) / num_clips
+        seconds = covered * (window.last - window.first) / num_clips
         features = self.processor.prepare_video(arrays, f"video {row['vid']}")
-        return row_in_window(row, window, covered / num_clips), features, share
+        return row_in_window(row, window, covered / num_clips), features, seconds
 
     def _check_duration(self, row: Mapping[str, Any], covered: float) -> None:
         """Warn once of features that cover another time than the video lasts: its moments would be elsewhere."""
@@ -316,7 +279,7 @@ class MomentRetrievalDataset(Dataset):
         rngs = [np.random.default_rng((self.seed, self.epoch, sample["row"])) for sample in samples]
         for sample, rng in zip(samples, rngs):
             row, labels = self.rows[sample["row"]], sample["labels"]
-            sample["negative_text_features"] = self._text(self._row_with_negative_sentence(sample["row"], rng))
+            sample["negative_text_features"] = self._text(self._negatives.draw(sample["row"], rng))
             if self.windows is not None and len(self.windows[row["vid"]]) > 1:
                 row = {}  # annotators' scores are of clips of the whole video
             scores = clip_scores(row, labels["spans"], sample["covered_duration"], len(sample["video_features"]))
@@ -328,17 +291,3 @@ class MomentRetrievalDataset(Dataset):
         draws = self.schedule.draw_samples(rngs, padded.shape[1], num_proposals)
         for sample, noisy_spans, timestep in zip(samples, *self.schedule.corrupt(padded, counts, draws)):
             sample["noisy_spans"], sample["timesteps"] = noisy_spans, timestep
-
-    def _row_with_negative_sentence(self, row: int, rng: np.random.Generator) -> Mapping[str, Any]:
-        """Draw a row of another video. If the model learns what is absent, its sentence is not true in this video."""
-        true_sentences = self._true_sentences.get(self.rows[row]["vid"], ())
-        while True:
-            other = self.rows[self._row_of_another_video(row, rng)]
-            if not true_sentences or plain_sentence(other["query"]) not in true_sentences:
-                return other
-
-    def _row_of_another_video(self, row: int, rng: np.random.Generator) -> int:
-        # A position among the rows sorted by video, excluding those of this video. `random` always advances the
-        # generator equally; `integers` does not, so the draws that follow would depend on the number of rows.
-        place = int(rng.random() * (len(self.rows) - self._count[row]))
-        return self._by_video[place + self._count[row] * (place >= self._first[row])]

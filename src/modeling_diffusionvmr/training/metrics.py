@@ -60,15 +60,15 @@ def evaluate_predictions(
         if alone:
             more = f" (and {len(alone) - 1} more qids)" if len(alone) > 1 else ""
             raise ValueError(f"no {kind} for qid {alone[0]}{more}")
-    everything = found, truth
+    all_rows = found, truth
     absent = {qid for qid, row in truth.items() if _is_absent(row)}
     if 0 < len(absent) < len(truth):
-        found, truth = ({qid: row for qid, row in rows.items() if qid not in absent} for rows in everything)
+        found, truth = ({qid: row for qid, row in rows.items() if qid not in absent} for rows in all_rows)
     saliency = _saliency(found, truth)
     highlights_only = saliency is not None and all("pred_relevant_windows" not in row for row in found.values())
     scores, extra = ({}, {}) if highlights_only else _moment_scores(found, truth)
     if absent and not highlights_only:
-        extra |= _rejection_scores(*everything)
+        extra |= _rejection_scores(*all_rows)
     brief: dict[str, float | None] = {}
     if not highlights_only:
         brief |= {f"MR-{name}-mAP": scores[name]["MR-mAP"]["average"] for name in LENGTH_RANGES}
@@ -121,7 +121,7 @@ def _is_absent(row: Mapping[str, Any]) -> bool:
 def _rejection_scores(
     predictions: Mapping[str, Mapping[str, Any]], references: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, float | None]:
-    """Return the metrics of Generalized Moment Retrieval, of which some references have no windows."""
+    """Return the metrics of Generalized Moment Retrieval. Some references have windows, others have none."""
     found = [predicted_windows(qid, row) for qid, row in predictions.items()]
     truth = [
         np.empty((0, 2)) if _is_absent(references[qid]) else _true_windows(qid, references[qid]) for qid in predictions

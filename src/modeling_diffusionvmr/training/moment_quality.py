@@ -104,12 +104,12 @@ def choose_on_dataset(
 ) -> dict[str, Any]:
     """
     Choose the processor's `threshold`, `nms_threshold` and `top_k` for the moments that people get, on the sentences of
-    a validation dataset: each with its own video, and those that are true there also with another video, where they
-    should give nothing. Neither should those that are labeled as absent (`relevant_windows: []`).
+    a validation dataset. Each is searched in its own video. A sentence that is true there is also searched in another
+    video, where nothing should be found, as for sentences that are labeled as absent (`relevant_windows: []`).
 
     Returns:
-        The values, or nothing if there are fewer than `MIN_SENTENCES` labeled sentences, none that is absent or could
-        be paired with another video, or no moment that is right.
+        The values; empty if there are fewer than `MIN_SENTENCES` labeled sentences, if none is absent or can be paired
+        with another video, or if no moment is right.
     """
     rows = [] if dataset is None else [row for row in dataset.rows if "relevant_windows" in row]
     elsewhere = with_other_videos([row for row in rows if row["relevant_windows"]])

@@ -104,7 +104,7 @@ def official_predictions(
 def _merged_predictions(
     dataset: MomentRetrievalDataset, outputs: RowOutputs, post_processing: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Return the predictions of `official_predictions` for rows of which every window is a sample."""
+    """Return `official_predictions` for a dataset in which each search window of a row is a sample."""
     assert dataset.windows is not None
     check_outputs(outputs)
     processor = every_proposal(dataset.processor)

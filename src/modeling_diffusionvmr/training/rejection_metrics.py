@@ -1,9 +1,9 @@
 """
-The metrics of Generalized Moment Retrieval (Ding et al., arXiv 2605.02623) that count queries which are not in their
-video, as its official toolkit computes them.
+The metrics of Generalized Moment Retrieval (Ding et al., arXiv 2605.02623), which also score queries that are not in
+their video, as its official toolkit computes them.
 
 A query's existence score is the highest score of its predicted windows, and 0 if there is none. A query whose score is
-at most a threshold is rejected. So an empty list of windows rejects a query at any threshold.
+at most a threshold is rejected, so a query without predicted windows is rejected at any threshold.
 """
 
 from collections.abc import Sequence
@@ -24,18 +24,18 @@ def auroc(present: np.ndarray, absent: np.ndarray) -> float:
 
 
 def rejection_f1(present: np.ndarray, absent: np.ndarray, threshold: float) -> float:
-    """Return the F1 of rejecting: what should be rejected are the scores of `absent` (A,), not of `present` (P,)."""
+    """Return the F1 of rejection: scores of `absent` (A,) should be rejected, those of `present` (P,) should not."""
     right, wrong = (absent <= threshold).sum(), (present <= threshold).sum()
     return float(2 * right / (right + wrong + len(absent)))
 
 
 def set_iou(found: np.ndarray, truth: np.ndarray) -> float:
     """
-    Return how well a set of windows (P, 2) agrees with the true ones (G, 2): 1 if both are empty, 0 if one is.
+    Return how well a set of windows (P, 2) agrees with the true ones (G, 2): 1 if both are empty, 0 if only one is.
 
     Otherwise each window in turn is matched to the true one with the highest IoU among those that are still free, and
-    the sum of the IoUs is divided by P + G minus the number of pairs. As in the toolkit's code, but not its
-    documentation, windows that do not overlap may be a pair, so this is the larger of P and G.
+    the sum of the IoUs is divided by P + G minus the number of pairs. In the toolkit's code, though not in its
+    documentation, a pair need not overlap, so the divisor is the larger of P and G.
     """
     if not len(found) or not len(truth):
         return float(len(found) == len(truth))

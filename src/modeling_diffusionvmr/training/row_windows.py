@@ -1,4 +1,4 @@
-"""Rows of long videos in search windows: which windows there are, the truth in one of them, and merged predictions."""
+"""Train on search windows of long videos: the true windows in one of them, and which one to show."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,16 +7,16 @@ import numpy as np
 
 from ..windows import SearchWindow
 
-MIN_SHARE_INSIDE = 0.5  # of a true window: with less of it inside, a search window does not show it
-SHARE_WITH_MOMENT = 0.5  # of the windows drawn in training: at least so many show a true window, if one does
+MIN_SHARE_INSIDE = 0.5  # of a true window: a search window with less of it does not count as showing it
+SHARE_WITH_MOMENT = 0.5  # of the draws in training: choose only among search windows that show a true window
 
 
 def row_in_window(row: Mapping[str, Any], window: SearchWindow, clip_seconds: float) -> dict[str, Any]:
     """
     Return a row as if its video were only a search window.
 
-    True windows are cut at the edges. Those that are mostly outside are dropped. So are the scores of annotators, which
-    are given by the number of a clip; saliency then follows from the true windows.
+    True windows are cut at the edges, and those that are mostly outside are dropped. So are annotators' scores, because
+    they refer to clips of the whole video; saliency then follows from the true windows.
 
     Args:
         row: the annotations of the whole video.
@@ -37,7 +37,7 @@ def row_in_window(row: Mapping[str, Any], window: SearchWindow, clip_seconds: fl
 def draw_window(
     row: Mapping[str, Any], windows: Sequence[SearchWindow], clip_seconds: float, rng: np.random.Generator
 ) -> SearchWindow:
-    """Draw the search window for a training sample: half of the time any one, else one that shows a true window."""
+    """Draw the search window of a training sample: half of the time any, otherwise one that shows a true window."""
     showing = [window for window in windows if row_in_window(row, window, clip_seconds)["relevant_windows"]]
     chosen = showing if showing and rng.random() < SHARE_WITH_MOMENT else windows
     return chosen[int(rng.integers(len(chosen)))]
