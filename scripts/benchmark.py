@@ -18,12 +18,13 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
 from accelerate.utils import send_to_device
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
@@ -395,7 +396,7 @@ def random_backbones(seed: int) -> dict[str, Backbone]:
 def encode_in_stages(backbones: Sequence[Backbone], video: Video, clock: Clock) -> None:
     """Do the work of `encode_video`, but one stage after the other, to measure each of them."""
     clips = video.clips([backbone.sampling(video.exact_clip_seconds, video.fps) for backbone in backbones])
-    inputs: list[list[torch.Tensor]] = [[] for _ in backbones]
+    inputs: list[list[Any]] = [[] for _ in backbones]
     while True:
         with clock("decoding"):
             which, frames = next(clips, (None, ()))
@@ -405,12 +406,12 @@ def encode_in_stages(backbones: Sequence[Backbone], video: Video, clock: Clock) 
             inputs[which].append(backbones[which].prepare(frames))
         if len(inputs[which]) == max(1, BATCH_SIZE // len(frames)):
             with clock("forward"):
-                backbones[which].encode_clips(torch.stack(inputs[which]))
+                backbones[which].encode_clips(default_collate(inputs[which]))
             inputs[which] = []
     for backbone, rest in zip(backbones, inputs):
         if rest:
             with clock("forward"):
-                backbone.encode_clips(torch.stack(rest))
+                backbone.encode_clips(default_collate(rest))
 
 
 def measure_extraction(arguments: argparse.Namespace) -> dict:

@@ -46,7 +46,9 @@ def test_one_pass_for_all_backbones(clip, frames, monkeypatch):
 
 def test_clips_that_show_the_same_frame_are_encoded_once(clip, frames, monkeypatch):
     encoded, encode = [], clip.encode_clips
-    monkeypatch.setattr(clip, "encode_clips", lambda inputs: encoded.append(len(inputs)) or encode(inputs))
+    monkeypatch.setattr(
+        clip, "encode_clips", lambda inputs: encoded.append(len(inputs["pixel_values"])) or encode(inputs)
+    )
     for batch_size, batches in ((32, [2]), (1, [1, 1])):
         encoded.clear()
         features = clip.encode_video(open_video((frames[:2], 1 / 20), 2.0), batch_size)

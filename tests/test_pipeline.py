@@ -63,7 +63,7 @@ def counts(pipe, monkeypatch) -> dict:
         monkeypatch.setattr(owner, name, counting)
 
     count(pipeline_diffusionvmr, "open_video", "videos")
-    count(pipe.backbones.models[0], "encode_clips", "images", len)
+    count(pipe.backbones.models[0], "encode_clips", "images", lambda inputs: len(inputs["pixel_values"]))
     count(pipe.model, "forward", "model")
     original = FileVideo.clips
 

@@ -95,26 +95,24 @@ class DualEncoder(Backbone):
         """Size of a token's feature vector."""
         return self.model.config.text_config.hidden_size
 
-    def prepare(self, frames: Frames) -> Any:
-        """Transform the frame of a clip to pixel values (3, S, S), with the model's own image processor."""
-        return self._processed(frames)["pixel_values"]
+    def prepare(self, frames: Frames) -> dict[str, torch.Tensor]:
+        """
+        Transform the frame of a clip with the model's own image processor.
 
-    def _processed(self, frames: Frames) -> dict[str, torch.Tensor]:
-        """Return the outputs of the image processor for one frame."""
+        Returns:
+            `pixel_values` (3, S, S). For SigLIP 2 NaFlex, (P, D): P patches of D numbers, and their shape and mask.
+        """
         images = self.image_processor(images=list(frames), input_data_format="channels_last", return_tensors="pt")
         return {name: tensor[0] for name, tensor in images.items()}
 
-    def encode_clips(self, inputs: Any) -> np.ndarray:
-        """Encode pixel values (F, 3, S, S) to pooled embeddings (F, feature_size) float32."""
-        return self._embeddings(inputs)
-
     @torch.inference_mode()
-    def _embeddings(self, pixel_values: torch.Tensor, **others: torch.Tensor) -> np.ndarray:
-        """Return the embeddings (F, feature_size) of F frames. `others` are more outputs of the image processor."""
+    def encode_clips(self, inputs: dict[str, torch.Tensor]) -> np.ndarray:
+        """Encode the prepared frames of F clips to pooled embeddings (F, feature_size) float32."""
         device, dtype = self.model.device, self.model.dtype
-        others = {name: tensor.to(device) for name, tensor in others.items()}
-        embeddings = self.model.get_image_features(pixel_values=pixel_values.to(device, dtype), **others).pooler_output
-        return embeddings.float().cpu().numpy()
+        moved = {
+            name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in inputs.items()
+        }
+        return self.model.get_image_features(**moved).pooler_output.float().cpu().numpy()
 
     @torch.inference_mode()
     def encode_text(self, sentences: Sequence[str], max_tokens: int | None = None) -> list[np.ndarray]:
@@ -236,11 +234,3 @@ class Siglip2Backbone(SiglipBackbone):
 
     model_class = Siglip2Model
     image_processor_class = Siglip2ImageProcessorPil
-
-    def prepare(self, frames):
-        """Transform the frame of a clip to `pixel_values` (P, D), P patches of D numbers, and their shape and mask."""
-        return self._processed(frames)
-
-    def encode_clips(self, inputs):
-        """Encode the prepared frames of F clips to pooled embeddings (F, feature_size) float32."""
-        return self._embeddings(**inputs)

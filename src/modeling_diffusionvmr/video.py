@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
+from itertools import chain, pairwise
 from numbers import Rational
 from typing import Any
 
@@ -171,18 +171,15 @@ class FileVideo(Video):
         readers = [_ClipReader(sampling, self) for sampling in samplings]
         time = 0.0
         try:
-            for frame in self.file.decoded():  # to the end, since the last frames can be damaged
-                time = frame.time
-                # The filter ends where its last frame ends. It gives no frame at all for less than half a clip.
-                frame.duration = (
-                    math.ceil(max(self.exact_duration, self.exact_clip_seconds / 2) / frame.time_base) - frame.pts
-                )
+            for frame in chain(self.file.decoded(), [None]):  # all of them, since the last ones can be damaged
+                if frame is not None:
+                    time = frame.time
+                    # The filter ends where its last frame ends. It gives no frame at all for less than half a clip.
+                    end = max(self.exact_duration, self.exact_clip_seconds / 2)
+                    frame.duration = math.ceil(end / frame.time_base) - frame.pts
                 for which, reader in enumerate(readers):
                     for clip in reader.push(frame):
                         yield which, clip
-            for which, reader in enumerate(readers):
-                for clip in reader.finish():
-                    yield which, clip
         except (import_av().FFmpegError, OverflowError) as error:
             raise ValueError(f"{self.name}: FFmpeg's filters failed at {time:.2f} s ({reason(error)})") from error
 
@@ -202,16 +199,13 @@ class _ClipReader:
         self._picture = np.empty(0)  # the same frame as RGB
 
     def push(self, frame: Any) -> Iterator[Frames]:
-        """Yield the clips that one more frame completes."""
+        """Yield the clips that one more frame completes, or with `None`, after the last frame, those that are left."""
         for taken in self._filter.push(frame):
             self._latest = taken
             yield from self._complete(self._number)
             self._number += 1
-
-    def finish(self) -> Iterator[Frames]:
-        """Yield the clips that are left after the last frame."""
-        yield from self.push(None)
-        yield from self._complete(math.inf)
+        if frame is None:
+            yield from self._complete(math.inf)
 
     def _complete(self, last: float) -> Iterator[Frames]:
         """Add the latest frame wherever a frame up to the number `last` is wanted."""

@@ -49,7 +49,7 @@ def logged_errors(logging: Any) -> Iterator[list[tuple[int, str, str]]]:
 
 def take_error(logs: list[tuple[int, str, str]], demuxer: str) -> str | None:
     """Return the first message that says that the demuxer skipped a part of the file, and empty the list."""
-    messages = [message.strip() for _, name, message in logs if name == demuxer in SKIPPING_DEMUXERS]
+    messages = [message.strip() for _, name, message in logs if name == demuxer and demuxer in SKIPPING_DEMUXERS]
     logs.clear()
     return messages[0] if messages else None
 
