@@ -116,8 +116,8 @@ def test_without_registration(guide, tmp_path, monkeypatch):
     monkeypatch.delitem(BACKBONE_CLASSES, "dinov2")
     message = (
         r"^these backbones cannot be run: dinov2-base \(dinov2\); pass their features to the model instead "
-        r"\(supported: clip, .*; a class for another type is not part of a checkpoint, so install "
-        r"modeling_diffusionvmr and call its `register_backbone` first\)$"
+        r"\(supported: clip, .*; a class for another type is not part of a checkpoint: install "
+        r"modeling_diffusionvmr, and run the code that registers it with `register_backbone`\)$"
     )
     with pytest.raises(ValueError, match=message):
         pipeline(TASK, model=str(folder / "trained"))

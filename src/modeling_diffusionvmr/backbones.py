@@ -41,8 +41,8 @@ def register_backbone(model_type: str, backbone_class: type[Backbone]) -> None:
 def what_is_supported() -> str:
     """Return the part of an error message that lists the supported types and says how to add one."""
     return (
-        f"supported: {', '.join(BACKBONE_CLASSES)}; a class for another type is not part of a checkpoint, so install "
-        "modeling_diffusionvmr and call its `register_backbone` first"
+        f"supported: {', '.join(BACKBONE_CLASSES)}; a class for another type is not part of a checkpoint: install "
+        "modeling_diffusionvmr, and run the code that registers it with `register_backbone`"
     )
 
 

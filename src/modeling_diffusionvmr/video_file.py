@@ -81,6 +81,8 @@ class VideoFile:
             raise FileNotFoundError(f"{self.name}: no such file")
         if self.is_path and not os.path.isfile(file):  # a pipe would wait for its other end
             raise ValueError(f"{self.name}: not a readable video (not a regular file)")
+        if self.is_path and not os.path.getsize(file):
+            raise ValueError(f"{self.name}: not a readable video (the file is empty)")
         self.end = self._measure()
 
     def decoded(self, with_sound: bool = False) -> Iterator[Any]:

@@ -155,12 +155,9 @@ def test_metadata_beside_the_features(world, extract):
     output = extract(
         "--videos", world.videos, "--annotations", world.annotations, "--clip_seconds", 1, "--name", "tiny"
     )
-    assert json.loads((output / "tiny" / METADATA_FILE).read_text()) == {
-        "backbone": CLIP,
-        "clip_seconds": 1.0,
-        "dtype": "float16",
-    }
-    assert json.loads((output / "tiny_text" / METADATA_FILE).read_text()) == {"backbone": CLIP, "dtype": "float16"}
+    made_with = {"backbone": CLIP, "backbone_class": "ClipBackbone", "dtype": "float16"}
+    assert json.loads((output / "tiny" / METADATA_FILE).read_text()) == {**made_with, "clip_seconds": 1.0}
+    assert json.loads((output / "tiny_text" / METADATA_FILE).read_text()) == made_with
     features = open_features(output / "tiny")
     assert features.clip_seconds == 1.0
     assert len(features[world.vids[0]]) == 30  # plan_video(SEEDS[0]) is 30 s long

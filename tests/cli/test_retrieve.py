@@ -60,6 +60,15 @@ def test_text_shows_the_same_moments(retrieve):
     assert len(lines) == 11 and len({len(line) for line in lines if line.startswith("  ")}) == 1  # aligned
 
 
+def test_windows(retrieve):
+    """The video is of more clips than a window has."""
+    whole, in_windows = (
+        json.loads(retrieve(QUERIES[0], "--json", *options)) for options in ([], ["--chunk_length_s", 30])
+    )
+    assert len(whole[0]["saliency"]) == len(in_windows[0]["saliency"])
+    assert whole[0]["saliency"] != in_windows[0]["saliency"]
+
+
 def test_filters(retrieve):
     (entry,) = json.loads(retrieve(QUERIES[0], "--json", *EVERYTHING))
     scores = [moment["score"] for moment in entry["moments"]]
@@ -161,6 +170,9 @@ def test_folder_is_not_a_video(error_of, tmp_path):
         (["a dog", "--model", __file__], "a checkpoint must be a folder, not a file"),
         (["a dog", "--model", f"{DEFAULT_MODEL}/clip"], "a model of type clip, not diffusionvmr"),
         (["a dog", "--num_sampling_steps", "9999"], "num_sampling_steps"),
+        (["a dog", "--chunk_length_s", "-1"], "`chunk_length_s` must be a number above 0"),
+        (["a dog", "--chunk_length_s", "20", "--stride_length_s", "10"], "`stride_length_s` must be less than half of"),
+        (["a dog", "--max_video_seconds", "5"], "the limit is 5 s (`max_video_seconds`)"),
     ],
 )
 def test_bad_arguments(video, error_of, tmp_path, arguments, message):

@@ -1,6 +1,7 @@
 """`data/extraction.py`, with tiny random backbones."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -280,3 +281,21 @@ def test_shares_are_the_same_on_all_machines():
     """Python's `hash` differs between processes."""
     videos = dict.fromkeys(["a", "b", "café", "\udcff"])
     assert [list(share_of_videos(videos, rank, 2)) for rank in range(2)] == [["café"], ["a", "b", "\udcff"]]
+
+
+def test_features_of_another_class(videos, outputs):
+    """Somebody can register another class for the same checkpoint, which reads other frames."""
+    clip, _ = outputs
+    extract_videos([clip], videos, CLIP_SECONDS)
+
+    class Other(type(clip.backbone)):
+        pass
+
+    other = Other(clip.backbone.model, clip.backbone.image_processor, clip.backbone.tokenizer)
+    message = "contains features with backbone_class 'ClipBackbone', not 'Other'; choose another folder"
+    with pytest.raises(ValueError, match=message):
+        extract_videos([clip._replace(backbone=other)], videos, CLIP_SECONDS)
+    record = json.loads((clip.folder / "features.json").read_text())
+    del record["backbone_class"]  # as earlier versions wrote it
+    (clip.folder / "features.json").write_text(json.dumps(record))
+    assert extract_videos([clip], videos, CLIP_SECONDS) == {}

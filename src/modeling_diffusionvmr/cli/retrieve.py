@@ -19,7 +19,10 @@ from .options import (
 
 COLUMNS = ("start", "end", "score")
 PAGE_EXTENSIONS = (".html", ".htm")
-PIPELINE_OPTIONS = ("top_k", "threshold", "nms_threshold", "num_proposals", "num_sampling_steps")
+PIPELINE_OPTIONS = (
+    *("top_k", "threshold", "nms_threshold", "num_proposals", "num_sampling_steps"),
+    *("chunk_length_s", "stride_length_s", "max_video_seconds"),
+)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -36,6 +39,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add_model_arguments(parser)
     parser.add_argument("--num_proposals", type=int, metavar="N", help="number of spans drawn from noise")
     add_retrieval_arguments(parser)
+    parser.add_argument(
+        "--chunk_length_s",
+        type=float,
+        metavar="S",
+        help="search longer videos in windows of this many seconds (default: as long as the model reads at once)",
+    )
+    parser.add_argument(
+        "--stride_length_s",
+        type=float,
+        metavar="S",
+        help="leave this many seconds at each side of a window to its neighbor (default: a quarter of the window)",
+    )
+    parser.add_argument(
+        "--max_video_seconds", type=float, metavar="S", help="refuse videos that last longer (default: one day)"
+    )
     parser.add_argument("--plot", metavar="OUT.png", help="save a picture of the timeline")
     parser.add_argument("--html", metavar="OUT.html", help="save a web page with the video, which plays the moments")
     parser.add_argument("--cut", metavar="DIR", help="save each moment as a video file")

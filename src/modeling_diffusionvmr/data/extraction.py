@@ -285,7 +285,8 @@ def _num_bytes(path: str | os.PathLike) -> int:
 
 def _open_output(output: Output, settings: Mapping[str, Any]) -> Mapping:
     """Return the features that a folder already contains. Raise `ValueError` if they were made with other settings."""
-    made_with = {"backbone": absolute(output.source), **settings}
+    # The class, too, since somebody can register another one for the same checkpoint
+    made_with = {"backbone": absolute(output.source), "backbone_class": type(output.backbone).__name__, **settings}
     folder = Path(output.folder)
     path = folder / METADATA_FILE
     if not any(folder.glob("[!.]*.npz")):  # temporary files are hidden
@@ -297,6 +298,7 @@ def _open_output(output: Output, settings: Mapping[str, Any]) -> Mapping:
     found = parse_json_object(path.read_bytes())
     if isinstance(found.get("backbone"), str):  # a relative path in folders that earlier versions wrote
         found["backbone"] = absolute(found["backbone"])
+    found.setdefault("backbone_class", made_with["backbone_class"])  # earlier versions did not record it
     for key, value in made_with.items():
         if found.get(key) != value:
             raise ValueError(
