@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -88,13 +89,7 @@ def official_predictions(
     )
     saliency, lengths = outputs.saliency_scores.tolist(), outputs.num_clips.tolist()
     return [
-        {
-            "qid": row["qid"],
-            "query": row["query"],
-            "vid": row["vid"],
-            "pred_relevant_windows": [[moment["start"], moment["end"], moment["score"]] for moment in moments],
-            "pred_saliency_scores": _on_official_clips(scores[:length], covered, row),
-        }
+        _official_prediction(row, moments, scores[:length], covered)
         for row, moments, scores, length, covered in zip(
             rows, found, saliency, lengths, outputs.covered_durations.tolist()
         )
@@ -120,16 +115,20 @@ def _merged_predictions(
         findings = merge(windows, *fields, processor.max_clips)
         covered = dataset.covered_duration(row, windows[-1].last)
         (moments,) = processor.post_process_moment_retrieval(findings, [covered], [row["duration"]], **post_processing)
-        predictions.append(
-            {
-                "qid": row["qid"],
-                "query": row["query"],
-                "vid": row["vid"],
-                "pred_relevant_windows": [[moment["start"], moment["end"], moment["score"]] for moment in moments],
-                "pred_saliency_scores": _on_official_clips(findings.saliency_scores[0].tolist(), covered, row),
-            }
-        )
+        predictions.append(_official_prediction(row, moments, findings.saliency_scores[0].tolist(), covered))
     return predictions
+
+
+def _official_prediction(
+    row: dict[str, Any], moments: Sequence[dict[str, float]], scores: list[float], covered_duration: float
+) -> dict[str, Any]:
+    return {
+        "qid": row["qid"],
+        "query": row["query"],
+        "vid": row["vid"],
+        "pred_relevant_windows": [[moment["start"], moment["end"], moment["score"]] for moment in moments],
+        "pred_saliency_scores": _on_official_clips(scores, covered_duration, row),
+    }
 
 
 def _on_official_clips(scores: list[float], covered_duration: float, row: dict[str, Any]) -> list[float]:
