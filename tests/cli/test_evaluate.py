@@ -16,7 +16,7 @@ from modeling_diffusionvmr import (
     DiffusionVMRProcessor,
     evaluate_predictions,
 )
-from modeling_diffusionvmr.cli import main, options
+from modeling_diffusionvmr.cli import main
 from modeling_diffusionvmr.data import files
 from modeling_diffusionvmr.data.features import write_features
 from modeling_diffusionvmr.data.files import load_jsonl, save_jsonl
@@ -144,7 +144,9 @@ def test_what_is_saved_for_people_is_ignored(evaluate, folder, tmp_path):
     ],
 )
 def test_flags_are_checked_before_the_work(argv, error_of, monkeypatch, arguments, message):
-    monkeypatch.setattr(options, "resolve_model", lambda _: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(
+        "modeling_diffusionvmr.cli.evaluate.resolve_model", lambda _: pytest.fail("the model is loaded")
+    )
     assert message in error_of(*argv(*arguments))
 
 
