@@ -123,7 +123,7 @@ class VideoFile:
                         f"{self.name}: decoding failed after {time:.2f} s of {float(self.end):.2f} s ({reason(error)})"
                     ) from error
                 for frame in frames:
-                    # B-frames in AVI have the time of decoding only, and the last of them none
+                    # In AVI, B-frames only have a time of decoding, and the last ones have none
                     frame.pts = next((pts for pts in (frame.pts, frame.dts, following) if pts is not None), None)
                     if frame.pts is None:  # before time 0 in Matroska
                         continue
@@ -281,8 +281,9 @@ class VideoFile:
         with self._bytes() as file:
             file.seek(0)
             stated = stated_bytes(file.read(4096))
-            missing_bytes = is_short if stated is None else not container.size >= stated  # it can be NaN
-            if missing_bytes and (is_short or not promised) or is_incomplete(file, demuxer):
+            lacks_bytes = is_short if stated is None else not container.size >= stated  # it can be NaN
+            is_cut_off = lacks_bytes and (is_short or not promised)  # more bytes than needed may be stated
+            if is_cut_off or is_incomplete(file, demuxer):
                 of = f" of {float(promised):.2f} s" if is_short else ""
                 raise ValueError(f"{self.name}: cut off at {float(end_of_all):.2f} s{of}")
         return promised if is_short else end  # the last picture stays
