@@ -25,10 +25,10 @@ from tqdm.auto import tqdm
 from modeling_diffusionvmr.cli.errors import run_safely
 from modeling_diffusionvmr.cli.options import CommandParser, resolve_model
 from modeling_diffusionvmr.synthetic.rendered_world import (
-    FRAME_RATE,
     PAIRS,
     Statement,
     VideoPlan,
+    clip_frames,
     plan_long_video,
     plan_video,
     render_frame,
@@ -52,17 +52,9 @@ def draw_plan(index: int, seconds: float) -> VideoPlan:
     return plan_long_video(seed, seconds, unseen_pairs) if seconds else plan_video(seed, unseen_pairs)
 
 
-def frames_of(plan: VideoPlan, clip_seconds: float) -> tuple[np.ndarray, float]:
-    """Render the frame of each clip, the last one before its center, as FFmpeg takes it from a file."""
-    count = max(1, int(plan.duration / clip_seconds + 0.5))
-    numbers = np.ceil((np.arange(count) + 0.5) * clip_seconds * FRAME_RATE) - 1
-    times = np.minimum(numbers / FRAME_RATE, plan.duration - 1 / FRAME_RATE)
-    return np.stack([render_frame(plan, time) for time in times.tolist()]), 1 / clip_seconds
-
-
 def measure_plan(retrieve, plan: VideoPlan) -> list[dict[str, Any]]:
     """Return, per sentence, the length of its longest window and whether the best moment of each way is right."""
-    video = frames_of(plan, retrieve.backbones.clip_seconds)
+    video = clip_frames(plan, retrieve.backbones.clip_seconds)
     sentences = [query.text for query in plan.queries]
     rows: list[dict[str, Any]] = [{"longest": max(b - a for a, b in query.windows)} for query in plan.queries]
     for way, options in (("windows", {}), ("averaged", {"chunk_length_s": plan.duration + 1})):

@@ -16,6 +16,7 @@ from transformers import AutoModel, BertConfig, CLIPImageProcessorPil, pipeline
 from modeling_diffusionvmr import (
     DiffusionVMRConfig,
     DiffusionVMRForMomentRetrieval,
+    DiffusionVMRModel,
     DiffusionVMRProcessor,
     DiffusionVMRTrainer,
     DiffusionVMRTrainingArguments,
@@ -455,6 +456,23 @@ def test_model_trained_after_loading_is_complete(saved, data, videos, tmp_path):
     trainer = make_trainer(model, data, tmp_path / "run")
     trainer.train()
     VideoMomentRetrievalPipeline(model=trainer.model, processor=trainer.processor)(str(videos / "v0.mp4"), QUERY)
+
+
+@pytest.mark.parametrize("model_class", [DiffusionVMRForMomentRetrieval, DiffusionVMRModel])
+def test_weights_of_the_earlier_dynamic_interaction(saved, tmp_path, model_class):
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    size = json.loads((folder / "config.json").read_text())["d_model"]
+    tensors = load_file(folder / "model.safetensors")
+    for name in list(tensors):
+        if "interaction.filter_code" in name or "interaction.bin_proj" in name:
+            del tensors[name]
+        elif name.endswith("interaction.filter_generator.weight"):
+            tensors[name] = torch.zeros(len(tensors[name]), size)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"^{folder}: the sizes .* do not fit its weights. .* before version 0.1.0"):
+        model_class.from_pretrained(folder)
+    with pytest.raises(ValueError, match=f"^{folder}: .*interaction.filter_generator.weight has .* before version 0.1"):
+        model_class.from_pretrained(folder, ignore_mismatched_sizes=True)
 
 
 def test_clip_without_a_tokenizer(clip, tmp_path):

@@ -32,9 +32,10 @@ from .hub import PushToHub, take_push_options, upload
 from .loss_diffusionvmr import Targets, diffusionvmr_loss
 from .model_card import write_model_card
 from .spans import keep_inside, refine, roi_align
-from .weights import check_weight_index, missing_weights
+from .weights import check_form, check_weight_index, missing_weights, naming_mismatch
 
 TASK = "video-moment-retrieval"
+RANK_SHARE, BIN_SHARE = 1 / 8, 1 / 4  # of `d_model`, in the dynamic interaction
 Output = TypeVar("Output", bound=ModelOutput)
 
 
@@ -214,23 +215,29 @@ class DiffusionVMRDynamicInteraction(nn.Module):
     """
     The dynamic interaction of Sparse R-CNN (Sun et al., arXiv 2011.12450): the feature of each proposal generates two
     filters, D -> dynamic_size -> D, which are applied to the proposal's own RoI bins.
+
+    Generator and output would have two thirds of all weights of a model. Two bottlenecks make them six times smaller:
+    the generator has a low rank, and each bin is projected to `BIN_SHARE` of its size before all of them are joined.
     """
 
     def __init__(self, config: DiffusionVMRConfig):
         super().__init__()
         self.filter_shape = (config.d_model, config.dynamic_size)
-        self.filter_generator = nn.Linear(config.d_model, 2 * config.d_model * config.dynamic_size)
+        rank, bin_size = math.ceil(RANK_SHARE * config.d_model), math.ceil(BIN_SHARE * config.d_model)
+        self.filter_code = nn.Linear(config.d_model, rank)
+        self.filter_generator = nn.Linear(rank, 2 * config.d_model * config.dynamic_size)
         self.inner_layer_norm = nn.LayerNorm(config.dynamic_size)
         self.bin_layer_norm = nn.LayerNorm(config.d_model)
-        self.out_proj = nn.Linear(config.roi_bins * config.d_model, config.d_model)
+        self.bin_proj = nn.Linear(config.d_model, bin_size)
+        self.out_proj = nn.Linear(config.roi_bins * bin_size, config.d_model)
         self.out_layer_norm = nn.LayerNorm(config.d_model)
 
     def forward(self, proposals: Tensor, bins: Tensor) -> Tensor:
         """Update proposals (B, N, D) from their bins (B, N, R, D). Return (B, N, D)."""
-        narrow, wide = self.filter_generator(proposals).chunk(2, dim=-1)
+        narrow, wide = self.filter_generator(self.filter_code(proposals)).chunk(2, dim=-1)
         bins = F.relu(self.inner_layer_norm(bins @ narrow.unflatten(-1, self.filter_shape)))
         bins = F.relu(self.bin_layer_norm(bins @ wide.unflatten(-1, self.filter_shape[::-1])))
-        return F.relu(self.out_layer_norm(self.out_proj(bins.flatten(-2))))
+        return F.relu(self.out_layer_norm(self.out_proj(self.bin_proj(bins).flatten(-2))))
 
 
 class DiffusionVMRDenoisingLayer(GradientCheckpointingLayer):
@@ -291,6 +298,21 @@ class DiffusionVMRPreTrainedModel(PushToHub, PreTrainedModel):  # type: ignore[m
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """
+        As in `transformers`, but refuse checkpoints of the larger dynamic interaction that version 0.1.0 replaced.
+
+        Raises:
+            ValueError: if the sizes of the weights are not those of the configuration.
+        """
+        with naming_mismatch(pretrained_model_name_or_path):
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        check_form(info, pretrained_model_name_or_path)
+        return (model, info) if output_loading_info else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

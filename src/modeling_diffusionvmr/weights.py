@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,35 @@ from torch import nn
 
 from .messages import listed
 
+EARLIER_FORM = "the model was made before version 0.1.0, with a larger dynamic interaction; train it anew"
+
 
 def missing_weights(loading_info: Mapping[str, Any]) -> list[str]:
     """Return the weights that a checkpoint lacks or has in another shape, from `output_loading_info`."""
     mismatched = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in loading_info["mismatched_keys"]]
     return sorted({*loading_info["missing_keys"], *mismatched})
+
+
+@contextmanager
+def naming_mismatch(name: Any) -> Iterator[None]:
+    """Turn the error that `transformers` raises for weights of other sizes into a `ValueError` that names the model."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"{name}: the sizes in its config.json do not fit its weights. If `interaction.filter_generator` is among "
+            f"the weights that do not fit, {EARLIER_FORM}"
+        ) from None
+
+
+def check_form(loading_info: Mapping[str, Any], name: Any) -> None:
+    """Raise ValueError if a checkpoint was loaded that has the larger dynamic interaction of earlier versions."""
+    missing = missing_weights(loading_info)
+    old = [key for key in missing if key.endswith("interaction.filter_generator.weight")]
+    if old and any(key.endswith("interaction.filter_code.weight") for key in missing):
+        raise ValueError(f"{name}: {old[0]} has another size than now: {EARLIER_FORM}")
 
 
 def check_weights(model: nn.Module, missing: Iterable[str], name: str | os.PathLike) -> None:

@@ -229,7 +229,9 @@ def test_killed_while_writing(videos, tmp_path):
 
     for folder in (root, tmp_path / "whole"):
         assert extract_videos(outputs(folder), videos, CLIP_SECONDS) == {}
-    killed, whole = contents(root), contents(tmp_path / "whole")
+    # A process that is killed may leave the lock of a file that is already complete, which nothing touches again
+    killed = {name: content for name, content in contents(root).items() if not name.endswith(".lock")}
+    whole = contents(tmp_path / "whole")
     assert killed.keys() == whole.keys() and len(whole) == 2 * (len(videos) + 1)
     for output in outputs(root):
         features, expected = open_features(output.folder), open_features(tmp_path / "whole" / output.folder.name)

@@ -32,7 +32,7 @@ def test_curve(tmp_path, capsys):
 
 def test_frames_are_those_that_the_pipeline_reads_of_a_file(tmp_path):
     plan = script.draw_plan(0, 0.0)
-    frames, rate = script.frames_of(plan, 2.0)
+    frames, rate = clip_frames(plan, 2.0)
     video = open_video((frames, rate), 2.0)
     assert video.num_clips == len(frames) and all(np.array_equal(a, b) for a, b in zip(video, frames))
     assert np.array_equal(frames[3], render_frame(plan, 6.8))

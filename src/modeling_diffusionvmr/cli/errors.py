@@ -99,8 +99,6 @@ def loading(checkpoint: str) -> Iterator[None]:
     # A broken config.json causes errors of many types: TypeError, AttributeError, KeyError and more
     except Exception as error:
         reason = _unusable_json(checkpoint) or _cause(error)
-        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in reason:
-            reason = "the sizes in its config.json do not fit its weights"
         if not reason.startswith(str(checkpoint)):
             reason = f"{checkpoint}: cannot be loaded ({reason})"
         raise ValueError(reason) from error

@@ -313,6 +313,17 @@ def render_frame(plan: VideoPlan, time: float) -> np.ndarray:
     return _draw_picture(plan.visible(time), time, backdrop, strength * noise)
 
 
+def clip_frames(plan: VideoPlan, clip_seconds: float) -> tuple[np.ndarray, float]:
+    """
+    Render only the frames that a backbone reads, one per clip: the last one before the center of the clip, as FFmpeg
+    takes it from a file. Return them, uint8 (clips, FRAME_SIZE, FRAME_SIZE, 3), and their number per second.
+    """
+    count = max(1, int(plan.duration / clip_seconds + 0.5))
+    numbers = np.ceil((np.arange(count) + 0.5) * clip_seconds * FRAME_RATE) - 1
+    times = np.minimum(numbers / FRAME_RATE, plan.duration - 1 / FRAME_RATE)
+    return np.stack([render_frame(plan, time) for time in times.tolist()]), 1 / clip_seconds
+
+
 def write_video(plan: VideoPlan, path: str | os.PathLike) -> None:
     """Render the plan to an H.264 mp4 file, atomically."""
     import av  # an optional dependency
