@@ -89,6 +89,7 @@ def test_metrics_are_those_of_the_predictions(evaluate, folder):
         "nms_threshold": None,
         "round_to": 2.0,
         "clip_seconds": None,
+        "windows": False,
         "queries": 7,
         "annotations": str(folder / "val.jsonl"),
         "split": None,
@@ -101,6 +102,18 @@ def test_metrics_are_those_of_the_predictions(evaluate, folder):
         windows = np.array(prediction["pred_relevant_windows"])
         assert windows.shape == (5, 3) and (windows[:, :2] % 2 == 0).all() and (np.diff(windows[:, 2]) <= 0).all()
         assert len(prediction["pred_saliency_scores"]) == 15
+
+
+def test_long_videos_are_searched_in_windows(evaluate, folder, tmp_path):
+    rng = np.random.default_rng(1)
+    for name, size in zip(("slowfast", "clip"), SIZES):
+        for index in range(4):
+            write_features(tmp_path / name, f"v{index}", rng.normal(size=(45, size)))  # the model reads 20 at once
+    features = "--video_features", tmp_path / "slowfast", tmp_path / "clip"
+    averaged, (whole, *_) = evaluate(*features)
+    metrics, (found, *_) = evaluate(*features, "--windows")
+    assert (averaged["settings"]["windows"], metrics["settings"]["windows"]) == (False, True)
+    assert len(found["pred_relevant_windows"]) > len(whole["pred_relevant_windows"]) == 5
 
 
 def test_options_reach_the_predictions(evaluate):

@@ -21,7 +21,8 @@ def test_stages_after_the_clip(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "TRAINING_VIDEOS", 2)
     monkeypatch.setattr(script, "TRAINING_STEPS", 2)
     monkeypatch.setattr(script, "ABSENT_SENTENCES_PER_VIDEO", 2)
-    monkeypatch.setattr(script, "ABSENT_LOSS_COEFFICIENT", 0.5)
+    monkeypatch.setattr(script, "LONG_VIDEOS", 1)
+    monkeypatch.setattr(script, "LONG_VIDEO_SECONDS", (300.0,))
     monkeypatch.setattr(script, "OTHER_VIDEOS", 2)
     monkeypatch.setattr(script, "make_backbones", None)  # never called, since the folder of this stage exists
     monkeypatch.setattr(script, "choose_post_processing", lambda rows: chosen.append(rows) or CHOICE)
@@ -54,14 +55,15 @@ def test_stages_after_the_clip(tmp_path, monkeypatch, capsys):
     absent = [row for row in rows if not row["relevant_windows"]]
     assert abs(2 * sum(row["recombined"] for row in absent) - len(absent)) <= len(validation)
     assert len({row["qid"] for row in rows}) == len(rows)
-    # Training has absent sentences too, if wanted, and features of them
+    # Training has absent sentences too, and a long video, and features of them
     features = tmp_path / "work" / "seed-0" / "features"
     trained_on = load_annotations(features / "annotations.jsonl")
     assert [row["qid"] for row in trained_on if not row["relevant_windows"]] == [
         f"rendered_{seed:06d}_absent_{i}" for seed in (0, 1) for i in range(2)
     ]
     assert set(open_features(features / "text")) == {row["qid"] for row in trained_on}
-    assert json.loads((tmp_path / "model" / "config.json").read_text())["absent_loss_coefficient"] == 0.5
+    assert [row["duration"] for row in trained_on if row["duration"] > 150]
+    assert len(open_features(features / "video")["rendered_000000_300s"]) == 150
 
     assert (tmp_path / "model" / "model.safetensors").exists() and (tmp_path / "model" / "clip").is_dir()
     stages = {path.name for path in (tmp_path / "work" / "seed-0").iterdir()}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import measure_long_videos as script
-from modeling_diffusionvmr.synthetic.rendered_world import render_frame
+from modeling_diffusionvmr.synthetic.rendered_world import clip_frames, render_frame
 from modeling_diffusionvmr.video import open_video
 
 

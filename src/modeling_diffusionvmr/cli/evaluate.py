@@ -76,6 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     settings |= {
         "num_sampling_steps": arguments.num_sampling_steps or model.config.num_sampling_steps,
         "clip_seconds": dataset.clip_seconds,
+        "windows": arguments.windows,
         "queries": sum(bool(row["relevant_windows"]) for row in scored),
         "annotations": arguments.annotations,
         "split": arguments.split,
@@ -125,6 +126,7 @@ def _open_dataset(arguments: argparse.Namespace, config, processor):
         processor,
         clip_seconds=clip_seconds_of(arguments, video, config),
         skip_invalid=arguments.skip_invalid,
+        windows=arguments.windows,
     )
 
 

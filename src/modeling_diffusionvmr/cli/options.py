@@ -59,6 +59,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of qid*.npz, HDF5 file, GloVe's .txt, or a converted folder",
     )
     parser.add_argument("--clip_seconds", type=float, help="length of a clip, if the features do not state it")
+    parser.add_argument(
+        "--windows", action="store_true", help="search videos of more than max_clips clips in windows, as `retrieve`"
+    )
     add_skip_invalid(parser)
 
 

@@ -107,6 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
     options = {
         "clip_seconds": clip_seconds_of(arguments, video, model.config),
         "skip_invalid": arguments.skip_invalid,
+        "windows": arguments.windows,
     }
     train_dataset = MomentRetrievalDataset(
         train_rows, video, text, processor, model.config, seed=training_arguments.seed, **options

@@ -27,7 +27,7 @@ from .features import (
     recorded_sentence,
     write_features,
 )
-from .files import parse_json_object, save_json
+from .files import parse_json_object, remove_free_locks, save_json
 
 # Folders of videos often contain other files too
 VIDEO_FILE_SUFFIXES = (*VIDEO_SUFFIXES, ".3gp", ".flv", ".m4v", ".mpeg", ".mpg", ".ogv", ".ts", ".wmv")
@@ -289,6 +289,7 @@ def _open_output(output: Output, settings: Mapping[str, Any]) -> Mapping:
     made_with = {"backbone": absolute(output.source), "backbone_class": type(output.backbone).__name__, **settings}
     folder = Path(output.folder)
     path = folder / METADATA_FILE
+    remove_free_locks(folder)
     if not any(folder.glob("[!.]*.npz")):  # temporary files are hidden
         save_json(made_with, path, indent=None)
         return {}

@@ -80,6 +80,13 @@ def locked(path: Path, busy: str | None = None) -> Iterator[bool]:
         file.close()
 
 
+def remove_free_locks(folder: Path) -> None:
+    """Remove the lock files of killed processes from a folder. Those that a process holds stay."""
+    for path in folder.glob(".*.lock"):
+        with suppress(BlockingIOError), locked(path, busy="held"):
+            pass
+
+
 def _lock(path: Path, busy: str | None) -> IO | None:
     """Return the open and locked file, or `None` if the file system has no locks."""
     while True:
