@@ -19,7 +19,7 @@ TERMS = ("class", "l1", "iou", "hinge", "contrastive")
 @pytest.fixture
 def make_model(tiny_config, device):
     def make(train=False, **changes) -> DiffusionVMRForMomentRetrieval:
-        set_seed(0)
+        set_seed(2)  # with some seeds, the spans of random weights all end at the edges of the video
         return DiffusionVMRForMomentRetrieval(tiny_config(**changes)).to(device).train(train)
 
     return make
@@ -515,10 +515,12 @@ def roi_calls(monkeypatch) -> list:
 def test_pooled_feature_covers_the_span_only(make_model, inputs, roi_calls):
     model = make_model(roi_context=3)
     model(**inputs)
-    for (_, _, spans, bins, *beyond), (_, _, around, all_bins, vector) in zip(roi_calls[::2], roi_calls[1::2]):
-        assert (bins, beyond, all_bins) == (1, [], 4) and vector is model.model.decoder.beyond_video
-        close(around, spans * torch.tensor([1.0, 3.0], device=spans.device), 1e-6)
-    assert len(roi_calls) == 4
+    for _, _, (own, around), beyond in roi_calls:
+        assert (own.shape[-1], around.shape[-1]) == (2, 5) and beyond is model.model.decoder.beyond_video
+        start, end = own.unbind(-1)
+        close(around[..., 0], start - (end - start), 1e-6)
+        close(around[..., -1], end + (end - start), 1e-6)
+    assert len(roi_calls) == 2
 
 
 @pytest.mark.parametrize("dtype, absent", [(torch.bfloat16, 0), (torch.float16, 0), (torch.bfloat16, 1)])
@@ -529,7 +531,7 @@ def test_autocast(make_model, inputs, labels, negative, device, roi_calls, dtype
     with torch.autocast(device.type, dtype):
         output = model(**inputs, **negative, labels=labels, num_sampling_steps=3)
     check_low_precision(output, exact, 0.06)
-    assert all(spans.dtype == torch.float32 for _, _, spans, *_ in roi_calls) and len(roi_calls) == 12
+    assert all(part.dtype == torch.float32 for _, _, edges, _ in roi_calls for part in edges) and len(roi_calls) == 6
     assert output.loss.dtype == torch.float32
     close(output.loss, exact.loss, 0.2)
     model.train()
@@ -552,7 +554,7 @@ def test_whole_model_in_bfloat16(make_model, inputs, labels, negative, roi_calls
     roi_calls.clear()
     output = model(**half, num_sampling_steps=3)
     check_low_precision(output, exact, 0.06)
-    assert all(spans.dtype == torch.float32 for _, _, spans, *_ in roi_calls) and len(roi_calls) == 12
+    assert all(part.dtype == torch.float32 for _, _, edges, _ in roi_calls for part in edges) and len(roi_calls) == 6
     assert output.logits.dtype == torch.bfloat16
     # The loss equals the float32 loss of these outputs
     raw = []

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from modeling_diffusionvmr.spans import (
+    bin_edges,
     iou_and_generalized_iou,
     keep_inside,
     nms,
@@ -25,6 +26,11 @@ def random_spans(*shape: int, min_width: float = 0.02, seed: int = 0) -> torch.T
     width = min_width + (0.95 - min_width) * torch.rand(shape, generator=random, dtype=torch.float64)
     center = width / 2 + (1 - width) * torch.rand(shape, generator=random, dtype=torch.float64)
     return torch.stack((center, width), dim=-1)
+
+
+def align(features, num_clips, spans, bins, beyond=None) -> torch.Tensor:
+    """Read equal bins of spans (B, N, 2)."""
+    return roi_align(features, num_clips, [bin_edges(spans, bins)], beyond)
 
 
 def test_spans_and_windows():
@@ -106,7 +112,7 @@ def test_roi_align_is_the_mean_of_the_interpolant(bins):
         ],
         dtype=torch.float64,
     )
-    result = roi_align(features, num_clips, window_to_span(windows), bins)
+    result = align(features, num_clips, window_to_span(windows), bins)
     assert result.shape == (3, 4, bins, 2)
     for sample, length in enumerate(num_clips.tolist()):
         for index, window in enumerate(windows[sample].tolist()):
@@ -119,20 +125,28 @@ def test_roi_align_by_hand():
     num_clips = torch.tensor([3])
     # Clips 1 and 2 have their centers at 1/6 and 1/2. The line between them runs from 1 to 3; before 1/6 it is 1
     windows = torch.tensor([[[1 / 6, 1 / 2], [0.0, 1 / 6], [5 / 6, 1.0], [0.0, 1 / 3]]], dtype=torch.float64)
-    result = roi_align(features, num_clips, window_to_span(windows), 1)[0, :, 0, 0]
+    result = align(features, num_clips, window_to_span(windows), 1)[0, :, 0, 0]
     # The last window: half of it is 1, the other half runs from 1 to 2
     torch.testing.assert_close(result, torch.tensor([2.0, 1.0, 7.0, 1.25], dtype=torch.float64))
+
+
+def test_roi_align_of_several_sets():
+    features, num_clips = torch.randn(2, 9, 3, dtype=torch.float64), torch.tensor([9, 5])
+    first, second, beyond = random_spans(2, 4), random_spans(2, 4, seed=1) * 2, torch.randn(3, dtype=torch.float64)
+    result = roi_align(features, num_clips, [bin_edges(first, 1), bin_edges(second, 5)], beyond)
+    expected = align(features, num_clips, first, 1, beyond), align(features, num_clips, second, 5, beyond)
+    torch.testing.assert_close(result, torch.cat(expected, dim=2))
 
 
 def test_roi_align_never_reads_padding():
     features = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(0))
     spans = random_spans(2, 6).float()
     num_clips = torch.tensor([5, 8])
-    result = roi_align(features, num_clips, spans, 4)
+    result = align(features, num_clips, spans, 4)
     garbage = features.clone()
     garbage[0, 5:] = 1e6
-    torch.testing.assert_close(roi_align(garbage, num_clips, spans, 4), result, rtol=0, atol=0)
-    alone = roi_align(features[:1, :5], num_clips[:1], spans[:1], 4)
+    torch.testing.assert_close(align(garbage, num_clips, spans, 4), result, rtol=0, atol=0)
+    alone = align(features[:1, :5], num_clips[:1], spans[:1], 4)
     torch.testing.assert_close(alone, result[:1], rtol=1e-5, atol=1e-6)
 
 
@@ -141,35 +155,35 @@ def test_roi_align_of_a_constant_is_that_constant():
     features = torch.full((1, 75, 2), 3.0)
     widths = torch.tensor([1e-4, 1 / 75, 0.5, 1.0])
     spans = torch.stack((torch.full_like(widths, 0.5), widths), dim=-1)[None]
-    torch.testing.assert_close(roi_align(features, torch.tensor([75]), spans, 16), torch.full((1, 4, 16, 2), 3.0))
+    torch.testing.assert_close(align(features, torch.tensor([75]), spans, 16), torch.full((1, 4, 16, 2), 3.0))
 
 
 def test_roi_align_beyond_the_video():
     features, num_clips = torch.full((1, 8, 2), 3.0), torch.tensor([4])
     spans = torch.tensor([[[0.125, 0.5], [1.0, 0.5], [0.5, 4.0]]])  # -1/8 to 3/8, 3/4 to 5/4, -3/2 to 5/2
     beyond = torch.tensor([-1.0, 0.0])
-    result = roi_align(features, num_clips, spans, 4, beyond)
+    result = align(features, num_clips, spans, 4, beyond)
     inside = torch.tensor([[0.0, 1, 1, 1], [1, 1, 0, 0], [0, 0.5, 0.5, 0]])  # fraction of each bin
     share = inside[None, ..., None]
     torch.testing.assert_close(result, share * 3 + (1 - share) * beyond)
-    torch.testing.assert_close(roi_align(features, num_clips, spans, 4), share * features[:, :1, None])
+    torch.testing.assert_close(align(features, num_clips, spans, 4), share * features[:, :1, None])
     # No jump where a span just reaches an end
-    steps = [roi_align(features, num_clips, spans[:, :1] + delta, 4, beyond) for delta in (0.0, 1e-6)]
+    steps = [align(features, num_clips, spans[:, :1] + delta, 4, beyond) for delta in (0.0, 1e-6)]
     torch.testing.assert_close(*steps, rtol=0, atol=1e-4)
 
 
 def test_roi_align_types():
     features = torch.randn(1, 8, 3, generator=torch.Generator().manual_seed(0))
     spans = random_spans(1, 6).float()
-    expected = roi_align(features, torch.tensor([8]), spans, 4)
-    result = roi_align(features.bfloat16(), torch.tensor([8]), spans, 4)
+    expected = align(features, torch.tensor([8]), spans, 4)
+    result = align(features.bfloat16(), torch.tensor([8]), spans, 4)
     assert result.dtype == torch.bfloat16
     torch.testing.assert_close(result.float(), expected, rtol=0, atol=0.05)
-    result = roi_align(features.bfloat16(), torch.tensor([8]), spans * 2, 4, torch.ones(3))
+    result = align(features.bfloat16(), torch.tensor([8]), spans * 2, 4, torch.ones(3))
     assert result.dtype == torch.bfloat16
     # Above 256, bfloat16 resolves only multiples of 2
     steps = torch.arange(300.0)[None, :, None] % 2
-    alternating = roi_align(steps.bfloat16(), torch.tensor([300]), torch.tensor([[[299.5 / 300, 1 / 300]]]), 2)
+    alternating = align(steps.bfloat16(), torch.tensor([300]), torch.tensor([[[299.5 / 300, 1 / 300]]]), 2)
     torch.testing.assert_close(alternating.float(), torch.tensor([0.75, 1.0]).reshape(1, 1, 2, 1))
 
 
@@ -177,11 +191,11 @@ def test_roi_align_gradients():
     features = torch.randn(2, 6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
     spans = random_spans(2, 3, min_width=0.1).requires_grad_()
     num_clips = torch.tensor([6, 4])
-    assert torch.autograd.gradcheck(lambda f, s: roi_align(f, num_clips, s, 3), (features, spans))
+    assert torch.autograd.gradcheck(lambda f, s: align(f, num_clips, s, 3), (features, spans))
     reaching_out = torch.tensor([[[0.1, 0.5], [1.4, 0.3]], [[0.5, 2.2], [0.9, 0.31]]], dtype=torch.float64)
     beyond = torch.tensor([2.0, -1.0], dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda f, s, b: roi_align(f, num_clips, s, 3, b), (features, reaching_out.requires_grad_(), beyond)
+        lambda f, s, b: align(f, num_clips, s, 3, b), (features, reaching_out.requires_grad_(), beyond)
     )
 
 

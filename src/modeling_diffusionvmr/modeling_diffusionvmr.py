@@ -31,7 +31,7 @@ from .diffusion import DiffusionSchedule, check_num_sampling_steps, sampling_tim
 from .hub import PushToHub, take_push_options, upload
 from .loss_diffusionvmr import Targets, diffusionvmr_loss
 from .model_card import write_model_card
-from .spans import keep_inside, refine, roi_align
+from .spans import bin_edges, keep_inside, refine, roi_align
 from .weights import check_form, check_weight_index, missing_weights, naming_mismatch
 
 TASK = "video-moment-retrieval"
@@ -191,7 +191,7 @@ class DiffusionVMRFeedForward(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.fc2(self.dropout(F.relu(self.fc1(hidden_states))))
+        return self.fc2(self.dropout(F.relu_(self.fc1(hidden_states))))
 
 
 class DiffusionVMREncoderLayer(GradientCheckpointingLayer):
@@ -235,9 +235,9 @@ class DiffusionVMRDynamicInteraction(nn.Module):
     def forward(self, proposals: Tensor, bins: Tensor) -> Tensor:
         """Update proposals (B, N, D) from their bins (B, N, R, D). Return (B, N, D)."""
         narrow, wide = self.filter_generator(self.filter_code(proposals)).chunk(2, dim=-1)
-        bins = F.relu(self.inner_layer_norm(bins @ narrow.unflatten(-1, self.filter_shape)))
-        bins = F.relu(self.bin_layer_norm(bins @ wide.unflatten(-1, self.filter_shape[::-1])))
-        return F.relu(self.out_layer_norm(self.out_proj(self.bin_proj(bins).flatten(-2))))
+        bins = F.relu_(self.inner_layer_norm(bins @ narrow.unflatten(-1, self.filter_shape)))
+        bins = F.relu_(self.bin_layer_norm(bins @ wide.unflatten(-1, self.filter_shape[::-1])))
+        return F.relu_(self.out_layer_norm(self.out_proj(self.bin_proj(bins).flatten(-2))))
 
 
 class DiffusionVMRDenoisingLayer(GradientCheckpointingLayer):
@@ -387,10 +387,11 @@ class DiffusionVMRDecoder(DiffusionVMRPreTrainedModel):
             # At least one clip wide: a narrower span has no features of its own, and a width of 0 could never grow
             layer_spans = keep_inside(spans[-1].detach(), 1 / num_clips[:, None])
             # Eq. 8, repeated in each layer for the current spans. A single bin is the exact mean over the span.
-            proposals = roi_align(video, num_clips, layer_spans, 1).squeeze(2)
             center, width = layer_spans.split(1, dim=-1)
             around = torch.cat((center, width * self.config.roi_context), dim=-1)
-            bins = roi_align(video, num_clips, around, self.config.roi_bins, self.beyond_video)
+            edges = bin_edges(layer_spans, 1), bin_edges(around, self.config.roi_bins)
+            read = roi_align(video, num_clips, edges, self.beyond_video)
+            proposals, bins = read[:, :, 0], read[:, :, 1:]
             proposals, layer_logits, layer_spans = layer(proposals, bins, layer_spans, time, **kwargs)
             logits.append(layer_logits)
             spans.append(layer_spans)

@@ -6,6 +6,7 @@ The center of clip i of L is at (i + 0.5) / L.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -48,9 +49,16 @@ def iou_and_generalized_iou(spans: Tensor, other: Tensor) -> tuple[Tensor, Tenso
     return iou, iou - (hull - union) / hull.clamp(min=tiny)
 
 
-def roi_align(features: Tensor, num_clips: Tensor, spans: Tensor, bins: int, beyond: Tensor | None = None) -> Tensor:
+def bin_edges(spans: Tensor, bins: int) -> Tensor:
+    """Return the edges (B, N, bins + 1) of equal bins of spans (B, N, 2)."""
+    windows = span_to_window(spans)
+    parts = torch.linspace(0, 1, bins + 1, dtype=spans.dtype, device=spans.device)
+    return torch.lerp(windows[..., :1], windows[..., 1:], parts)
+
+
+def roi_align(features: Tensor, num_clips: Tensor, edges: Sequence[Tensor], beyond: Tensor | None = None) -> Tensor:
     """
-    1-D RoI-align (phi in Eq. 8): split each span into `bins` equal bins and average the features over each bin.
+    1-D RoI-align (phi in Eq. 8): average the features over each bin of each proposal.
 
     Features are interpolated linearly between clip centers, and are constant before the first center and after the
     last. The averages are exact, not sampled: the weight of a clip in a bin is the integral of its hat function. One
@@ -59,30 +67,40 @@ def roi_align(features: Tensor, num_clips: Tensor, spans: Tensor, bins: int, bey
     Args:
         features: (B, L, D), padded on the right.
         num_clips: (B,), number of real clips in each video, at least 1. Padding is never read.
-        spans: (B, N, 2). The width divided by `bins` must not underflow in their dtype.
+        edges: of one or more sets of adjacent bins, each (B, N, number of bins + 1), as fractions of the video,
+            strictly ascending. See `bin_edges`.
         beyond: (D,), the feature used outside the video. Default: 0.
 
     Returns:
-        (B, N, bins, D), in the dtype of `features`. Coordinates and weights are computed in the dtype of `spans`.
+        (B, N, number of all bins, D), one set after the other, in the dtype of `features`. Coordinates and weights are
+        computed in the dtype of `edges`.
     """
-    windows = span_to_window(spans)
-    start, end = windows[..., :1], windows[..., 1:]
-    parts = torch.linspace(0, 1, bins + 1, dtype=spans.dtype, device=spans.device)
-    edges = (start + (end - start) * parts)[..., None]  # (B, N, bins + 1, 1)
-    inside = edges.clamp(0, 1)
-    last = num_clips.to(spans.dtype)[:, None, None, None] - 1
-    clips = torch.arange(features.shape[1], dtype=spans.dtype, device=spans.device)
-    offset = (inside * (last + 1) - 0.5 - clips).clamp(-1, 1)  # in clips, from the center of each clip
-    # The integral of the hat function up to each edge, up to a constant. The functions of the first and the last clip
-    # stay at 1 toward the ends of the video.
-    outside = ((clips == 0) & (offset < 0)) | ((clips == last) & (offset > 0))
-    integral = offset - torch.where(outside, 0.0, 0.5) * offset * offset.abs()
-    weights = integral.diff(dim=2) * (clips <= last)
-    weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-    share = inside.diff(dim=2) / edges.diff(dim=2)  # fraction of each bin that lies inside the video
-    read = torch.matmul((weights * share).to(features.dtype).flatten(1, 2), features)
-    read = read.unflatten(1, (spans.shape[1], bins))
-    return read if beyond is None else read + (1 - share).to(features.dtype) * beyond.to(features.dtype)
+    sizes = [of_set.shape[-1] for of_set in edges]
+
+    def between(values: Tensor) -> Tensor:
+        """Return the differences of neighboring edges of each set."""
+        return torch.cat([of_set.diff(dim=2) for of_set in values.split(sizes, dim=2)], dim=2)
+
+    position = torch.cat(tuple(edges), dim=-1)[..., None]  # (B, N, edges, 1)
+    inside = position.clamp(0, 1)
+    clips = torch.arange(features.shape[1], dtype=position.dtype, device=position.device)
+    last = num_clips.to(position.dtype)[:, None, None, None] - 1
+    # In clips, from the center of the first one
+    place = inside * (last + 1) - 0.5
+    near = torch.minimum(place.clamp(min=0), last)
+    # The integral of each clip's hat function up to each edge, up to a constant. The functions of the first and the
+    # last clip stay at 1 toward the ends of the video. Beyond the last clip, nothing changes between two edges.
+    offset = (near - clips).clamp(-1, 1)
+    integral = torch.addcmul(offset, offset, offset.abs(), value=-0.5)
+    integral = torch.addcmul(integral, (place - near).clamp(max=0), (clips == 0).to(place.dtype))
+    integral = torch.addcmul(integral, (place - near).clamp(min=0), (clips == last).to(place.dtype))
+    weights = between(integral)
+    share = between(inside) / between(position)  # fraction of each bin that lies inside the video
+    weights = weights * (share / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny))
+    if beyond is not None:  # as if it were one more clip
+        weights = torch.cat((weights, 1 - share), dim=-1)
+        features = torch.cat((features, beyond.to(features.dtype).expand(len(features), 1, -1)), dim=1)
+    return torch.matmul(weights.to(features.dtype).flatten(1, 2), features).unflatten(1, weights.shape[1:3])
 
 
 def keep_inside(spans: Tensor, min_width: Tensor | float) -> Tensor:
