@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, set_seed
 
-from benchmark import DURATION, NUM_TOKENS, measure_training, print_table, simulate_truth
+from benchmark_common import print_table
+from benchmark_samples import NUM_CLIPS, NUM_TOKENS, simulate_truth
+from benchmark_training import measure_training
 from modeling_diffusionvmr import (
     DiffusionVMRConfig,
     DiffusionVMRForMomentRetrieval,
@@ -274,12 +276,11 @@ class MadeUpFeatures(Mapping):
 
 def made_up_datasets(plan: Plan) -> tuple[MomentRetrievalDataset, MomentRetrievalDataset]:
     """Return data sets to train and to evaluate on, of random features."""
-    num_clips = int(DURATION / SALIENCY_CLIP_SECONDS)
     datasets = []
     for seed, count in enumerate(plan.queries):
         rows = simulate_truth(seed, count)
         videos, sentences = [row["vid"] for row in rows], [row["qid"] for row in rows]
-        video = [MadeUpFeatures(videos, num_clips, size, plan.device) for size in plan.backbone_sizes]
+        video = [MadeUpFeatures(videos, NUM_CLIPS, size, plan.device) for size in plan.backbone_sizes]
         text = MadeUpFeatures(sentences, NUM_TOKENS, plan.config().text_feature_size, plan.device)
         datasets.append((rows, video, text))
     return make_datasets(plan, *datasets)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import benchmark
 import gpu_check
+from benchmark_samples import simulate_truth
 from modeling_diffusionvmr import DiffusionVMRForMomentRetrieval
 from modeling_diffusionvmr.data.files import save_jsonl
 
@@ -27,7 +27,7 @@ def annotations(tmp_path_factory):
     """A folder with the names of QVHighlights' files."""
     folder = tmp_path_factory.mktemp("annotations")
     for seed, (name, count) in enumerate({gpu_check.TRAIN_FILE: 40, gpu_check.VAL_FILE: 10}.items()):
-        rows = [{**row, "vid": f"{name}_{row['vid']}"} for row in benchmark.simulate_truth(seed, count)]
+        rows = [{**row, "vid": f"{name}_{row['vid']}"} for row in simulate_truth(seed, count)]
         save_jsonl(({**row, "qid": 1000 * seed + row["qid"]} for row in rows), folder / name)
     return folder
 
