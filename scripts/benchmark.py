@@ -12,6 +12,7 @@ from benchmark_data import measure_data
 from benchmark_extraction import measure_extraction
 from benchmark_inference import SIZES, measure_inference
 from benchmark_metrics import measure_metrics
+from benchmark_profile import measure_profile
 from benchmark_training import measure_training
 from modeling_diffusionvmr import __version__
 from modeling_diffusionvmr.checks import check_positive
@@ -24,6 +25,7 @@ PARTS = {
     "extract": measure_extraction,
     "inference": measure_inference,
     "metrics": measure_metrics,
+    "profile": measure_profile,
     "training": measure_training,
 }
 """Each returns a "table", a list of rows with the same columns, and further values that describe the measurement."""
@@ -48,7 +50,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     extract = parser.add_argument_group("--part extract", "also has --device")
     extract.add_argument("--video_seconds", type=int, default=60, help="length of the simulated video (default: 60)")
-    inference = parser.add_argument_group("--part inference", "also has --official, to measure Moment-DETR as well")
+    inference = parser.add_argument_group("--part inference, --part profile", "inference also has --official")
     inference.add_argument(
         "--sizes", nargs="+", choices=SIZES, default=list(SIZES), help=f"of the models (default: {' '.join(SIZES)})"
     )
@@ -60,7 +62,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     metrics.add_argument(
         "--official",
         metavar="CHECKOUT",
-        help="folder of a moment_detr checkout, to measure its script as well (needs scikit-learn)",
+        help="folder of a moment_detr checkout, to measure its script (needs scikit-learn) or model as well",
     )
     known, flags = parser.parse_known_args(arguments)
     if flags and known.part != "training":

@@ -60,7 +60,7 @@ class Contender(NamedTuple):
     """A model to measure. The functions take a batch from `make_batch`."""
 
     name: str
-    num_parameters: int
+    module: nn.Module
     retrieve: Callable[[Batch], Any]
     train: Callable[[Batch], Any]  # forward, loss, backward, clipping and optimizer
 
@@ -85,7 +85,7 @@ def contender(
         nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
 
-    return Contender(name, sum(parameter.numel() for parameter in model.parameters()), retrieve, train)
+    return Contender(name, model, retrieve, train)
 
 
 def our_contender(name: str, config: DiffusionVMRConfig) -> Contender:
@@ -229,7 +229,8 @@ def measure_inference(arguments: argparse.Namespace) -> dict:
 
     table = []
     for model in models:
-        row = {"model": model.name, "parameters": f"{model.num_parameters / 1e6:.1f} M"}
+        parameters = sum(parameter.numel() for parameter in model.module.parameters())
+        row = {"model": model.name, "parameters": f"{parameters / 1e6:.1f} M"}
         for column in COLUMNS:
             place = model.name, column.name
             share = flops[place] / seconds[place] / rate

@@ -4,19 +4,27 @@ import itertools
 import json
 import re
 import sys
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import benchmark
 import benchmark_common
 import benchmark_data
 import benchmark_extraction
 import benchmark_inference
+import benchmark_profile
 import benchmark_training
 from benchmark_metrics import simulate_predictions
 from benchmark_samples import simulate_truth
-from modeling_diffusionvmr import DiffusionVMRConfig, evaluate_predictions, loss_diffusionvmr
+from modeling_diffusionvmr import (
+    DiffusionVMRConfig,
+    DiffusionVMRForMomentRetrieval,
+    evaluate_predictions,
+    loss_diffusionvmr,
+)
 from modeling_diffusionvmr.cli.errors import run_safely
 from modeling_diffusionvmr.data.annotations import check_row
 from modeling_diffusionvmr.data.files import save_jsonl
@@ -229,18 +237,24 @@ class Criterion:
         assert len(outputs) == len(targets["span_labels"]) == len(targets["saliency_pos_labels"])
         return {"loss_span": outputs.mean(), "class_error": None}
 """
+TINY = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+TINY |= {"video_feature_size": 24, "text_feature_size": 8, "roi_bins": 4, "dynamic_size": 4}
 
 
-def test_inference(folder, monkeypatch, clock):
+@pytest.fixture
+def small_sizes(monkeypatch):
+    """Replace models and batches by small ones."""
+    for module in (benchmark_inference, benchmark_profile):
+        columns = [column._replace(batch_size=min(3, column.batch_size)) for column in module.COLUMNS]
+        monkeypatch.setattr(module, "SIZES", {"published": TINY})
+        monkeypatch.setattr(module, "COLUMNS", columns)
+
+
+def test_inference(folder, small_sizes, clock):
     """On a stand-in for Moment-DETR, whose operations can be counted by hand."""
     (folder / "checkout" / "moment_detr").mkdir()
     (folder / "checkout" / "moment_detr" / "model.py").write_text(MOMENT_DETR)
     (folder / "checkout" / "moment_detr" / "criterion.py").write_text(CRITERION)
-    tiny = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
-    tiny |= {"video_feature_size": 24, "text_feature_size": 8, "roi_bins": 4, "dynamic_size": 4}
-    columns = [column._replace(batch_size=min(3, column.batch_size)) for column in benchmark_inference.COLUMNS]
-    monkeypatch.setattr(benchmark_inference, "SIZES", {"published": tiny})
-    monkeypatch.setattr(benchmark_inference, "COLUMNS", columns)
     arguments = ["--part", "inference", "--repeats", "1", "--output", "measured.json"]
 
     run(*arguments, "--sizes", "published")
@@ -263,12 +277,41 @@ def test_inference(folder, monkeypatch, clock):
     assert ratios == ["3.00", "1.50", "1.00", "1.50"]
 
     flops = 2 * 32 * (75 * 26 + 32 * 8)  # per sample, of the two layers
-    batches = {size: benchmark_inference.make_batch(DiffusionVMRConfig(**tiny), size, 0) for size in (1, 3)}
-    theirs = benchmark_inference.official_contender("theirs", DiffusionVMRConfig(**tiny), "checkout")
+    batches = {size: benchmark_inference.make_batch(DiffusionVMRConfig(**TINY), size, 0) for size in (1, 3)}
+    theirs = benchmark_inference.official_contender("theirs", DiffusionVMRConfig(**TINY), "checkout")
     assert benchmark_inference.flops_of(lambda: theirs.retrieve(batches[3])) == 3 * flops
     assert benchmark_inference.flops_of(lambda: theirs.train(batches[1])) == 2 * flops  # and the weights' gradients
     for name in [name for name in sys.modules if name.partition(".")[0] == "moment_detr"]:
         del sys.modules[name]
+
+
+def test_profile(folder, small_sizes, clock):
+    clock(0, 0.03, 0, 0.02, 0, 0.04)
+    run("--part", "profile", "--sizes", "published", "--repeats", "1", "--output", "measured.json")
+    table = json.loads((folder / "measured.json").read_text())["table"]
+    query, batch, step = list(table[0])[1:]
+    total = table.pop()
+    assert [total[name] for name in (query, batch, step)] == ["3.0 ms", "20.0 ms", "40.0 ms"]
+    for name in (query, batch, step):
+        shares = {row["kind"]: float(row[name].rstrip("%")) for row in table}
+        absent = {"optimizer", "loss and matching"} if name != step else set()
+        assert sum(shares.values()) == pytest.approx(100, abs=1)
+        assert {kind for kind, share in shares.items() if share == 0} <= absent
+
+
+def test_backward_counts_with_the_forward_work():
+    model = DiffusionVMRForMomentRetrieval(DiffusionVMRConfig(**TINY))
+    layer = model.model.encoder.layers[0].feed_forward
+    before = benchmark_profile.modeling_diffusionvmr.roi_align
+    with benchmark_profile.marked(model), torch.profiler.profile() as profiler:
+        (layer(torch.randn(3, 32)) @ torch.randn(32, 2)).sum().backward()
+    kinds = defaultdict(set)
+    for event, kind in benchmark_profile.kinds_of(profiler.events()):
+        kinds[event.name].add(kind)
+    assert kinds["aten::addmm"] == {"feed-forward"}
+    assert kinds["AddmmBackward0"] == {"feed-forward"}
+    assert kinds["MmBackward0"] == kinds["aten::sum"] - {"feed-forward"} == {"other operators"}
+    assert benchmark_profile.modeling_diffusionvmr.roi_align is before and not layer._forward_hooks
 
 
 def test_data(folder, monkeypatch):
