@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.decorators import skip
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -765,6 +766,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
             **fields,
         )
 
+    @skip  # compile the decoder, not this loop: it would be recompiled for every number of steps
     def _sample(
         self,
         memory: DiffusionVMRMemory,
