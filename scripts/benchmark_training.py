@@ -61,6 +61,8 @@ def measure_training(arguments: argparse.Namespace) -> dict:
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.training["learning_rate"])
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bool(settings.training.get("bf16")))
 
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     clock = Clock(device)
     with clock.inside(loss_diffusionvmr, "match", "matching"):
         for step in tqdm(range(WARM_UP_STEPS + arguments.steps), desc="training", unit="step"):
