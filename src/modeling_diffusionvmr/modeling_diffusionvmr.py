@@ -497,7 +497,7 @@ class DiffusionVMRModel(DiffusionVMRPreTrainedModel):
         """Call `encode`, then `denoise`. By default, start from the fixed noise at step T - 1."""
         flags = recording_flags(output_attentions, output_hidden_states)
         memory = self.encode(video_features, text_features, video_mask, text_mask, **flags)
-        noisy_spans, timesteps = self.starting_point(len(text_features), None, noisy_spans, timesteps)
+        noisy_spans, timesteps = self.starting_point(text_features.shape[0], None, noisy_spans, timesteps)
         return DiffusionVMRModelOutput(**combine(memory, self.denoise(memory, noisy_spans, timesteps, **flags)))
 
     def starting_point(
@@ -540,8 +540,9 @@ class DiffusionVMRModel(DiffusionVMRPreTrainedModel):
                 raise ValueError(
                     f"`{name}_mask` must be {tuple(features.shape[:2])} like the features, got {tuple(mask.shape)}"
                 )
-        if len(video_features) not in (1, len(text_features)):
-            raise ValueError(f"got {len(video_features)} videos but {len(text_features)} `{text_name}_features`")
+        num_videos, num_sentences = video_features.shape[0], text_features.shape[0]
+        if num_videos != num_sentences and num_videos != 1:
+            raise ValueError(f"got {num_videos} videos but {num_sentences} `{text_name}_features`")
 
 
 def recording_flags(output_attentions: bool | None, output_hidden_states: bool | None) -> dict[str, bool]:
@@ -678,7 +679,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         """
         if num_proposals is not None:
             check_whole(num_proposals, "`num_proposals`", 1)
-        batch_size = len(text_features)
+        batch_size = text_features.shape[0]
         if labels is not None and len(labels) != batch_size:
             raise ValueError(f"got {batch_size} samples but {len(labels)} labels")
         flags = recording_flags(output_attentions, output_hidden_states)
@@ -798,7 +799,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         video_mask = mask_of(video, video_mask)
         text, text_mask = pad_pair(text, text_mask, negative_text, negative_mask)
         video = self.model.project_video(video, video_mask)  # shared by both halves
-        batch_size = len(inputs[1])
+        batch_size = inputs[1].shape[0]
         video, video_mask = video.expand(batch_size, -1, -1), video_mask.expand(batch_size, -1)
         return self.model.fuse(torch.cat((video, video)), torch.cat((video_mask, video_mask)), text, text_mask, **flags)
 
