@@ -1,29 +1,37 @@
 """
 Check a GPU against the CPU, and time inference and training on it. Prints one table last.
 
-It trains on simulated features for a few minutes: of QVHighlights' queries where ANNOTATIONS_DIR is given, otherwise of
-made-up rows of the same lengths. Without a GPU everything runs on the CPU, and what only a GPU has is left out.
+It trains on simulated features for four minutes: of QVHighlights' queries where ANNOTATIONS_DIR is given, otherwise of
+made-up rows of the same lengths. All takes at most eight minutes: what is left after the training is for
+`torch.compile`. Without a GPU everything runs on the CPU, and what only a GPU has is left out.
 """
 
 import argparse
 import copy
+import math
 import os
 import statistics
 import tempfile
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import TrainerCallback, set_seed
 
-from benchmark import DURATION, NUM_TOKENS, measure_training, print_table, simulate_truth
+from benchmark_common import print_table
+from benchmark_samples import NUM_CLIPS, NUM_TOKENS, simulate_truth
+from benchmark_training import measure_training
 from modeling_diffusionvmr import (
     DiffusionVMRConfig,
+    DiffusionVMRDataCollator,
     DiffusionVMRForMomentRetrieval,
     DiffusionVMRProcessor,
     DiffusionVMRTrainer,
@@ -37,12 +45,18 @@ from modeling_diffusionvmr.cli.options import CommandParser
 from modeling_diffusionvmr.data.annotations import SALIENCY_CLIP_SECONDS
 from modeling_diffusionvmr.synthetic.simulated_features import SimulatedFeatures
 from modeling_diffusionvmr.synthetic.simulated_folder import write_simulated_features
+from modeling_diffusionvmr.training.prediction import MODEL_INPUTS
 from modeling_diffusionvmr.training.presets import load_preset
 
 TRAIN_FILE, VAL_FILE = "highlight_train_release.jsonl", "highlight_val_release.jsonl"
 EPOCHS_OF_THE_PAPER = 400
+TOTAL_SECONDS = 480.0  # of all parts
+LAST_SECONDS = 30.0  # kept for the evaluation, which follows the training
+COMPILE_SECONDS = 75.0  # no compilation begins with less time left
 
 Rows = list[dict[str, str]]  # of the table: what, value
+Way = Callable[[DiffusionVMRForMomentRetrieval, dict[str, Tensor]], Callable[[], Any]]
+"""Turns a model and a batch into the function to time."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +74,15 @@ class Plan:
     device: torch.device
     annotations: Path | None
     output_dir: Path
+    started: float = field(default_factory=time.perf_counter)
 
     @property
     def is_gpu(self) -> bool:
         return self.device.type == "cuda"
+
+    @property
+    def seconds_left(self) -> float:
+        return TOTAL_SECONDS - (time.perf_counter() - self.started)
 
     def config(self, **changes) -> DiffusionVMRConfig:
         return DiffusionVMRConfig(**{**self.fields, **changes})
@@ -123,51 +142,90 @@ def check_against_cpu(plan: Plan) -> Rows:
 
 
 def check_resume(plan: Plan) -> Rows:
-    """Compare an uninterrupted training with one that is resumed in the middle."""
-    plan = tiny_plan(device=plan.device, annotations=None, output_dir=plan.output_dir)
-    weights = []
-    with tempfile.TemporaryDirectory() as folder:
-        for resume in (False, True):
-            set_seed(0)
-            train_dataset, _ = made_up_datasets(plan)
-            trainer = DiffusionVMRTrainer(
-                model=DiffusionVMRForMomentRetrieval(plan.config()),
-                args=training_arguments(plan, Path(folder), max_steps=6, save_strategy="steps", save_steps=3),
-                train_dataset=train_dataset,
-            )
-            trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-3" if resume else None)
-            weights.append(torch.cat([parameter.detach().flatten().cpu() for parameter in trainer.model.parameters()]))
-    difference = (weights[0] - weights[1]).abs().max().item()
-    return [{"what": "resumed training, largest difference of weights", "value": f"{difference:.1e}"}]
+    """
+    Compare trainings of a tiny model that are not interrupted with those that resume on the device: from a checkpoint
+    of the device, and from one of the CPU. There is no dropout, which draws other numbers on every device.
+    """
+    cpu = torch.device("cpu")
+    tiny = tiny_plan(device=cpu, annotations=None, output_dir=plan.output_dir)
+    train_dataset, _ = made_up_datasets(tiny)
+
+    def train(device: torch.device, folder: Path, checkpoint: str | None = None) -> Tensor:
+        """Return all weights after six steps, as one vector. Three steps are saved in `folder`."""
+        set_seed(0)
+        trainer = DiffusionVMRTrainer(
+            model=DiffusionVMRForMomentRetrieval(tiny.config(dropout=0.0, input_dropout=0.0)),
+            args=training_arguments(
+                replace(tiny, device=device), folder, max_steps=6, save_strategy="steps", save_steps=3
+            ),
+            train_dataset=train_dataset,
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return torch.cat([parameter.detach().flatten().cpu() for parameter in trainer.model.parameters()])
+
+    rows = []
+    with tempfile.TemporaryDirectory() as work:
+        for device, of in ((plan.device, "the device"), (cpu, "the CPU")):
+            folder = Path(work, of)
+            whole = train(device, folder)
+            resumed = train(plan.device, folder, f"{folder}/checkpoint-3")
+            difference = (whole - resumed).norm() / whole.norm()
+            what = f"training resumed from a checkpoint of {of}, relative difference of weights"
+            rows.append({"what": what, "value": f"{difference.item():.1e}"})
+    return rows
 
 
 # Inference
 
 
 def time_inference(plan: Plan) -> Rows:
-    """Time one sampling step for each batch size and type: eager, compiled, and replayed as a CUDA graph."""
+    """Time one sampling step for each batch size and type: eager, and replayed as a CUDA graph."""
+    ways: dict[str, Way] = {"eager": lambda model, batch: lambda: model(**batch)}
+    if plan.is_gpu:
+        ways["CUDA graph"] = captured
+    return [*time_ways(plan, ways), {"what": "  peak memory of inference", "value": peak_memory(plan)}]
+
+
+def time_compiled(plan: Plan) -> Rows:
+    """Time one sampling step with `torch.compile`, as far as the time allows. It has a warm-up of its own."""
+    return time_ways(plan, {"torch.compile": compiled}) if plan.is_gpu else []
+
+
+def time_ways(plan: Plan, ways: Mapping[str, Way]) -> Rows:
+    """Time one sampling step for each batch size, type and way to run it."""
     torch.manual_seed(0)
     model = DiffusionVMRForMomentRetrieval(plan.config()).to(plan.device).eval()
+    if plan.is_gpu:
+        torch.cuda.reset_peak_memory_stats(plan.device)
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         model.to(dtype)
         for size in plan.batch_sizes:
             batch = random_batch(model.config, size, plan.device, dtype)
-            ways = {"eager": lambda batch=batch: model(**batch)}
-            if plan.is_gpu:
-                compiled = torch.compile(model)
-                ways["torch.compile"] = lambda batch=batch, compiled=compiled: compiled(**batch)
-                ways["CUDA graph"] = lambda batch=batch: captured(model, batch)
-            for way, run in ways.items():
+            for way, make in ways.items():
+                if make is compiled and plan.seconds_left < COMPILE_SECONDS:
+                    value = "skipped: no time left"
+                else:
+                    value = time_or_fault(plan, make, model, batch)
                 what = f"inference, batch {size}, {str(dtype).removeprefix('torch.')}, {way}"
-                try:
-                    with torch.inference_mode():
-                        run = run() if way == "CUDA graph" else run
-                        value = f"{1000 * seconds_of(run, plan):.2f} ms"
-                except RuntimeError as error:  # what cannot be compiled or captured must not end the check
-                    value = f"failed: {str(error).splitlines()[0][:80]}"
                 rows.append({"what": what, "value": value})
     return rows
+
+
+@torch.inference_mode()
+def time_or_fault(plan: Plan, make: Way, model: DiffusionVMRForMomentRetrieval, batch: dict[str, Tensor]) -> str:
+    """Return the time of a call, or why there is none: what cannot be compiled or captured must not end the check."""
+    try:
+        return f"{1000 * seconds_of(make(model, batch), plan):.2f} ms"
+    except Exception as error:  # compilers raise errors of any type
+        return f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
+
+
+def compiled(model: DiffusionVMRForMomentRetrieval, batch: dict[str, Tensor]) -> Callable[[], Any]:
+    """Return a call of the compiled model. Graphs of other shapes are dropped, so that these shapes are constants."""
+    torch.compiler.reset()
+    fast = torch.compile(model)
+    return lambda: fast(**batch)
 
 
 def captured(model: DiffusionVMRForMomentRetrieval, batch: dict[str, Tensor]) -> Callable[[], None]:
@@ -199,6 +257,11 @@ def seconds_of(run: Callable[[], Any], plan: Plan) -> float:
 # Training
 
 
+def peak_memory(plan: Plan) -> str:
+    """Return the largest memory of the device in use since it was last reset."""
+    return f"{torch.cuda.max_memory_allocated(plan.device) / 2**20:.0f} MiB" if plan.is_gpu else "not measured on a CPU"
+
+
 def count_synchronizations(plan: Plan) -> Rows:
     """Count how often a training step and a sampling step wait for the device. Matching has to, once per step."""
     if not plan.is_gpu:
@@ -206,18 +269,21 @@ def count_synchronizations(plan: Plan) -> Rows:
     torch.manual_seed(0)
     model = DiffusionVMRForMomentRetrieval(plan.config()).to(plan.device)
     optimizer = torch.optim.AdamW(model.parameters())
-    batch = random_batch(model.config, 4, plan.device, torch.float32)
-    labels = [{"spans": torch.tensor([[0.3, 0.2]], device=plan.device)} for _ in range(4)]
+    train_dataset, _ = made_up_datasets(replace(plan, queries=(8, 1)))
+    batch = send_to_device(DiffusionVMRDataCollator()(train_dataset.__getitems__(range(8))), plan.device)
+    inputs = {name: batch[name] for name in MODEL_INPUTS}
 
     def training_step() -> None:
-        model.train()(**batch, labels=labels).loss.backward()
+        with torch.autocast(plan.device.type, torch.bfloat16):
+            loss = model.train()(**batch).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
         optimizer.zero_grad()
 
     def sampling_step() -> None:
         with torch.inference_mode():
-            model.eval()(**batch)
+            model.eval()(**inputs)
 
     rows = []
     for what, run in (("training", training_step), ("sampling", sampling_step)):
@@ -274,12 +340,11 @@ class MadeUpFeatures(Mapping):
 
 def made_up_datasets(plan: Plan) -> tuple[MomentRetrievalDataset, MomentRetrievalDataset]:
     """Return data sets to train and to evaluate on, of random features."""
-    num_clips = int(DURATION / SALIENCY_CLIP_SECONDS)
     datasets = []
     for seed, count in enumerate(plan.queries):
         rows = simulate_truth(seed, count)
         videos, sentences = [row["vid"] for row in rows], [row["qid"] for row in rows]
-        video = [MadeUpFeatures(videos, num_clips, size, plan.device) for size in plan.backbone_sizes]
+        video = [MadeUpFeatures(videos, NUM_CLIPS, size, plan.device) for size in plan.backbone_sizes]
         text = MadeUpFeatures(sentences, NUM_TOKENS, plan.config().text_feature_size, plan.device)
         datasets.append((rows, video, text))
     return make_datasets(plan, *datasets)
@@ -319,26 +384,54 @@ def training_arguments(plan: Plan, folder: Path, **changes) -> DiffusionVMRTrain
 
 
 class TimeLimit(TrainerCallback):
-    """Stops a training after some seconds, counted from its first step, which warms up."""
+    """
+    Stops a training after some seconds, counted from its first step, which warms up. The number of proposals grows over
+    these seconds as it does over the paper's training, since a step with few proposals is faster.
+    """
 
-    def __init__(self, seconds: float):
-        self.seconds = seconds
-        self.started: float | None = None
-        self.elapsed, self.steps = 0.0, 0  # since the first step
+    def __init__(self, seconds: float, max_proposals: int):
+        self.limit = seconds
+        self.max_proposals = max_proposals
+        self.num_proposals = 1
+        self.started = self.last = 0.0
+        self.seconds: dict[int, list[float]] = defaultdict(list)  # of each step, by the number of proposals
+
+    @property
+    def elapsed(self) -> float:
+        return self.last - self.started
+
+    @property
+    def num_steps(self) -> int:
+        return sum(map(len, self.seconds.values()))
+
+    def seconds_per_step(self) -> float:
+        """Return the mean over a training in which every number of proposals has equally many steps."""
+        return statistics.mean(statistics.mean(seconds) for seconds in self.seconds.values())
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.started is None:
-            self.started = time.perf_counter()
-            return
-        self.elapsed = time.perf_counter() - self.started
-        self.steps += 1
-        control.should_training_stop = self.elapsed >= self.seconds
+        now = time.perf_counter()
+        if self.started:
+            self.seconds[self.num_proposals].append(now - self.last)
+        else:
+            self.started = now
+        self.last = now
+        progress = self.elapsed / self.limit
+        self.num_proposals = min(1 + int(progress * self.max_proposals), self.max_proposals)
+        control.should_training_stop = progress >= 1
+
+
+class TimedTrainer(DiffusionVMRTrainer):
+    """A trainer whose number of proposals a `TimeLimit` sets."""
+
+    limit: TimeLimit
+
+    def training_proposals(self) -> int:
+        return self.limit.num_proposals
 
 
 def train_for_a_while(plan: Plan) -> Rows:
     """Train as long as the plan allows, evaluate, and say how long the paper's training would take."""
     set_seed(0)
-    limit = TimeLimit(plan.training_seconds)
     with tempfile.TemporaryDirectory() as work:
         train_dataset, eval_dataset = (
             simulated_datasets(plan, Path(work)) if plan.annotations else made_up_datasets(plan)
@@ -347,26 +440,35 @@ def train_for_a_while(plan: Plan) -> Rows:
         arguments = training_arguments(
             plan, plan.output_dir, bf16=True, num_train_epochs=EPOCHS_OF_THE_PAPER, dataloader_num_workers=workers
         )
-        trainer = DiffusionVMRTrainer(
+        # The data is ready: the limit excludes it, but not what all parts may take
+        seconds = max(1.0, min(plan.training_seconds, plan.seconds_left - LAST_SECONDS))
+        limit = TimeLimit(seconds, plan.config().max_training_proposals)
+        trainer = TimedTrainer(
             model=DiffusionVMRForMomentRetrieval(plan.config()),
             args=arguments,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             callbacks=[limit],
         )
+        trainer.limit = limit
+        if plan.is_gpu:
+            torch.cuda.reset_peak_memory_stats(plan.device)
         trainer.train()
+        memory = peak_memory(plan)
         trainer.save_model()
         started = time.perf_counter()
         metrics = trainer.evaluate()
         evaluated = time.perf_counter() - started
-    samples = limit.steps * arguments.per_device_train_batch_size
-    rate = samples / limit.elapsed
+    batch_size = arguments.per_device_train_batch_size
+    rate = limit.num_steps * batch_size / limit.elapsed
     data = "simulated features of QVHighlights" if plan.annotations else "made-up features"
-    minutes = EPOCHS_OF_THE_PAPER * len(train_dataset) / rate / 60
+    steps = EPOCHS_OF_THE_PAPER * math.ceil(len(train_dataset) / batch_size)
+    minutes = steps * limit.seconds_per_step() / 60
     return [
         {"what": f"training with Trainer, {data}", "value": f"{rate:.0f} samples/s, bfloat16"},
         {"what": "  epochs", "value": f"{trainer.state.epoch:.2f} in {limit.elapsed:.0f} s"},
         {"what": f"  {EPOCHS_OF_THE_PAPER} epochs would take", "value": f"{minutes:.1f} min"},
+        {"what": "  peak memory of training", "value": memory},
         {"what": f"  evaluation of {len(eval_dataset)} queries", "value": f"{evaluated:.1f} s"},
         {"what": "  R1@0.5, mAP", "value": f"{metrics['eval_MR-full-R1@0.5']}, {metrics['eval_MR-full-mAP']}"},
         {"what": "  checkpoint", "value": str(plan.output_dir)},
@@ -380,7 +482,9 @@ PARTS = (
     time_inference,
     split_training_step,
     train_for_a_while,
+    time_compiled,
 )
+"""In this order. The last one takes the time that is left."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -402,11 +506,12 @@ def main(arguments: argparse.Namespace) -> None:
     make = tiny_plan if arguments.tiny else paper_plan
     plan = make(device=device, annotations=arguments.annotations, output_dir=arguments.output_dir)
     name = torch.cuda.get_device_name(device) if plan.is_gpu else f"CPU, {torch.get_num_threads()} threads"
-    rows = [{"what": "device", "value": f"{name}, torch {torch.__version__}"}]
+    rows = [{"what": "device", "value": f"{name}, torch {torch.__version__}, transformers {transformers.__version__}"}]
     for part in PARTS:
         started = time.perf_counter()
         rows += part(plan)
         print(f"{part.__name__}: {time.perf_counter() - started:.0f} s", flush=True)
+    print(f"in all: {time.perf_counter() - plan.started:.0f} s", flush=True)
     print_table(rows)
 
 

@@ -175,7 +175,7 @@ def test_batches_are_bounded_and_do_not_change_the_result(model, monkeypatch, nu
     forward, prepare_video = model.forward, PROCESSOR.prepare_video
 
     def counting(**inputs):
-        sizes.append(len(inputs["video_features"]))
+        sizes.append(len(inputs["text_features"]))
         return forward(**inputs)
 
     monkeypatch.setattr(model, "forward", counting)

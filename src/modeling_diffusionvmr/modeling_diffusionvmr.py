@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.decorators import skip
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -441,9 +442,10 @@ class DiffusionVMRModel(DiffusionVMRPreTrainedModel):
         Encode clips and tokens together (h, Eq. 7).
 
         Args:
-            video_features: (B, Lv, Dv). The model appends the start and end position of each clip.
+            video_features: (B or 1, Lv, Dv). The model appends the start and end position of each clip. One video is
+                projected once for all B sentences.
             text_features: (B, Lt, Dt).
-            video_mask, text_mask: (B, Lv) and (B, Lt), 1 = real, 0 = padding (on the right). Default: no padding.
+            video_mask, text_mask: as the features, 1 = real, 0 = padding (on the right). Default: no padding.
             kwargs: `output_attentions`, `output_hidden_states`.
         """
         self.check_features(video_features, text_features, video_mask, text_mask)
@@ -458,7 +460,9 @@ class DiffusionVMRModel(DiffusionVMRPreTrainedModel):
     def fuse(
         self, video: Tensor, video_mask: Tensor, text_features: Tensor, text_mask: Tensor, **kwargs
     ) -> DiffusionVMRMemory:
-        """Encode a projected video (B, Lv, D) with a sentence (B, Lt, Dt), both with bool masks."""
+        """Encode projected videos (B or 1, Lv, D) with sentences (B, Lt, Dt), both with bool masks."""
+        batch_size = text_features.shape[0]
+        video, video_mask = video.expand(batch_size, -1, -1), video_mask.expand(batch_size, -1)
         text = self.text_projection(text_features)
         # As in Moment-DETR: the position of a clip is its end, scaled so that the last one is 2 pi. Words have none
         sine = sine_embedding(clip_positions(video_mask)[..., 1] * (2 * math.pi), self.config.d_model).to(video.dtype)
@@ -516,7 +520,7 @@ class DiffusionVMRModel(DiffusionVMRPreTrainedModel):
         """Call `encode`, then `denoise`. By default, start from the fixed noise at step T - 1."""
         flags = recording_flags(output_attentions, output_hidden_states)
         memory = self.encode(video_features, text_features, video_mask, text_mask, **flags)
-        noisy_spans, timesteps = self.starting_point(len(video_features), None, noisy_spans, timesteps)
+        noisy_spans, timesteps = self.starting_point(text_features.shape[0], None, noisy_spans, timesteps)
         return DiffusionVMRModelOutput(**combine(memory, self.denoise(memory, noisy_spans, timesteps, **flags)))
 
     def starting_point(
@@ -559,8 +563,9 @@ class DiffusionVMRModel(DiffusionVMRPreTrainedModel):
                 raise ValueError(
                     f"`{name}_mask` must be {tuple(features.shape[:2])} like the features, got {tuple(mask.shape)}"
                 )
-        if len(video_features) != len(text_features):
-            raise ValueError(f"got {len(video_features)} videos but {len(text_features)} `{text_name}_features`")
+        num_videos, num_sentences = video_features.shape[0], text_features.shape[0]
+        if num_videos != num_sentences and num_videos != 1:
+            raise ValueError(f"got {num_videos} videos but {num_sentences} `{text_name}_features`")
 
 
 def recording_flags(output_attentions: bool | None, output_hidden_states: bool | None) -> dict[str, bool]:
@@ -676,9 +681,9 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         (section 3.5, "Inference").
 
         Args:
-            video_features: (B, Lv, Dv). The model appends the start and end position of each clip.
+            video_features: (B or 1, Lv, Dv). The model appends the start and end position of each clip.
             text_features: (B, Lt, Dt).
-            video_mask, text_mask: (B, Lv) and (B, Lt), 1 = real, 0 = padding (on the right). Default: no padding.
+            video_mask, text_mask: as the features, 1 = real, 0 = padding (on the right). Default: no padding.
             noisy_spans: X_t in signal space, (B or 1, N, 2). Default: drawn from the labels in train mode with labels,
                 the fixed noise otherwise.
             timesteps: t of `noisy_spans`, (B,), in [0, T). Default: drawn together with them, or T - 1.
@@ -697,7 +702,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         """
         if num_proposals is not None:
             check_whole(num_proposals, "`num_proposals`", 1)
-        batch_size = len(video_features)
+        batch_size = text_features.shape[0]
         if labels is not None and len(labels) != batch_size:
             raise ValueError(f"got {batch_size} samples but {len(labels)} labels")
         flags = recording_flags(output_attentions, output_hidden_states)
@@ -746,6 +751,30 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
                 None if negative_memory is None else self._saliency(negative_memory),
                 None if negative_decoded is None else negative_decoded.intermediate_logits,
             )
+        return self._output(memory, decoded, saliency_scores, loss, loss_dict)
+
+    def retrieve(
+        self, memory: DiffusionVMRMemory, num_proposals: int | None = None, num_sampling_steps: int | None = None
+    ) -> DiffusionVMRMomentRetrievalOutput:
+        """
+        Run the sampler, as `forward` does in eval mode.
+
+        Args:
+            memory: from `model.encode`. It can be reused for other N and S, which only repeat the decoder.
+            num_proposals, num_sampling_steps: as for `forward`.
+        """
+        start, timesteps = self.model.starting_point(len(memory["video"]), num_proposals, None, None)
+        decoded = self._sample(memory, start, timesteps, num_sampling_steps, {})
+        return self._output(memory, decoded, self._saliency(memory))
+
+    def _output(
+        self,
+        memory: DiffusionVMRMemory,
+        decoded: DiffusionVMRDecoderOutput,
+        saliency_scores: Tensor,
+        loss: Tensor | None = None,
+        loss_dict: dict[str, Tensor] | None = None,
+    ) -> DiffusionVMRMomentRetrievalOutput:
         fields = combine(memory, decoded)
         fields.pop("last_hidden_state")
         # The loss needs spans that extend beyond the video. In the output, they are clipped.
@@ -754,13 +783,14 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         return DiffusionVMRMomentRetrievalOutput(
             loss=loss,
             loss_dict=loss_dict,
-            logits=decoded.intermediate_logits[:, -1],
+            logits=decoded["intermediate_logits"][:, -1],
             pred_spans=intermediate_spans[:, -1],
             intermediate_spans=intermediate_spans,
             saliency_scores=saliency_scores,
             **fields,
         )
 
+    @skip  # compile the decoder, not this loop: it would be recompiled for every number of steps
     def _sample(
         self,
         memory: DiffusionVMRMemory,
@@ -792,6 +822,8 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         video_mask = mask_of(video, video_mask)
         text, text_mask = pad_pair(text, text_mask, negative_text, negative_mask)
         video = self.model.project_video(video, video_mask)  # shared by both halves
+        batch_size = inputs[1].shape[0]
+        video, video_mask = video.expand(batch_size, -1, -1), video_mask.expand(batch_size, -1)
         return self.model.fuse(torch.cat((video, video)), torch.cat((video_mask, video_mask)), text, text_mask, **flags)
 
 

@@ -191,9 +191,10 @@ def _search_group(model, clips: Tensor, clip_mask: Tensor, texts: Tensor, text_m
     found = []
     for sentences, mask in zip(texts.split(MAX_BATCH), text_mask.split(MAX_BATCH)):
         count, num_windows = len(sentences), len(clips)
+        repeats = count if num_windows > 1 else 1  # the model itself repeats a single video, after projecting it once
         outputs = model(
-            video_features=clips.to(model.device, model.dtype).repeat(count, 1, 1),
-            video_mask=clip_mask.to(model.device).repeat(count, 1),
+            video_features=clips.to(model.device, model.dtype).repeat(repeats, 1, 1),
+            video_mask=clip_mask.to(model.device).repeat(repeats, 1),
             text_features=sentences.to(model.device, model.dtype).repeat_interleave(num_windows, 0),
             text_mask=mask.to(model.device).repeat_interleave(num_windows, 0),
             **options,

@@ -149,7 +149,7 @@ def test_what_is_saved_for_people_is_ignored(evaluate, folder, tmp_path):
     "arguments, message",
     [
         (["--num_proposals", "5", "0"], "num_proposals"),
-        (["--num_sampling_steps", "0"], "num_sampling_steps"),
+        (["--num_sampling_steps", "2", "0"], "num_sampling_steps"),
         (["--threshold", "nan"], "threshold"),
         (["--top_k", "-1"], "top_k"),
         (["--nms_threshold", "2"], "nms_threshold"),
@@ -176,6 +176,23 @@ def test_the_best_number_of_proposals_is_kept(evaluate, capsys):
         assert f'"num_proposals": {number}' in printed
 
 
+def test_numbers_of_proposals_and_steps_are_searched_together(evaluate, capsys):
+    single = {
+        (number, steps): evaluate("--num_proposals", number, "--num_sampling_steps", steps)
+        for number in (1, 9)
+        for steps in (1, 3)
+    }
+    values = {pair: metrics["brief"]["MR-full-mAP"] for pair, (metrics, _) in single.items()}
+    assert len(set(values.values())) > 2, values
+    best = max(values, key=values.get)
+    capsys.readouterr()
+    assert evaluate("--num_proposals", 1, 9, "--num_sampling_steps", 1, 3) == single[best]
+    *_, title, line, first, second, third, fourth, last = capsys.readouterr().out.splitlines()
+    assert (title, line) == ("| N | S | MR-full-mAP |", "| --- | --- | --- |")
+    assert [first, second, third, fourth] == [f"| {n} | {s} | {values[n, s]} |" for n in (1, 9) for s in (1, 3)]
+    assert last.endswith(f" for N = {best[0]}, S = {best[1]}")
+
+
 def test_the_first_of_equally_good_numbers_of_proposals(evaluate):
     metrics, _ = evaluate("--num_proposals", 9, 1, "--threshold", 2)  # no score is that high
     assert metrics["brief"]["MR-full-mAP"] == 0 and metrics["settings"]["num_proposals"] == 9
@@ -186,6 +203,7 @@ def test_without_ground_truth_there_are_predictions_only(evaluate, argv, error_o
     assert metrics is None and len(predictions) == 7
     assert predictions == evaluate()[1]  # the truth, where there is one, is not looked at
     assert "choosing N needs rows" in error_of(*argv("--num_proposals", 1, 3, annotations="test.jsonl"))
+    assert "choosing S needs rows" in error_of(*argv("--num_sampling_steps", 1, 3, annotations="test.jsonl"))
 
 
 def test_metrics_of_other_predictions_are_removed(evaluate, capsys):

@@ -4,12 +4,27 @@ import itertools
 import json
 import re
 import sys
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import benchmark
-from modeling_diffusionvmr import evaluate_predictions
+import benchmark_common
+import benchmark_data
+import benchmark_extraction
+import benchmark_inference
+import benchmark_profile
+import benchmark_training
+from benchmark_metrics import simulate_predictions
+from benchmark_samples import simulate_truth
+from modeling_diffusionvmr import (
+    DiffusionVMRConfig,
+    DiffusionVMRForMomentRetrieval,
+    evaluate_predictions,
+    loss_diffusionvmr,
+)
 from modeling_diffusionvmr.cli.errors import run_safely
 from modeling_diffusionvmr.data.annotations import check_row
 from modeling_diffusionvmr.data.files import save_jsonl
@@ -45,7 +60,7 @@ def clock(monkeypatch):
 
     def replace(*seconds: float) -> None:
         readings = itertools.accumulate(itertools.cycle(seconds))
-        monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: next(readings)))
+        monkeypatch.setattr(benchmark_common, "time", SimpleNamespace(perf_counter=lambda: next(readings)))
 
     return replace
 
@@ -77,9 +92,9 @@ def test_metrics_on_simulated_data(folder, clock, capsys):
     (line,) = measured["table"]
     assert line["seconds"] == 2.5 and line["peak MiB"] > 50 and "same numbers" not in line
 
-    rows = benchmark.simulate_truth(0)
-    predictions = benchmark.simulate_predictions(rows, 0)
-    assert [check_row(row) for row in rows] == rows == benchmark.simulate_truth(0) != benchmark.simulate_truth(1)
+    rows = simulate_truth(0)
+    predictions = simulate_predictions(rows, 0)
+    assert [check_row(row) for row in rows] == rows == simulate_truth(0) != simulate_truth(1)
     assert {len(row["pred_relevant_windows"]) for row in predictions} == {10}
     assert {len(row["pred_saliency_scores"]) for row in predictions} == {75}
     scores = evaluate_predictions(predictions, rows)["brief"]
@@ -138,12 +153,13 @@ def test_bad_input(folder, arguments, message):
         ("data", ["--videos", "0"], "--videos must be a number above 0, got 0"),
         ("data", ["--repeats", "0"], "--repeats must be a number above 0, got 0"),
         ("data", ["--work_dir", "absent"], "--work_dir: absent is not a folder"),
+        ("inference", ["--official", "out"], "out: not a checkout of moment_detr (it has no moment_detr/model.py)"),
         ("training", ["--device", "toaster"], "--device toaster cannot be used"),
     ],
 )
 def test_bad_input_is_rejected_before_any_work(folder, monkeypatch, part, arguments, message):
-    for name in ("make_folder", "make_training"):
-        monkeypatch.setattr(benchmark, name, lambda *_: pytest.fail("work has begun"))
+    for module, name in ((benchmark_data, "make_folder"), (benchmark_training, "make_training")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("work has begun"))
     with pytest.raises(ValueError, match=re.escape(message)):
         run("--part", part, *arguments)
 
@@ -162,7 +178,7 @@ def test_bad_input_is_one_line(folder, capsys):
 
 def test_extraction(folder, monkeypatch):
     tiny = {"clip": tiny_clip(), "slowfast": SlowFastBackbone(tiny_slowfast())}
-    monkeypatch.setattr(benchmark, "random_backbones", lambda seed: tiny)
+    monkeypatch.setattr(benchmark_extraction, "random_backbones", lambda seed: tiny)
     run("--part", "extract", "--repeats", "2", "--video_seconds", "3", "--output", "measured.json", "--device", "cpu")
     measured = json.loads((folder / "measured.json").read_text())
     assert measured["data"] == "simulated video of 3 s (seed 0), random weights"
@@ -176,10 +192,10 @@ def test_extraction(folder, monkeypatch):
 def test_training(folder, clock, capsys):
     small = "--d_model 32 --encoder_layers 1 --decoder_layers 1 --encoder_ffn_dim 32 --decoder_ffn_dim 32 --roi_bins 4"
     arguments = ["--part", "training", "--steps", "2", "--batch_size", "3", "--output", "measured.json", *small.split()]
-    match = benchmark.loss_diffusionvmr.match
+    match = loss_diffusionvmr.match
     clock(1)  # per reading, of which matching takes two inside of "forward and loss"
     run(*arguments)
-    assert benchmark.loss_diffusionvmr.match is match  # the original function is restored
+    assert loss_diffusionvmr.match is match  # the original function is restored
     measured = json.loads((folder / "measured.json").read_text())
     assert measured["data"] == "simulated (seed 0)" and small in measured["preset"]
     assert {line["what"]: line["ms per step"] for line in measured["table"]} == {
@@ -196,10 +212,112 @@ def test_training(folder, clock, capsys):
     assert "unknown flag --d_modell; did you mean --d_model?" in capsys.readouterr().err
 
 
+MOMENT_DETR = """
+import torch
+from moment_detr.criterion import Criterion
+
+class MomentDETR(torch.nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.video = torch.nn.Linear(args.v_feat_dim, args.hidden_dim)
+        self.text = torch.nn.Linear(args.t_feat_dim, args.hidden_dim)
+
+    def forward(self, src_vid, src_vid_mask, src_txt, src_txt_mask):
+        assert src_vid_mask.shape == src_vid.shape[:2] and src_txt_mask.shape == src_txt.shape[:2]
+        return self.video(src_vid).sum((1, 2)) + self.text(src_txt).sum((1, 2))
+
+def build_model(args):
+    return MomentDETR(args), Criterion()
+"""
+CRITERION = """
+class Criterion:
+    weight_dict = {"loss_span": 10}
+
+    def __call__(self, outputs, targets):
+        assert len(outputs) == len(targets["span_labels"]) == len(targets["saliency_pos_labels"])
+        return {"loss_span": outputs.mean(), "class_error": None}
+"""
+TINY = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+TINY |= {"video_feature_size": 24, "text_feature_size": 8, "roi_bins": 4, "dynamic_size": 4}
+
+
+@pytest.fixture
+def small_sizes(monkeypatch):
+    """Replace models and batches by small ones."""
+    for module in (benchmark_inference, benchmark_profile):
+        columns = [column._replace(batch_size=min(3, column.batch_size)) for column in module.COLUMNS]
+        monkeypatch.setattr(module, "SIZES", {"published": TINY})
+        monkeypatch.setattr(module, "COLUMNS", columns)
+
+
+def test_inference(folder, small_sizes, clock):
+    """On a stand-in for Moment-DETR, whose operations can be counted by hand."""
+    (folder / "checkout" / "moment_detr").mkdir()
+    (folder / "checkout" / "moment_detr" / "model.py").write_text(MOMENT_DETR)
+    (folder / "checkout" / "moment_detr" / "criterion.py").write_text(CRITERION)
+    arguments = ["--part", "inference", "--repeats", "1", "--output", "measured.json"]
+
+    run(*arguments, "--sizes", "published")
+    (ours,) = json.loads((folder / "measured.json").read_text())["table"]
+    assert ours["model"] == "ours, published" and ours["parameters"].endswith(" M")
+
+    # A turn: Moment-DETR's four columns, then ours, then the matrices
+    clock(0, 0.1, 0, 0.02, 0, 0.02, 0, 0.06, 0, 0.3, 0, 0.03, 0, 0.02, 0, 0.09, 0, 1e-6)
+    run(*arguments, "--sizes", "published", "--official", "checkout")
+    measured = json.loads((folder / "measured.json").read_text())
+    assert measured["data"] == "simulated (seed 0), 75 x 24 clips, 32 x 8 tokens"
+    assert [row["model"] for row in measured["table"]] == [
+        "Moment-DETR, published",
+        "ours, published",
+        "ours / Moment-DETR, published",
+    ]
+    theirs, ours, ratios = (list(row.values())[2:] for row in measured["table"])
+    assert [cell.split()[0] for cell in theirs] == ["10.0", "20.0", "20.0", "60.0"]  # batch 1 is called ten times
+    assert [cell.split()[0] for cell in ours] == ["30.0", "30.0", "20.0", "90.0"]
+    assert ratios == ["3.00", "1.50", "1.00", "1.50"]
+
+    flops = 2 * 32 * (75 * 26 + 32 * 8)  # per sample, of the two layers
+    batches = {size: benchmark_inference.make_batch(DiffusionVMRConfig(**TINY), size, 0) for size in (1, 3)}
+    theirs = benchmark_inference.official_contender("theirs", DiffusionVMRConfig(**TINY), "checkout")
+    assert benchmark_inference.flops_of(lambda: theirs.retrieve(batches[3])) == 3 * flops
+    assert benchmark_inference.flops_of(lambda: theirs.train(batches[1])) == 2 * flops  # and the weights' gradients
+    for name in [name for name in sys.modules if name.partition(".")[0] == "moment_detr"]:
+        del sys.modules[name]
+
+
+def test_profile(folder, small_sizes, clock):
+    clock(0, 0.03, 0, 0.02, 0, 0.04)
+    run("--part", "profile", "--sizes", "published", "--repeats", "1", "--output", "measured.json")
+    table = json.loads((folder / "measured.json").read_text())["table"]
+    query, batch, step = list(table[0])[1:]
+    total = table.pop()
+    assert [total[name] for name in (query, batch, step)] == ["3.0 ms", "20.0 ms", "40.0 ms"]
+    for name in (query, batch, step):
+        shares = {row["kind"]: float(row[name].rstrip("%")) for row in table}
+        absent = {"optimizer", "loss and matching"} if name != step else set()
+        assert sum(shares.values()) == pytest.approx(100, abs=1)
+        assert {kind for kind, share in shares.items() if share == 0} <= absent
+
+
+def test_backward_counts_with_the_forward_work():
+    model = DiffusionVMRForMomentRetrieval(DiffusionVMRConfig(**TINY))
+    layer = model.model.encoder.layers[0].feed_forward
+    before = benchmark_profile.modeling_diffusionvmr.roi_align
+    with benchmark_profile.marked(model), torch.profiler.profile() as profiler:
+        (layer(torch.randn(3, 32)) @ torch.randn(32, 2)).sum().backward()
+    kinds = defaultdict(set)
+    for event, kind in benchmark_profile.kinds_of(profiler.events()):
+        kinds[event.name].add(kind)
+    assert kinds["aten::addmm"] == {"feed-forward"}
+    assert kinds["AddmmBackward0"] == {"feed-forward"}
+    assert kinds["MmBackward0"] == kinds["aten::sum"] - {"feed-forward"} == {"other operators"}
+    assert benchmark_profile.modeling_diffusionvmr.roi_align is before and not layer._forward_hooks
+
+
 def test_data(folder, monkeypatch):
     monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
     arguments = ["--part", "data", "--videos", "12", "--samples", "8", "--repeats", "1", "--work_dir", str(folder)]
-    result = benchmark.measure_data(benchmark.parse_arguments(arguments))
+    result = benchmark_data.measure_data(benchmark.parse_arguments(arguments))
     monkeypatch.delenv("HF_DATASETS_CACHE")
     assert result["data"] == "simulated (seed 0)" and result["videos"] == 12
     assert result["MiB of Parquet"] > 0

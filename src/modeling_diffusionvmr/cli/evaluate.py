@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "evaluate",
         description="Predict the moments of a benchmark, and score them with the official metrics.\n"
         "Writes predictions.jsonl and, if there is ground truth, metrics.json.\n"
-        "With several numbers of proposals, tries each and writes the results of the best;\n"
-        "use a validation split for that. Every proposal counts, unless --top_k, --threshold\n"
+        "With several numbers of proposals or of sampling steps, tries each pair, encodes every\n"
+        "query only once, and writes the results of the best; use a validation split for that.\n"
+        "Every proposal counts, unless --top_k, --threshold\n"
         "or --nms_threshold is given: what is saved with the model for its users is ignored.",
     )
     add_model_arguments(parser)
@@ -36,9 +38,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--output_dir", type=Path, default=Path("evaluation"), metavar="DIR", help="output folder (default: evaluation)"
     )
-    parser.add_argument("--num_proposals", type=int, nargs="+", metavar="N", help="number of spans drawn from noise")
-    parser.add_argument("--metric", default="MR-full-mAP", help="metric that chooses N (default: MR-full-mAP)")
-    add_retrieval_arguments(parser)
+    add_retrieval_arguments(parser, several=True)
+    parser.add_argument("--metric", default="MR-full-mAP", help="metric that chooses N and S (default: MR-full-mAP)")
     parser.add_argument(
         "--round_to",
         type=float,
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the predictions and their metrics."""
     from ..processing_diffusionvmr import POST_PROCESSING
     from ..training.metrics import evaluate_predictions, scorable
-    from ..training.prediction import every_proposal, predict_moments
+    from ..training.prediction import every_proposal, predict_for_settings
 
     _check(arguments)
     device = choose_device(arguments.device)
@@ -64,17 +65,23 @@ def run(arguments: argparse.Namespace) -> None:
     _, scored, message = scorable([], dataset.rows)
     if message is not None:
         print(message)
-    candidates = arguments.num_proposals or [model.config.num_proposals]
+    tried = {
+        "N": arguments.num_proposals or [model.config.num_proposals],
+        "S": arguments.num_sampling_steps or [model.config.num_sampling_steps],
+    }
+    pairs = list(product(*tried.values()))
+    to_choose = [name for name, values in tried.items() if len(values) > 1]
     if scored:
         _check_references(scored, arguments.metric)
-    elif len(candidates) > 1:
-        raise ValueError(f"{arguments.annotations}: choosing N needs rows with `relevant_windows`")
+    elif to_choose:
+        raise ValueError(
+            f"{arguments.annotations}: choosing {' and '.join(to_choose)} needs rows with `relevant_windows`"
+        )
 
     options = {name: getattr(arguments, name) for name in POST_PROCESSING if getattr(arguments, name) is not None}
     # Saved with the metrics, which depend on them
     settings = {name: getattr(every_proposal(processor), name) for name in POST_PROCESSING} | options
     settings |= {
-        "num_sampling_steps": arguments.num_sampling_steps or model.config.num_sampling_steps,
         "clip_seconds": dataset.clip_seconds,
         "windows": arguments.windows,
         "queries": sum(bool(row["relevant_windows"]) for row in scored),
@@ -82,30 +89,33 @@ def run(arguments: argparse.Namespace) -> None:
         "split": arguments.split,
         "model": resolve_model(arguments.model),
     }
-    best_score, best_predictions, best_metrics = -1.0, [], None
-    for num_proposals in candidates:
-        predictions = predict_moments(
-            model, dataset, arguments.batch_size, num_proposals, arguments.num_sampling_steps, **options
-        )
-        if not scored:
-            best_predictions = predictions
-            break
+    found = predict_for_settings(model, dataset, pairs, arguments.batch_size, **options)
+    if not scored:
+        _save(arguments.output_dir, found[0], None)
+        print(f"wrote {arguments.output_dir}")
+        return
+    all_metrics, scores = [], []
+    for (num_proposals, num_sampling_steps), predictions in zip(pairs, found):
         metrics: dict[str, dict[str, Any]] = evaluate_predictions(*scorable(predictions, dataset.rows)[:2])
-        metrics["settings"] = {"num_proposals": num_proposals, **settings}
+        metrics["settings"] = {"num_proposals": num_proposals, "num_sampling_steps": num_sampling_steps, **settings}
         print(json.dumps({name: metrics[name] for name in ("settings", "brief", "extra")}, indent=2))
-        score = metrics["brief"][arguments.metric]
-        if score > best_score:
-            best_score, best_predictions, best_metrics = score, predictions, metrics
-    _save(arguments.output_dir, best_predictions, best_metrics)
-    chosen = f" for N = {best_metrics['settings']['num_proposals']}" if best_metrics and len(candidates) > 1 else ""
-    print(f"wrote {arguments.output_dir}{chosen}")
+        all_metrics.append(metrics)
+        scores.append(metrics["brief"][arguments.metric])
+    best = scores.index(max(scores))  # the first of equally good ones
+    _save(arguments.output_dir, found[best], all_metrics[best])
+    chosen = ", ".join(f"{name} = {value}" for name, value in zip(tried, pairs[best]) if name in to_choose)
+    if chosen:
+        print(f"| N | S | {arguments.metric} |\n| --- | --- | --- |")
+        for pair, score in zip(pairs, scores):
+            print("| " + " | ".join(map(str, (*pair, score))) + " |")
+    print(f"wrote {arguments.output_dir}" + (f" for {chosen}" if chosen else ""))
 
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raise an error for invalid flags that would otherwise only fail after the work is done."""
     from ..checks import check_positive
 
-    check_retrieval_arguments(arguments, arguments.num_proposals or [])
+    check_retrieval_arguments(arguments)
     check_positive(arguments.batch_size, "--batch_size")
     if arguments.clip_seconds is not None:
         check_positive(arguments.clip_seconds, "--clip_seconds")

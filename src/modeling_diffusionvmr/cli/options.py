@@ -70,9 +70,14 @@ def add_skip_invalid(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip_invalid", action="store_true", help="skip unusable rows and list them")
 
 
-def add_retrieval_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `retrieve` and `evaluate`, which `check_retrieval_arguments` checks."""
-    parser.add_argument("--num_sampling_steps", type=int, metavar="S", help="number of DDIM steps")
+def add_retrieval_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """
+    Add the flags of `retrieve` and `evaluate`, which `check_retrieval_arguments` checks. With `several`, N and S are
+    lists of values to try.
+    """
+    nargs = "+" if several else None
+    parser.add_argument("--num_proposals", type=int, nargs=nargs, metavar="N", help="number of spans drawn from noise")
+    parser.add_argument("--num_sampling_steps", type=int, nargs=nargs, metavar="S", help="number of DDIM steps")
     parser.add_argument("--top_k", type=int, metavar="K", help="maximum number of moments per query")
     parser.add_argument("--threshold", type=float, metavar="SCORE", help="minimum score of a moment")
     parser.add_argument(
@@ -80,15 +85,16 @@ def add_retrieval_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_retrieval_arguments(arguments: argparse.Namespace, num_proposals: Sequence[int]) -> None:
+def check_retrieval_arguments(arguments: argparse.Namespace) -> None:
     """Raise `ValueError` for an invalid number or threshold of `retrieve` or `evaluate`, before the model is loaded."""
     from ..checks import check_positive
     from ..processing_diffusionvmr import POST_PROCESSING, check_post_processing
 
-    for number in num_proposals:
-        check_positive(number, "--num_proposals")
-    if arguments.num_sampling_steps is not None:
-        check_positive(arguments.num_sampling_steps, "--num_sampling_steps")
+    for name in ("num_proposals", "num_sampling_steps"):
+        value = getattr(arguments, name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None:
+                check_positive(number, f"--{name}")
     check_post_processing(**{name: value for name, value in vars(arguments).items() if name in POST_PROCESSING})
 
 

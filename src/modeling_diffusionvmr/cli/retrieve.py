@@ -37,7 +37,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "query", metavar="QUERY", nargs="+", help="sentence; the video is encoded once for all sentences"
     )
     add_model_arguments(parser)
-    parser.add_argument("--num_proposals", type=int, metavar="N", help="number of spans drawn from noise")
     add_retrieval_arguments(parser)
     parser.add_argument(
         "--chunk_length_s",
@@ -96,7 +95,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise FileNotFoundError(f"{arguments.video}: no such file")
     for query in arguments.query:
         check_sentence(query)
-    check_retrieval_arguments(arguments, [] if arguments.num_proposals is None else [arguments.num_proposals])
+    check_retrieval_arguments(arguments)
     if arguments.plot is not None:
         from ..plotting import check_picture
 

@@ -143,7 +143,6 @@ def _on_official_clips(scores: list[float], covered_duration: float, row: dict[s
     return [scores[min(int(center / seconds), len(scores) - 1)] for center in centers]
 
 
-@torch.inference_mode()
 def predict_moments(
     model,
     dataset: MomentRetrievalDataset,
@@ -169,15 +168,43 @@ def predict_moments(
         Predictions as from `official_predictions`, in the order of the rows. `metrics.scorable` selects those that
         `evaluate_predictions` can score.
     """
+    setting = (num_proposals, num_sampling_steps)
+    return predict_for_settings(model, dataset, [setting], batch_size, progress, **post_processing)[0]
+
+
+@torch.inference_mode()
+def predict_for_settings(
+    model,
+    dataset: MomentRetrievalDataset,
+    settings: Sequence[tuple[int | None, int | None]],
+    batch_size: int = 100,
+    progress: bool = True,
+    **post_processing,
+) -> list[list[dict[str, Any]]]:
+    """
+    Retrieve moments for every row of a dataset, with several values of N and S. Every row is encoded once.
+
+    Args:
+        model, dataset, batch_size, progress, post_processing: as for `predict_moments`.
+        settings: pairs of N and S. `None` is the value of the model's configuration.
+
+    Returns:
+        For each setting, the predictions of `predict_moments`.
+    """
     model.eval()
     loader = DataLoader(dataset, batch_size, collate_fn=DiffusionVMRDataCollator(with_rows=True))
-    parts = []
+    parts: list[list[RowOutputs]] = [[] for _ in settings]
     for batch in tqdm(loader, desc="retrieving", disable=not progress):
         inputs = {
             name: batch[name].to(model.device, model.dtype if batch[name].is_floating_point() else None)
             for name in MODEL_INPUTS
         }
-        outputs = model(**inputs, num_proposals=num_proposals, num_sampling_steps=num_sampling_steps)
-        parts.append(RowOutputs(*(field.cpu() for field in row_outputs(outputs, batch, dataset.processor.max_clips))))
-    # All at once, since windows of one video may lie in several batches
-    return official_predictions(dataset, RowOutputs(*map(torch.cat, zip(*parts))), **post_processing) if parts else []
+        memory = model.model.encode(**inputs)
+        for setting, own in zip(settings, parts):
+            outputs = row_outputs(model.retrieve(memory, *setting), batch, dataset.processor.max_clips)
+            own.append(RowOutputs(*(field.cpu() for field in outputs)))
+    # All batches at once, since windows of one video may lie in several
+    return [
+        official_predictions(dataset, RowOutputs(*map(torch.cat, zip(*own))), **post_processing) if own else []
+        for own in parts
+    ]
