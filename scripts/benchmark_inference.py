@@ -66,10 +66,17 @@ class Contender(NamedTuple):
 
 
 def contender(
-    name: str, model: nn.Module, inputs: Callable[[Batch], dict[str, Tensor]], loss: Callable[[Batch], Tensor]
+    name: str,
+    model: nn.Module,
+    inputs: Callable[[Batch], dict[str, Tensor]],
+    loss: Callable[[Batch], Tensor],
+    fused: bool = False,
 ) -> Contender:
-    """Return a contender for a model, given the arguments of its `forward` and its loss for a batch."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    """
+    Return a contender for a model, given the arguments of its `forward`, its loss for a batch, and whether its trainer
+    uses the fused AdamW.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=fused)
 
     @torch.inference_mode()
     def retrieve(batch: Batch) -> None:
@@ -96,6 +103,7 @@ def our_contender(name: str, config: DiffusionVMRConfig) -> Contender:
         model,
         lambda batch: {field: batch["ours"][field] for field in MODEL_INPUTS},
         lambda batch: model(**batch["ours"]).loss,
+        fused=True,
     )
 
 
