@@ -8,12 +8,12 @@ Shapes: B samples, Lv clips, Lt tokens, N proposals, K decoder layers, R RoI bin
 import math
 import os
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.decorators import skip
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -493,7 +493,7 @@ class DiffusionVMRModel(DiffusionVMRPreTrainedModel):
         """Call `encode`, then `denoise`. By default, start from the fixed noise at step T - 1."""
         flags = recording_flags(output_attentions, output_hidden_states)
         memory = self.encode(video_features, text_features, video_mask, text_mask, **flags)
-        noisy_spans, timesteps = self.starting_point(len(video_features), None, noisy_spans, timesteps)
+        noisy_spans, timesteps = self.starting_point(video_features.shape[0], None, noisy_spans, timesteps)
         return DiffusionVMRModelOutput(**combine(memory, self.denoise(memory, noisy_spans, timesteps, **flags)))
 
     def starting_point(
@@ -536,8 +536,9 @@ class DiffusionVMRModel(DiffusionVMRPreTrainedModel):
                 raise ValueError(
                     f"`{name}_mask` must be {tuple(features.shape[:2])} like the features, got {tuple(mask.shape)}"
                 )
-        if len(video_features) != len(text_features):
-            raise ValueError(f"got {len(video_features)} videos but {len(text_features)} `{text_name}_features`")
+        num_videos, num_sentences = video_features.shape[0], text_features.shape[0]
+        if num_videos != num_sentences:
+            raise ValueError(f"got {num_videos} videos but {num_sentences} `{text_name}_features`")
 
 
 def recording_flags(output_attentions: bool | None, output_hidden_states: bool | None) -> dict[str, bool]:
@@ -627,10 +628,9 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
             if push_to_hub:
                 upload(save_directory, **push_options)
 
-    # Compile the modules that this function calls, but not the function: it would recompile for every shape of labels
-    @partial(torch.compiler.disable, recursive=False)
-    @can_return_tuple
-    @partial(torch.compiler.disable, recursive=False)
+    # Compile the modules that this function calls, but not the function: it would recompile for every shape of labels.
+    # Unlike `torch.compiler.disable(recursive=False)`, which does the same, `skip` lets `torch.export` trace it
+    @skip
     def forward(
         self,
         video_features: Tensor,
@@ -647,7 +647,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> DiffusionVMRMomentRetrievalOutput:
+    ) -> DiffusionVMRMomentRetrievalOutput | tuple:
         """
         In train mode with labels, run one denoising step from X_t. Otherwise, run the deterministic sampler
         (section 3.5, "Inference").
@@ -674,7 +674,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         """
         if num_proposals is not None:
             check_whole(num_proposals, "`num_proposals`", 1)
-        batch_size = len(video_features)
+        batch_size = video_features.shape[0]  # not `len`, which `torch.export` takes for a constant
         if labels is not None and len(labels) != batch_size:
             raise ValueError(f"got {batch_size} samples but {len(labels)} labels")
         flags = recording_flags(output_attentions, output_hidden_states)
@@ -728,7 +728,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         # The loss needs spans that extend beyond the video. In the output, they are clipped.
         noisy, refined = fields.pop("intermediate_spans").split((1, self.config.decoder_layers), dim=1)
         intermediate_spans = torch.cat((noisy, keep_inside(refined, 0.0)), dim=1)
-        return DiffusionVMRMomentRetrievalOutput(
+        output = DiffusionVMRMomentRetrievalOutput(
             loss=loss,
             loss_dict=loss_dict,
             logits=decoded.intermediate_logits[:, -1],
@@ -737,6 +737,8 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
             saliency_scores=saliency_scores,
             **fields,
         )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
 
     def _sample(
         self,
