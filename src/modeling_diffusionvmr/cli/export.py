@@ -41,4 +41,5 @@ def run(arguments: argparse.Namespace) -> None:
         partial.mkdir()
         difference = export_onnx(model.float(), processor, partial, arguments.int8)
         move_into_place(partial, output)
-    print(f"saved {arguments.output}; its numbers differ from the model's by at most {difference:.1e}")
+    before = ", before weights were stored as int8" if arguments.int8 else ""
+    print(f"saved {arguments.output}: differs from the model by at most {difference:.1e}{before}")

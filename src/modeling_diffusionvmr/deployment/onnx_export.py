@@ -182,11 +182,15 @@ def relative_difference(found: Tensor, wanted: Tensor) -> float:
 
 
 def quantize(path: Path) -> None:
-    """Store the weights of a graph's matrix products as int8. Activations are quantized when it runs."""
+    """
+    Store the weights of a graph's matrix products as int8, with one scale per channel: with one scale per matrix, the
+    scores of the embedded model change by 0.2. Activations are quantized when the graph runs.
+    """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    options = {"weight_type": QuantType.QInt8, "per_channel": True, "op_types_to_quantize": ["MatMul", "Gemm"]}
     with quiet():
-        quantize_dynamic(path, path, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+        quantize_dynamic(path, path, **options)
 
 
 def save_fields(fields: dict[str, Any], path: Path) -> None:

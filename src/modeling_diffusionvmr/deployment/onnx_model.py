@@ -37,6 +37,13 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
+def default_options() -> Any:
+    """Return options with the number of threads that PyTorch uses, which runs the backbones in turn with the graphs."""
+    options = import_onnxruntime().SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return options
+
+
 class OnnxGraph:
     """
     One exported graph, as a function of tensors.
@@ -165,7 +172,8 @@ class OnnxDiffusionVMR(DiffusionVMRForMomentRetrieval):
 
         Args:
             path_or_id: the folder that `diffusionvmr export` wrote, or the Hub id of one.
-            session_options: an `onnxruntime.SessionOptions` for both graphs, for example to set the number of threads.
+            session_options: an `onnxruntime.SessionOptions` for both graphs. Default: as many threads as PyTorch uses
+                in this process, and all optimizations of the graph.
             providers: what runs the graphs, see `onnxruntime.InferenceSession`.
             hub_kwargs: `token`, `revision`, `cache_dir`, `local_files_only`.
 
@@ -176,11 +184,11 @@ class OnnxDiffusionVMR(DiffusionVMRForMomentRetrieval):
         """
         if unknown := hub_kwargs.keys() - set(HUB_ARGUMENTS):
             raise TypeError(f"unknown arguments {sorted(unknown)}")
-        import_onnxruntime()
+        import_onnxruntime()  # before anything is downloaded
         _check_config(path_or_id, hub_kwargs)
         config = DiffusionVMRConfig.from_pretrained(path_or_id, **hub_kwargs)
         config.name_or_path = str(path_or_id)
-        options = {"sess_options": session_options, "providers": list(providers)}
+        options = {"sess_options": session_options or default_options(), "providers": list(providers)}
         encoder, denoiser = (
             OnnxGraph(_file(path_or_id, graph.file_name, hub_kwargs), graph, config, **options) for graph in GRAPHS
         )
@@ -206,7 +214,7 @@ class OnnxDiffusionVMR(DiffusionVMRForMomentRetrieval):
         return torch.float32
 
     @torch.no_grad()
-    def forward(  # type: ignore[override]  # without what needs gradients or the inside of the graphs
+    def forward(  # without what needs gradients or the inside of the graphs
         self,
         video_features: Tensor,
         text_features: Tensor,
