@@ -508,7 +508,8 @@ class DiffusionVMRModel(DiffusionVMRPreTrainedModel):
         """
         if num_proposals is None:
             num_proposals = self.config.num_proposals if noisy_spans is None else noisy_spans.shape[-2]
-        check_whole(num_proposals, "`num_proposals`", 1)
+        if not isinstance(num_proposals, torch.SymInt):  # a length that `torch.export` leaves free, at least 1
+            check_whole(num_proposals, "`num_proposals`", 1)
         if noisy_spans is None:
             noisy_spans = self.schedule.initial_noise(num_proposals)[None]
         elif noisy_spans.ndim != 3 or noisy_spans.shape[0] not in (1, batch_size) or noisy_spans.shape[2] != 2:

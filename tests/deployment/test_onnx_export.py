@@ -102,9 +102,7 @@ def test_difference_is_found(model, exported):
     with torch.no_grad():
         weight += 0.01
         try:
-            with pytest.raises(
-                ValueError, match="^denoiser.onnx differs from the model by .*, more than 1e-04 \\(3 sam"
-            ):
+            with pytest.raises(ValueError, match="^denoiser.onnx differs from the model by .*, more than 1e-04"):
                 check_graphs(model, exported)
         finally:
             weight -= 0.01

@@ -22,7 +22,7 @@ from .onnx_model import INSTALL, OnnxGraph, import_onnxruntime
 # B, Lv, Lt and N. The graphs are traced with the first one: none of its numbers is 0 or 1, which tracing takes for
 # constants. All are checked.
 SHAPES = ((3, 7, 5, 4), (1, 1, 1, 1), (1, 75, 12, 20), (2, 40, 32, 300), (8, 13, 3, 10))
-TOLERANCE = 1e-4  # absolute for numbers up to 1, relative for larger ones
+TOLERANCE = 1e-4  # see `relative_difference`
 MAX_BYTES = 2 * 10**9  # of the weights in one file
 
 
@@ -115,9 +115,7 @@ def export_graph(graph: EncoderGraph | DenoiserGraph, inputs: dict[str, Tensor],
     """
     num_bytes = sum(weight.nbytes for weight in graph.parameters())
     if num_bytes > MAX_BYTES:
-        raise ValueError(
-            f"{graph.file_name}: {num_bytes:,} bytes of weights, but an ONNX file has at most {MAX_BYTES:,}"
-        )
+        raise ValueError(f"{graph.file_name}: {num_bytes:,} bytes of weights; a file has at most {MAX_BYTES:,}")
     with quiet():
         torch.onnx.export(
             graph.eval(),
@@ -154,7 +152,7 @@ def check_graphs(model: DiffusionVMRForMomentRetrieval, folder: Path) -> float:
     Compare exported graphs with the model, for random inputs of all `SHAPES`.
 
     Returns:
-        The largest difference of a number, absolute for numbers up to 1 and relative for larger ones.
+        The largest `relative_difference` of an output.
 
     Raises:
         ValueError: if it is above `TOLERANCE`. The message names the graph and the shape.
@@ -177,8 +175,8 @@ def check_graphs(model: DiffusionVMRForMomentRetrieval, folder: Path) -> float:
 
 
 def relative_difference(found: Tensor, wanted: Tensor) -> float:
-    """Return the largest difference of two tensors, divided by the wanted number where that is above 1."""
-    return ((found - wanted).abs() / wanted.abs().clamp(min=1)).max().item()
+    """Return the largest difference of two tensors, divided by the largest wanted number if that is above 1."""
+    return ((found - wanted).abs().max() / wanted.abs().max().clamp(min=1)).item()
 
 
 def quantize(path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from ..checkpoint import HUB_ARGUMENTS
 from ..configuration_diffusionvmr import DiffusionVMRConfig
@@ -185,18 +186,19 @@ class OnnxDiffusionVMR(DiffusionVMRForMomentRetrieval):
         if unknown := hub_kwargs.keys() - set(HUB_ARGUMENTS):
             raise TypeError(f"unknown arguments {sorted(unknown)}")
         import_onnxruntime()  # before anything is downloaded
-        _check_config(path_or_id, hub_kwargs)
-        config = DiffusionVMRConfig.from_pretrained(path_or_id, **hub_kwargs)
+        is_folder = os.path.isdir(path_or_id)
+        config_file = _file(path_or_id, "config.json", hub_kwargs)
+        if not is_folder:  # load all other files, and later the backbones, from the same commit
+            hub_kwargs["revision"] = extract_commit_hash(str(config_file), None)
+        config = _load_config(config_file, path_or_id)
         config.name_or_path = str(path_or_id)
         options = {"sess_options": session_options or default_options(), "providers": list(providers)}
         encoder, denoiser = (
             OnnxGraph(_file(path_or_id, graph.file_name, hub_kwargs), graph, config, **options) for graph in GRAPHS
         )
         model = cls(config, encoder, denoiser)
-        model.hub_id = None if os.path.isdir(path_or_id) else str(path_or_id)
-        model.hub_kwargs = {name: value for name, value in hub_kwargs.items() if value is not None}
-        if (commit := getattr(config, "_commit_hash", None)) is not None:
-            model.hub_kwargs["revision"] = commit
+        model.hub_id = None if is_folder else str(path_or_id)
+        model.hub_kwargs = hub_kwargs
         return model
 
     def save_pretrained(self, *args, **kwargs):
@@ -244,25 +246,24 @@ class OnnxDiffusionVMR(DiffusionVMRForMomentRetrieval):
         return memory["saliency_scores"]
 
 
-def _check_config(path_or_id: str | os.PathLike, hub_kwargs: dict[str, Any]) -> None:
-    """Raise OSError or ValueError unless the configuration is of a DiffusionVMR model."""
-    if os.path.isdir(path_or_id):
-        _file(path_or_id, "config.json", hub_kwargs)
+def _load_config(file: Path, place: str | os.PathLike) -> DiffusionVMRConfig:
+    """Load config.json of `place`. Raise ValueError if it is damaged, or not of a DiffusionVMR model."""
     try:
-        model_type = PreTrainedConfig.get_config_dict(path_or_id, **hub_kwargs)[0].get("model_type")
+        fields, _ = PreTrainedConfig.get_config_dict(file)
     except OSError as error:
-        if os.path.isdir(path_or_id):
-            raise ValueError(one_line(error)) from error
-        raise OSError(
-            f"{path_or_id}: not a local folder, and it could not be loaded from the Hub ({one_line(error)})"
-        ) from error
-    if model_type != DiffusionVMRConfig.model_type:
-        raise ValueError(f"{path_or_id}: a model of type {model_type}, not DiffusionVMR")
+        raise ValueError(one_line(error)) from error
+    if fields.get("model_type") != DiffusionVMRConfig.model_type:
+        raise ValueError(f"{place}: a model of type {fields.get('model_type')}, not DiffusionVMR")
+    return DiffusionVMRConfig.from_dict(fields)
 
 
 def _file(path_or_id: str | os.PathLike, name: str, hub_kwargs: dict[str, Any]) -> Path:
-    """Return the path of a file of an exported model, which is downloaded if need be."""
-    found = cached_file(path_or_id, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-    if found is None:
-        raise ValueError(f"{path_or_id}: has no {name}, so it is not what `diffusionvmr export` writes")
-    return Path(found)
+    """Return the path of a file of an exported model, which is downloaded if need be. See `from_pretrained`."""
+    try:
+        return Path(str(cached_file(path_or_id, name, **hub_kwargs)))
+    except OSError as error:
+        if os.path.isdir(path_or_id):
+            raise ValueError(f"{path_or_id}: has no {name}, so it is not what `diffusionvmr export` writes") from error
+        raise OSError(
+            f"{path_or_id}: not a local folder, and its {name} could not be loaded from the Hub ({one_line(error)})"
+        ) from error
