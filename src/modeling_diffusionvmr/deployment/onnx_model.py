@@ -259,11 +259,14 @@ def _load_config(file: Path, place: str | os.PathLike) -> DiffusionVMRConfig:
 
 def _file(path_or_id: str | os.PathLike, name: str, hub_kwargs: dict[str, Any]) -> Path:
     """Return the path of a file of an exported model, which is downloaded if need be. See `from_pretrained`."""
+    if os.path.isdir(path_or_id):
+        path = Path(path_or_id, name)
+        if not path.is_file():
+            raise ValueError(f"{path_or_id}: has no {name}, so it is not what `diffusionvmr export` writes")
+        return path
     try:
         return Path(str(cached_file(path_or_id, name, **hub_kwargs)))
     except OSError as error:
-        if os.path.isdir(path_or_id):
-            raise ValueError(f"{path_or_id}: has no {name}, so it is not what `diffusionvmr export` writes") from error
         raise OSError(
             f"{path_or_id}: not a local folder, and its {name} could not be loaded from the Hub ({one_line(error)})"
         ) from error
