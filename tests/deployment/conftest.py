@@ -1,20 +1,11 @@
-"""The embedded model, and what `diffusionvmr export` makes of it."""
-
-from pathlib import Path
+"""Fixtures for the tests of the export."""
 
 import pytest
 
 from modeling_diffusionvmr import DEFAULT_MODEL, DiffusionVMRForMomentRetrieval
-from modeling_diffusionvmr.cli import main
 
 
 @pytest.fixture(scope="session")
 def model() -> DiffusionVMRForMomentRetrieval:
+    """The embedded model."""
     return DiffusionVMRForMomentRetrieval.from_pretrained(DEFAULT_MODEL)
-
-
-@pytest.fixture(scope="session")
-def exported(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("export") / "new" / "onnx"
-    main(["export", "embedded", str(folder)])
-    return folder

@@ -2,25 +2,18 @@
 
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import torch
 
 from modeling_diffusionvmr.cli import main
-from modeling_diffusionvmr.deployment import onnx_export
 from modeling_diffusionvmr.synthetic.rendered_world import plan_video, write_video
 
 GUIDE = Path(__file__).parents[2] / "docs" / "how_to" / "deploy_with_onnx_runtime.md"
 
 
-def test_guide(exported, monkeypatch, tmp_path):
+def test_guide(traced_before, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(  # instead of tracing the embedded model again
-        onnx_export,
-        "export_graph",
-        lambda graph, inputs, folder: shutil.copy(exported / graph.file_name, folder / graph.file_name),
-    )
     (tmp_path / "demo").mkdir()
     write_video(plan_video(70_000_000), tmp_path / "demo" / "video.mp4")
     names: dict = {}

@@ -1,7 +1,6 @@
 """The export: what it writes, what it refuses, and `torch.export` of the same graphs."""
 
 import json
-import shutil
 import sys
 
 import pytest
@@ -27,16 +26,6 @@ def error_of():
         return caught.value.code
 
     return run
-
-
-@pytest.fixture
-def fake_export(exported, monkeypatch):
-    """Replace tracing, which takes long, by copying the graphs of the embedded model."""
-    monkeypatch.setattr(
-        onnx_export,
-        "export_graph",
-        lambda graph, inputs, folder: shutil.copy(exported / graph.file_name, folder / graph.file_name),
-    )
 
 
 def test_files(exported):
@@ -108,14 +97,14 @@ def test_difference_is_found(model, exported):
             weight -= 0.01
 
 
-def test_command_fails_if_the_graphs_differ(fake_export, monkeypatch, error_of, tmp_path):
+def test_command_fails_if_the_graphs_differ(traced_before, monkeypatch, error_of, tmp_path):
     monkeypatch.setattr(onnx_export, "TOLERANCE", 1e-9)
     line = error_of("embedded", tmp_path / "onnx")
     assert line.startswith("error: encoder.onnx differs from the model by ") and "more than 1e-09" in line
     assert list(tmp_path.iterdir()) == []
 
 
-def test_int8_command(fake_export, exported, tmp_path, capsys):
+def test_int8_command(traced_before, exported, tmp_path, capsys):
     main(["export", "embedded", str(tmp_path / "onnx"), "--format", "onnx", "--int8"])
     assert f"saved {tmp_path / 'onnx'}: differs from the model by at most" in capsys.readouterr().out
     sizes = [sum(path.stat().st_size for path in folder.glob("*.onnx")) for folder in (tmp_path / "onnx", exported)]

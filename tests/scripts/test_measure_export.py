@@ -7,7 +7,7 @@ import pytest
 import measure_export as script
 
 
-def test_table(capsys, monkeypatch):
+def test_table(traced_before, capsys, monkeypatch):
     monkeypatch.setattr(script, "TIMED_CALLS", 2)
     script.main(script.parse_arguments(["--videos", "2"]))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
