@@ -1,5 +1,6 @@
 """Shared fixtures."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from modeling_diffusionvmr import DiffusionVMRConfig
+from modeling_diffusionvmr.cli import main
 from video_server import VideoServer
 
 
@@ -51,6 +53,24 @@ def tiny_config():
         return DiffusionVMRConfig(**{**fields, **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory) -> Path:
+    """What `diffusionvmr export` makes of the embedded model."""
+    folder = tmp_path_factory.mktemp("export") / "new" / "onnx"
+    main(["export", "embedded", str(folder)])
+    return folder
+
+
+@pytest.fixture
+def traced_before(exported, monkeypatch) -> None:
+    """Let further exports of the embedded model copy the graphs, instead of tracing for half a minute."""
+
+    def copy(graph, inputs, folder):
+        shutil.copy(exported / graph.file_name, folder / graph.file_name)
+
+    monkeypatch.setattr("modeling_diffusionvmr.deployment.onnx_export.export_graph", copy)
 
 
 @pytest.fixture

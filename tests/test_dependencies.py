@@ -63,20 +63,20 @@ def test_the_pipeline_needs_the_core_dependencies_alone():
 
 
 def test_the_package_imports_what_is_declared():
-    assert imported(ROOT / "src") <= modules(declared() | declared("train"))
+    assert imported(ROOT / "src") <= modules(declared() | declared("train") | declared("onnx"))
 
 
 def test_everything_imports_what_is_declared():
     folders = [ROOT / name for name in ("src", "scripts", "dataset_scripts", "metrics", "tests")]
     # `standalone_eval` is of a checkout that a benchmark may be pointed to, `datasets` writes with pyarrow
     assert imported(*folders) - {"standalone_eval", "transformers_modules"} <= modules(
-        declared() | declared("train") | declared("dev")
+        declared() | declared("train") | declared("onnx") | declared("dev")
     )
 
 
 @pytest.mark.parametrize(
     "extra, folders",
-    [(None, ["src"]), ("train", ["src", "metrics"]), ("dev", ["scripts", "tests"])],
+    [(None, ["src"]), ("train", ["src", "metrics"]), ("onnx", ["src"]), ("dev", ["scripts", "tests"])],
 )
 def test_what_is_declared_is_imported(extra, folders):
     used = imported(*(ROOT / folder for folder in folders))

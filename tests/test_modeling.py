@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import set_seed
 
 from modeling_diffusionvmr import DiffusionVMRForMomentRetrieval, DiffusionVMRModel, modeling_diffusionvmr
@@ -597,6 +598,28 @@ def test_compiled_in_one_graph(make_model, inputs):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs, num_sampling_steps=2)
     for name in ("pred_spans", "logits", "saliency_scores"):
         close(compiled[name], eager[name])
+
+
+def test_no_recompilation_for_shapes_of_labels(make_model, inputs):
+    """Labels may have any number of windows and of pairs. The noise is given, as in training with the trainer."""
+    model = make_model(train=True, encoder_layers=1, decoder_layers=1)
+    torch.compiler.reset()
+    counters.clear()
+    compiled = torch.compile(model, backend="eager")
+    start = {
+        "noisy_spans": torch.zeros(3, 6, 2, device=model.device),
+        "timesteps": torch.arange(3, device=model.device),
+    }
+    graphs = []
+    for num_windows, num_pairs in ((2, 3), (1, 0), (5, 1), (0, 4), (7, 2)):
+        pairs = torch.zeros(num_pairs, dtype=torch.long, device=model.device)
+        spans = torch.full((num_windows, 2), 0.4, device=model.device)
+        label = {"spans": spans, "saliency_pos": pairs, "saliency_neg": pairs}
+        compiled(**inputs, **start, labels=[label, {"spans": spans}, {"spans": spans[:1]}]).loss.backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and graphs == graphs[:1] * len(graphs)
+    assert not counters["graph_break"]
+    torch.compiler.reset()
 
 
 # Errors

@@ -13,14 +13,16 @@ PUBLIC_NAMES = [
     *("DiffusionVMRConfig", "DiffusionVMRModel", "DiffusionVMRForMomentRetrieval", "DiffusionVMRProcessor"),
     *("VideoMomentRetrievalPipeline", "MomentRetrievalDataset", "DiffusionVMRDataCollator", "DiffusionVMRTrainer"),
     *("open_features", "load_annotations", "evaluate_predictions", "DEFAULT_MODEL"),
+    "OnnxDiffusionVMR",
     *("Backbone", "FrameSampling", "load_backbone", "open_video", "register_backbone"),
 ]
 # What each folder must not import from
 FORBIDDEN = {
-    "data": {"training", "synthetic", "cli", "presentation"},
-    "training": {"synthetic", "cli", "presentation"},
-    "synthetic": {"training", "cli", "presentation"},
-    "presentation": {"training", "synthetic", "cli"},
+    "data": {"training", "synthetic", "cli", "presentation", "deployment"},
+    "training": {"synthetic", "cli", "presentation", "deployment"},
+    "synthetic": {"training", "cli", "presentation", "deployment"},
+    "presentation": {"training", "synthetic", "cli", "deployment"},
+    "deployment": {"data", "training", "synthetic", "cli", "presentation"},
 }
 PACKAGE = Path(modeling_diffusionvmr.__file__).parent
 

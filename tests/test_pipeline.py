@@ -688,6 +688,19 @@ def run(code: str, home: Path) -> list:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def test_model_in_memory(checkpoint, pipe, video, tiny_config):
+    """The processor is that of the model's checkpoint, unless one is given."""
+    expected, model = pipe(video, QUERIES), AutoModel.from_pretrained(checkpoint)
+    assert pipeline(TASK, model=model)(video, QUERIES) == expected
+    assert pipeline(TASK, model=model, processor=str(checkpoint))(video, QUERIES) == expected
+    processor = DiffusionVMRProcessor([12], 8, max_clips=20, max_tokens=8, top_k=1)
+    assert pipeline(TASK, model=model, processor=processor).processor is processor
+    with pytest.raises(ValueError, match="the model was not loaded from a checkpoint, so it has no processor"):
+        pipeline(TASK, model=DiffusionVMRForMomentRetrieval(tiny_config()))
+    with pytest.raises((OSError, ValueError), match="nothing"):
+        pipeline(TASK, model=model, processor=str(checkpoint / "nothing"))
+
+
 # Slow: each starts a process that imports everything
 
 

@@ -29,6 +29,7 @@ LAZY = {
     "DiffusionVMRTrainer": "training.trainer",
     "DiffusionVMRTrainingArguments": "training.arguments",
     "MomentRetrievalDataset": "training.dataset",
+    "OnnxDiffusionVMR": "deployment.onnx_model",
     "evaluate_predictions": "training.metrics",
     "load_annotations": "data.annotations",
     "open_features": "data.features",

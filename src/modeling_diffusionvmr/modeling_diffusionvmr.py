@@ -8,7 +8,6 @@ Shapes: B samples, Lv clips, Lt tokens, N proposals, K decoder layers, R RoI bin
 import math
 import os
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -535,7 +534,8 @@ class DiffusionVMRModel(DiffusionVMRPreTrainedModel):
         """
         if num_proposals is None:
             num_proposals = self.config.num_proposals if noisy_spans is None else noisy_spans.shape[-2]
-        check_whole(num_proposals, "`num_proposals`", 1)
+        if not isinstance(num_proposals, torch.SymInt):  # a length that `torch.export` leaves free, at least 1
+            check_whole(num_proposals, "`num_proposals`", 1)
         if noisy_spans is None:
             noisy_spans = self.schedule.initial_noise(num_proposals)[None]
         elif noisy_spans.ndim != 3 or noisy_spans.shape[0] not in (1, batch_size) or noisy_spans.shape[2] != 2:
@@ -655,10 +655,9 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
             if push_to_hub:
                 upload(save_directory, **push_options)
 
-    # Compile the modules that this function calls, but not the function: it would recompile for every shape of labels
-    @partial(torch.compiler.disable, recursive=False)
-    @can_return_tuple
-    @partial(torch.compiler.disable, recursive=False)
+    # Compile the modules that this function calls, but not the function: it would recompile for every shape of labels.
+    # Unlike `torch.compiler.disable(recursive=False)`, which does the same, `skip` lets `torch.export` trace it
+    @skip
     def forward(
         self,
         video_features: Tensor,
@@ -675,7 +674,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> DiffusionVMRMomentRetrievalOutput:
+    ) -> DiffusionVMRMomentRetrievalOutput | tuple:
         """
         In train mode with labels, run one denoising step from X_t. Otherwise, run the deterministic sampler
         (section 3.5, "Inference").
@@ -702,7 +701,7 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         """
         if num_proposals is not None:
             check_whole(num_proposals, "`num_proposals`", 1)
-        batch_size = text_features.shape[0]
+        batch_size = text_features.shape[0]  # not `len`, which `torch.export` takes for a constant
         if labels is not None and len(labels) != batch_size:
             raise ValueError(f"got {batch_size} samples but {len(labels)} labels")
         flags = recording_flags(output_attentions, output_hidden_states)
@@ -751,7 +750,9 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
                 None if negative_memory is None else self._saliency(negative_memory),
                 None if negative_decoded is None else negative_decoded.intermediate_logits,
             )
-        return self._output(memory, decoded, saliency_scores, loss, loss_dict)
+        output = self._output(memory, decoded, saliency_scores, loss, loss_dict)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
 
     def retrieve(
         self, memory: DiffusionVMRMemory, num_proposals: int | None = None, num_sampling_steps: int | None = None

@@ -41,7 +41,9 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
     """
 
     processor: DiffusionVMRProcessor
-    _load_processor = True  # type: ignore[assignment]  # `Pipeline` declares these five as None, and reads booleans
+    # `__init__` loads the processor, because `pipeline` cannot for a model in memory. `Pipeline` declares these five as
+    # None, and reads booleans
+    _load_processor = False  # type: ignore[assignment]
     _load_image_processor = False  # type: ignore[assignment]
     _load_video_processor = False  # type: ignore[assignment]
     _load_feature_extractor = False  # type: ignore[assignment]
@@ -54,6 +56,10 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
             raise ValueError(f"{config.name_or_path}: a model of type {config.model_type}, not DiffusionVMR")
         name = config.name_or_path or "the model"
         check_weights(model, model.missing_weights, name)
+        if self.processor is None:
+            self.processor = load_processor_of(model)
+        elif isinstance(self.processor, str):
+            self.processor = DiffusionVMRProcessor.from_pretrained(self.processor)
         check_processor(self.processor, config, name)
         if backbones is None:
             backbones = load_backbones(config, origin_of(model), sources=model.backbone_sources, **model.hub_kwargs)
@@ -212,6 +218,13 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
         """Save model, processor and backbones in one folder, with the code to load it without the package."""
         self.processor.save_pretrained(save_directory)
         super().save_pretrained(save_directory, push_to_hub, backbones=self.backbones, **kwargs)
+
+
+def load_processor_of(model: Any) -> DiffusionVMRProcessor:
+    """Load the processor beside which a model was loaded. Raise ValueError if the model was not loaded."""
+    if (origin := origin_of(model)) is None:
+        raise ValueError("the model was not loaded from a checkpoint, so it has no processor; pass `processor=`")
+    return DiffusionVMRProcessor.from_pretrained(origin, **model.hub_kwargs)
 
 
 class Rows(Dataset):

@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": "score a model with the official metrics",
     "simulate": "make features from annotations alone",
     "plot": "plot predictions beside the truth",
+    "export": "write a model for ONNX Runtime",
     "push": "put a checkpoint on the Hub",
 }
 

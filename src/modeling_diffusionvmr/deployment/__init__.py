@@ -1,0 +1,1 @@
+"""Export to ONNX, and running what was exported with ONNX Runtime."""
