@@ -97,10 +97,11 @@ def roi_align(features: Tensor, num_clips: Tensor, edges: Sequence[Tensor], beyo
     weights = between(integral)
     share = between(inside) / between(position)  # fraction of each bin that lies inside the video
     weights = weights * (share / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny))
+    shape, weights = weights.shape[1:3], weights.flatten(1, 2)
     if beyond is not None:  # as if it were one more clip
-        weights = torch.cat((weights, 1 - share), dim=-1)
-        features = torch.cat((features, beyond.to(features.dtype).expand(len(features), 1, -1)), dim=1)
-    return torch.matmul(weights.to(features.dtype).flatten(1, 2), features).unflatten(1, weights.shape[1:3])
+        weights = torch.cat((weights, 1 - share.flatten(1, 2)), dim=-1)
+        features = torch.cat((features, beyond.to(features.dtype).expand(features.shape[0], 1, -1)), dim=1)
+    return torch.matmul(weights.to(features.dtype), features).unflatten(1, shape)
 
 
 def keep_inside(spans: Tensor, min_width: Tensor | float) -> Tensor:
