@@ -30,7 +30,7 @@ def random_spans(*shape: int, min_width: float = 0.02, seed: int = 0) -> torch.T
 
 def align(features, num_clips, spans, bins, beyond=None) -> torch.Tensor:
     """Read equal bins of spans (B, N, 2)."""
-    return roi_align(features, num_clips, [bin_edges(spans, bins)], beyond)
+    return roi_align(features, num_clips, spans, [bin_edges(bins)], beyond)
 
 
 def test_spans_and_windows():
@@ -132,10 +132,11 @@ def test_roi_align_by_hand():
 
 def test_roi_align_of_several_sets():
     features, num_clips = torch.randn(2, 9, 3, dtype=torch.float64), torch.tensor([9, 5])
-    first, second, beyond = random_spans(2, 4), random_spans(2, 4, seed=1) * 2, torch.randn(3, dtype=torch.float64)
-    result = roi_align(features, num_clips, [bin_edges(first, 1), bin_edges(second, 5)], beyond)
-    expected = align(features, num_clips, first, 1, beyond), align(features, num_clips, second, 5, beyond)
-    torch.testing.assert_close(result, torch.cat(expected, dim=2))
+    spans, beyond = random_spans(2, 4), torch.randn(3, dtype=torch.float64)
+    result = roi_align(features, num_clips, spans, [bin_edges(1), bin_edges(5, 2.0)], beyond)
+    twice = spans * torch.tensor([1.0, 2.0])
+    expected = align(features, num_clips, spans, 1, beyond), align(features, num_clips, twice, 5, beyond)
+    torch.testing.assert_close(result, torch.cat(expected, dim=2), rtol=1e-6, atol=1e-6)  # edges are in float32
 
 
 def test_roi_align_never_reads_padding():

@@ -381,16 +381,15 @@ class DiffusionVMRDecoder(DiffusionVMRPreTrainedModel):
         """
         time = self.time_embedding(sine_embedding(timesteps, self.config.d_model).to(video.dtype))
         num_clips = video_mask.sum(1)
+        own = bin_edges(1, device=video.device)
+        around = bin_edges(self.config.roi_bins, self.config.roi_context, video.device)
         spans = [signal_to_spans(noisy_spans.float(), self.config.signal_scale)]
         logits = []
         for layer in self.layers:
             # At least one clip wide: a narrower span has no features of its own, and a width of 0 could never grow
             layer_spans = keep_inside(spans[-1].detach(), 1 / num_clips[:, None])
             # Eq. 8, repeated in each layer for the current spans. A single bin is the exact mean over the span.
-            center, width = layer_spans.split(1, dim=-1)
-            around = torch.cat((center, width * self.config.roi_context), dim=-1)
-            edges = bin_edges(layer_spans, 1), bin_edges(around, self.config.roi_bins)
-            read = roi_align(video, num_clips, edges, self.beyond_video)
+            read = roi_align(video, num_clips, layer_spans, (own, around), self.beyond_video)
             proposals, bins = read[:, :, 0], read[:, :, 1:]
             proposals, layer_logits, layer_spans = layer(proposals, bins, layer_spans, time, **kwargs)
             logits.append(layer_logits)

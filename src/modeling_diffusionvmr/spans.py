@@ -49,16 +49,19 @@ def iou_and_generalized_iou(spans: Tensor, other: Tensor) -> tuple[Tensor, Tenso
     return iou, iou - (hull - union) / hull.clamp(min=tiny)
 
 
-def bin_edges(spans: Tensor, bins: int) -> Tensor:
-    """Return the edges (B, N, bins + 1) of equal bins of spans (B, N, 2)."""
-    windows = span_to_window(spans)
-    parts = torch.linspace(0, 1, bins + 1, dtype=spans.dtype, device=spans.device)
-    return torch.lerp(windows[..., :1], windows[..., 1:], parts)
-
-
-def roi_align(features: Tensor, num_clips: Tensor, edges: Sequence[Tensor], beyond: Tensor | None = None) -> Tensor:
+def bin_edges(bins: int, context: float = 1.0, device: torch.device | None = None) -> Tensor:
     """
-    1-D RoI-align (phi in Eq. 8): average the features over each bin of each proposal.
+    Return the edges (bins + 1,) of equal bins, from the center of a span and in widths of the span. Together they are
+    `context` times as wide as the span.
+    """
+    return torch.linspace(-context / 2, context / 2, bins + 1, device=device)
+
+
+def roi_align(
+    features: Tensor, num_clips: Tensor, spans: Tensor, edges: Sequence[Tensor], beyond: Tensor | None = None
+) -> Tensor:
+    """
+    1-D RoI-align (phi in Eq. 8): average the features over each bin of each span.
 
     Features are interpolated linearly between clip centers, and are constant before the first center and after the
     last. The averages are exact, not sampled: the weight of a clip in a bin is the integral of its hat function. One
@@ -67,26 +70,26 @@ def roi_align(features: Tensor, num_clips: Tensor, edges: Sequence[Tensor], beyo
     Args:
         features: (B, L, D), padded on the right.
         num_clips: (B,), number of real clips in each video, at least 1. Padding is never read.
-        edges: of one or more sets of adjacent bins, each (B, N, number of bins + 1), as fractions of the video,
-            strictly ascending. See `bin_edges`.
+        spans: (B, N, 2). The width of a bin must not underflow in their dtype.
+        edges: of one or more sets of adjacent bins, as `bin_edges` returns them.
         beyond: (D,), the feature used outside the video. Default: 0.
 
     Returns:
         (B, N, number of all bins, D), one set after the other, in the dtype of `features`. Coordinates and weights are
-        computed in the dtype of `edges`.
+        computed in the dtype of `spans`.
     """
-    sizes = [of_set.shape[-1] for of_set in edges]
+    sizes = [len(of_set) for of_set in edges]
 
     def between(values: Tensor) -> Tensor:
-        """Return the differences of neighboring edges of each set."""
+        """Return the differences of neighboring edges (B, N, all edges, ...) in each set."""
         return torch.cat([of_set.diff(dim=2) for of_set in values.split(sizes, dim=2)], dim=2)
 
-    position = torch.cat(tuple(edges), dim=-1)[..., None]  # (B, N, edges, 1)
+    center, width = spans[..., None].split(1, dim=2)  # (B, N, 1, 1)
+    position = center + width * torch.cat(tuple(edges)).to(spans.dtype)[:, None]  # (B, N, all edges, 1)
     inside = position.clamp(0, 1)
-    clips = torch.arange(features.shape[1], dtype=position.dtype, device=position.device)
-    last = num_clips.to(position.dtype)[:, None, None, None] - 1
-    # In clips, from the center of the first one
-    place = inside * (last + 1) - 0.5
+    clips = torch.arange(features.shape[1], dtype=spans.dtype, device=spans.device)
+    last = num_clips.to(spans.dtype)[:, None, None, None] - 1
+    place = inside * (last + 1) - 0.5  # in clips, from the center of the first one
     near = torch.minimum(place.clamp(min=0), last)
     # The integral of each clip's hat function up to each edge, up to a constant. The functions of the first and the
     # last clip stay at 1 toward the ends of the video. Beyond the last clip, nothing changes between two edges.
@@ -109,11 +112,10 @@ def keep_inside(spans: Tensor, min_width: Tensor | float) -> Tensor:
     Clip spans (..., 2) to [0, 1], widen those narrower than `min_width` (at most 1), and shift them back inside if
     widening pushed them past an end.
     """
-    window = span_to_window(spans).clamp(0, 1)
-    center, width = window_to_span(window).unbind(-1)
-    width = width.clamp(min=min_width)
-    center = torch.minimum(torch.maximum(center, width / 2), 1 - width / 2)
-    return torch.stack((center, width), dim=-1)
+    start, end = span_to_window(spans).clamp(0, 1).unbind(-1)
+    half = (end - start).clamp(min=min_width) / 2
+    center = ((start + end) / 2).clamp(half, 1 - half)
+    return torch.stack((center, 2 * half), dim=-1)
 
 
 def refine(spans: Tensor, deltas: Tensor) -> Tensor:
