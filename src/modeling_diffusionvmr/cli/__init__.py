@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": "score a model with the official metrics",
     "simulate": "make features from annotations alone",
     "plot": "plot predictions beside the truth",
+    "app": "serve a web page on which to search videos",
     "push": "put a checkpoint on the Hub",
 }
 

@@ -1,0 +1,62 @@
+"""`diffusionvmr app`: a web page on which to search videos."""
+
+import argparse
+import sys
+import threading
+from collections.abc import Sequence
+
+from .errors import loading
+from .options import CommandParser, add_device_argument, add_model_arguments, choose_device, load_model
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments of `diffusionvmr app`."""
+    parser = CommandParser(
+        "app",
+        description="Serve a web page on which to search videos.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_model_arguments(parser)
+    add_device_argument(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other computers in")
+    parser.add_argument("--port", type=int, help="port to listen at (default: the first free one from 7860)")
+    parser.add_argument("--max_video_seconds", type=float, default=3600, metavar="S", help="refuse longer videos")
+    parser.add_argument("--max_upload_mb", type=int, default=500, metavar="MB", help="refuse larger videos")
+    parser.add_argument("--concurrency", type=int, default=1, metavar="N", help="searches at the same time")
+    parser.add_argument("--max_waiting", type=int, default=100, metavar="N", help="maximum length of the queue")
+    parser.add_argument(
+        "--keep_minutes", type=int, default=60, metavar="M", help="delete videos that were not used for this long"
+    )
+    parser.add_argument("--num_examples", type=int, default=3, metavar="N", help="example videos to render")
+    return parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Serve the page until the process is interrupted."""
+    from ..checks import check_positive, check_whole
+
+    check_positive(arguments.max_video_seconds, "--max_video_seconds")
+    for name in ("max_upload_mb", "concurrency", "max_waiting", "keep_minutes"):
+        check_whole(getattr(arguments, name), f"--{name}", 1)
+    check_whole(arguments.num_examples, "--num_examples", 0)
+    if arguments.port is not None and not 1 <= arguments.port <= 65535:
+        raise ValueError(f"--port must be from 1 to 65535, got {arguments.port}")
+
+    from ..app.page import Limits
+    from ..app.server import running
+    from ..pipeline_diffusionvmr import VideoMomentRetrievalPipeline
+
+    limits = Limits(
+        max_video_seconds=arguments.max_video_seconds,
+        max_upload_bytes=arguments.max_upload_mb * 2**20,
+        concurrency=arguments.concurrency,
+        max_waiting=arguments.max_waiting,
+        keep_seconds=arguments.keep_minutes * 60,
+    )
+    device = choose_device(arguments.device)
+    model, processor = load_model(arguments)
+    with loading(model.name_or_path):
+        pipeline = VideoMomentRetrievalPipeline(model=model, processor=processor, device=device)
+    with running(pipeline, arguments.host, arguments.port, limits, arguments.num_examples) as app:
+        print(f"Open {app.url} in a browser. Ctrl-C ends the server.", file=sys.stderr, flush=True)
+        threading.Event().wait()
