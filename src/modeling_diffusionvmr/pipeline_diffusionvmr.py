@@ -92,8 +92,8 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
         Args:
             video: a path, an `http(s)://` or `file://` URL, a binary file object, a row of a `datasets` column of type
                 `Video`, `(frames, fps)` with frames (T, H, W, 3) uint8 RGB, or what `encode` returned. For many videos
-                and one `query`, an iterable of these (a list, a generator, a `KeyDataset`). For many videos with their own queries, an
-                iterable of `{"video": ..., "query": ...}` and no `query`; other keys are ignored.
+                and one `query`, an iterable of these (a list, a generator, a `KeyDataset`). For many videos with their
+                own queries, an iterable of `{"video": ..., "query": ...}` and no `query`; other keys are ignored.
             query: a sentence or a list of sentences. Each video is decoded and encoded once for all of them.
             batch_size: only 1 is possible. Frames and sentences of one video are encoded in batches of their own.
             top_k: maximum number of moments per query.

@@ -36,6 +36,6 @@ def save_web_page(answer: Answer, video: Path, path: Path) -> None:
 # What follows the name of the video in the name of a file, by the label of its button
 KINDS: dict[str, tuple[str, Callable[[Answer, Path, Path], None]]] = {
     "JSON": ("_moments.json", save_json),
-    "Clips": ("_moments.zip", save_clips),
-    "Web page": ("_moments.html", save_web_page),
+    "clips (zip)": ("_moments.zip", save_clips),
+    "web page": ("_moments.html", save_web_page),
 }

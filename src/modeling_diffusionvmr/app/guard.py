@@ -95,9 +95,13 @@ class _NoFetch(httpx.AsyncBaseTransport):
         raise gr.Error(f"{request.url}: pass an address as `url`; `video` is for uploaded files", print_exception=False)
 
 
-def forbid_fetching() -> None:
+def restrict_gradio() -> None:
     """
-    Keep Gradio from downloading files that a request names by URL, in this process. It would hold them in memory,
-    however large they are, and would trust some names without looking at their addresses.
+    Keep Gradio from two things that it does with files of visitors, in this process.
+
+    It downloads files that a request names by URL. It would hold them in memory, however large they are, and would
+    trust some names without looking at their addresses. And it converts videos that browsers cannot play with FFmpeg,
+    which opens every file and URL that a playlist names.
     """
     processing_utils.async_transport = _NoFetch()  # type: ignore[assignment]
+    processing_utils.ffmpeg_installed = lambda: False

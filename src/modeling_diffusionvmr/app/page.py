@@ -30,12 +30,23 @@ SEARCHES, DOWNLOADS = "searches", "downloads"  # groups of events that share a l
 NO_VIDEO = "Choose a video first: one of the examples, a file of yours, or the address of one."
 NO_SENTENCE = "Describe what you are looking for, one sentence per line."
 HELP = (
-    "Select a moment to play it. The number after it is its score, from 0 to 1: how sure the model is that the sentence "
-    "describes this moment. The curves show the saliency of the video's parts for a sentence: a ranking, not a "
-    "probability, with average parts at half the height."
+    "Select a moment to play it. The number after it is its score, from 0 to 1: how sure the model is that the "
+    "sentence describes this moment. The curves show the saliency of the video's parts for a sentence: a ranking, not "
+    "a probability, with average parts at half the height."
 )
 PLAYER = """
 playMoments(element, () => document.querySelector("#player video"));
+"""
+UNPLAYABLE = (
+    "<p role='alert' hidden>This browser cannot play the video: it does not know the format. The video can be searched "
+    "all the same, and the clips that you can download play everywhere.</p>"
+)
+COMPLAIN = """
+for (const name of ["error", "loadedmetadata", "emptied"]) {
+  document.addEventListener(name, (event) => {
+    if (event.target.matches?.("#player video")) element.querySelector("p").hidden = name !== "error";
+  }, true);
+}
 """
 
 
@@ -59,18 +70,6 @@ class Limits:
     keep_seconds: int = 3600
 
 
-class Player(gr.Video):
-    """A video as it was uploaded. `gr.Video` would run FFmpeg on it, which reads every file that a playlist names."""
-
-    def postprocess(self, value: Any) -> FileData | None:
-        """Return the file of a path."""
-        return None if value is None else FileData(path=str(value), orig_name=Path(value).name)
-
-    def get_block_name(self) -> str:
-        """Return the component of the browser that shows it."""
-        return "video"
-
-
 class Page:
     """
     The events of the page, and of the programming interface.
@@ -89,8 +88,8 @@ class Page:
         one dict per sentence: query, moments (start and end in seconds, and score), saliency, clip_seconds.
         """
         try:
-            path = self.download(url) if url else None if video is None else _path_of(video)
-            return as_rows(self._answer(path, sentences))
+            path = _path_of(video) if not url else self.download(url)
+            return as_rows(self._answer(path, sentences.splitlines() if isinstance(sentences, str) else sentences))
         except (ValueError, OSError) as error:
             raise gr.Error(str(error), print_exception=False) from error
 
@@ -124,7 +123,7 @@ class Page:
 
     def download(self, url: str) -> Path:
         """Download a video from a public address into the upload folder."""
-        match = URL.match(url)
+        match = URL.match(url) if isinstance(url, str) else None
         if match is None or match[1].lower() not in ("http", "https"):
             raise ValueError(f"{url}: an address of a video must begin with https:// or http://")
         content = fetch(url, self.limits.max_upload_bytes, handlers=public_only())
@@ -153,12 +152,17 @@ class Page:
         """Search a video, unless something is missing."""
         if not path:
             raise ValueError(NO_VIDEO)
+        if not isinstance(sentences, list):
+            raise ValueError(f"`sentences` must be a list, got {type(sentences).__name__}")
         if not sentences:
             raise ValueError(NO_SENTENCE)
         if len(sentences) > MAX_SENTENCES:
             raise ValueError(f"{len(sentences)} sentences: the limit is {MAX_SENTENCES} at once")
         for sentence in sentences:
             check_sentence(sentence)
+        # Gradio does not check all forms in which a request can name a file
+        if not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
+            raise ValueError(f"{path}: not an uploaded file")
         try:
             os.utime(path)  # it is in use: keep it for some time from now
         except FileNotFoundError:
@@ -185,7 +189,15 @@ def build(page: Page, examples: Sequence[Example], introduction: str) -> gr.Bloc
         gr.Markdown(f"# Find moments in a video\n{introduction}", elem_id="introduction")
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=300):
-                player = Player(label="Video", sources=["upload"], elem_id="player", buttons=[], height=360)
+                player = gr.Video(label="Video", sources=["upload"], elem_id="player", buttons=[], height=420)
+                gr.HTML(UNPLAYABLE, elem_id="unplayable", js_on_load=COMPLAIN)
+                if examples:
+                    gr.Markdown("Examples:")
+                with gr.Row():
+                    chosen = [gr.Button(example.title, size="md", min_width=180) for example in examples]
+                with gr.Accordion("Use a video from the web", open=False):
+                    url = gr.Textbox(label="Address of a video file", placeholder="https://example.org/video.mp4")
+                    load = gr.Button("Load", size="md")
             with gr.Column(scale=2, min_width=300):
                 text = gr.Textbox(
                     label="What are you looking for?",
@@ -196,19 +208,13 @@ def build(page: Page, examples: Sequence[Example], introduction: str) -> gr.Bloc
                     elem_id="sentences",
                 )
                 find = gr.Button("Find moments", variant="primary", elem_id="find")
-                if examples:
-                    gr.Markdown("Or try an example:", elem_id="examples")
-                chosen = [gr.Button(example.title, size="sm") for example in examples]
-                with gr.Accordion("Use a video from the web", open=False):
-                    url = gr.Textbox(label="Address of a video file", placeholder="https://example.org/video.mp4")
-                    load = gr.Button("Load", size="sm")
-        status = gr.HTML(elem_id="status", min_height=40)
+                status = gr.HTML(elem_id="status", min_height=60)
         results = gr.HTML(
             elem_id="results", js_on_load=read_asset("player.js") + PLAYER, apply_default_css=False, show_label=False
         )
         asked = gr.State(time_to_live=limits.keep_seconds)  # what the results are about: a path and sentences
         with gr.Row(visible=False, elem_id="downloads") as downloads:
-            buttons = {kind: gr.Button(f"Download: {kind}", size="sm") for kind in KINDS}
+            buttons = {kind: gr.Button(f"Download {kind}", size="md") for kind in KINDS}
             file = gr.DownloadButton("File", visible="hidden", elem_id="file")
 
         searching: dict[str, Any] = {"concurrency_id": SEARCHES, "concurrency_limit": limits.concurrency}
@@ -294,12 +300,13 @@ def _alert(text: str) -> str:
     return f"<p role='alert'>{escape(text)}</p>"
 
 
-def _path_of(video: Any) -> str:
-    """Return the path of a file of the programming interface. Gradio has checked that it is in the upload folder."""
-    path = video.get("path") if isinstance(video, dict) else getattr(video, "path", None)
-    if not isinstance(path, str):
+def _path_of(video: Any) -> str | None:
+    """Return the path of a file of the programming interface, as Gradio's clients send it."""
+    if video is None:
+        return None
+    if not isinstance(video, dict) or not isinstance(video.get("path"), str):
         raise ValueError("`video` must be an uploaded file")
-    return path
+    return video["path"]
 
 
 def _new_folder() -> Path:

@@ -15,15 +15,15 @@ from .. import DEFAULT_MODEL
 from ..pipeline_diffusionvmr import VideoMomentRetrievalPipeline
 from ..presentation.page import read_asset
 from .examples import Example, render_examples
-from .guard import Guard, forbid_fetching
+from .guard import Guard, restrict_gradio
 from .page import Limits, Page, build
 from .video_search import VideoSearch
 
 FOLDER_UPLOADS = 20  # uploads are refused while the folder is larger than this many of the largest size
 INTRODUCTION = "Choose a video, describe what you are looking for, and play the moments that match."
 EMBEDDED_NOTE = (
-    "This model only knows simple drawings: circles, squares, triangles, stars, crosses, hearts, rings, diamonds, moons "
-    "and arrows in ten colors. Begin with an example."
+    "This model only knows simple drawings: circles, squares, triangles, stars, crosses, hearts, rings, diamonds, "
+    "moons and arrows in ten colors. Begin with an example."
 )
 
 
@@ -70,7 +70,7 @@ def running(
         folder = Path(name).resolve()
         before = os.environ.get("GRADIO_TEMP_DIR")
         os.environ["GRADIO_TEMP_DIR"] = str(folder)
-        forbid_fetching()
+        restrict_gradio()
         examples = render_examples(folder, num_examples)
         search = VideoSearch(pipeline, limits.max_video_seconds)
         is_embedded = pipeline.model.name_or_path == DEFAULT_MODEL
@@ -101,7 +101,7 @@ def running(
                 max_file_size=limits.max_upload_bytes,
                 state_session_capacity=1000,
                 app_kwargs={"middleware": [guard]},
-                theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+                theme=_theme(),
                 css=read_asset("timeline.css") + resources.files(__package__).joinpath("style.css").read_text("utf-8"),
             )
             yield App(url, folder, search, examples)
@@ -111,3 +111,20 @@ def running(
                 del os.environ["GRADIO_TEMP_DIR"]
             else:
                 os.environ["GRADIO_TEMP_DIR"] = before
+
+
+def _theme() -> gr.themes.Base:
+    """Return Gradio's theme with fonts of the visitor's computer, and with more contrast (at least 4.5 to 1)."""
+    theme = gr.themes.Default(
+        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
+    colors = {"body_text_color_subdued": ("600", "400"), "input_placeholder_color": ("500", "400")}
+    colors |= {"block_info_text_color": ("600", "400"), "block_label_text_color": ("700", "300")}
+    colors |= {"block_title_text_color": ("800", "200")}
+    changes = {}
+    for name, (light, dark) in colors.items():
+        changes |= {name: f"*neutral_{light}", f"{name}_dark": f"*neutral_{dark}"}
+    for name in ("button_primary_background_fill", "button_primary_border_color"):
+        changes |= {name: "*primary_700", f"{name}_dark": "*primary_700"}
+    changes |= {f"button_primary_background_fill_hover{mode}": "*primary_800" for mode in ("", "_dark")}
+    return theme.set(**changes)

@@ -1,6 +1,7 @@
 """`diffusionvmr app`: a web page on which to search videos."""
 
 import argparse
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -57,6 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
     model, processor = load_model(arguments)
     with loading(model.name_or_path):
         pipeline = VideoMomentRetrievalPipeline(model=model, processor=processor, device=device)
+    # As Ctrl-C, since containers are stopped so, and videos of visitors must not stay behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with running(pipeline, arguments.host, arguments.port, limits, arguments.num_examples) as app:
         print(f"Open {app.url} in a browser. Ctrl-C ends the server.", file=sys.stderr, flush=True)
         threading.Event().wait()
