@@ -117,7 +117,7 @@ class Page:
         try:
             if not (url or "").strip():
                 raise ValueError("Enter the address of a video file, such as https://example.org/video.mp4")
-            return str(self.download((url or "").strip())), _note("The video is loaded.")
+            return str(self.download((url or "").strip())), "<p role='status'>The video is loaded.</p>"
         except (ValueError, OSError) as error:
             return gr.update(), _alert(str(error))
 
@@ -267,15 +267,14 @@ def build(page: Page, examples: Sequence[Example], introduction: str) -> gr.Bloc
 def _summary(answer: Answer, seconds: float) -> str:
     """Return what was found, in words."""
     number = sum(len(result["moments"]) for result in answer.results)
-    absent = [query for query, result in zip(answer.queries, answer.results) if not result["moments"]]
-    parts = [f"{number or 'No'} moment{'s' * (number != 1)} found."] if number or len(absent) == 1 else []
-    if absent and (number or len(absent) > 1):
-        names = ", ".join(f"“{query}”" for query in absent)
-        parts.append(f"Nothing in the video seems to match {names}.")
+    absent = [f"“{query}”" for query, result in zip(answer.queries, answer.results) if not result["moments"]]
+    parts = [f"{number} moment{'s' * (number > 1)} found."] if number else []
+    if absent:
+        parts.append(escape(f"Nothing in the video seems to match {', '.join(absent)}."))
     if not number:
         parts.append("Try other words: short sentences about what can be seen work best.")
     known = "the video was encoded before" if answer.was_known else "with the encoding of the video"
-    return _note(f"{' '.join(parts)} <small>{seconds:.1f} s, {known}.</small>", is_html=True)
+    return f"<p role='status'>{' '.join(parts)} <small>{seconds:.1f} s, {known}.</small></p>"
 
 
 def _results(answer: Answer) -> str:
@@ -290,10 +289,6 @@ def _results(answer: Answer) -> str:
     columns = "".join(f"<th scope='col'>{name}</th>" for name in ("Sentence", "Start", "End", "Score"))
     table = f"<table><caption>Moments</caption><thead><tr>{columns}</tr></thead><tbody>{rows}</tbody></table>"
     return f"{timeline}<p class='note'>{HELP}</p>{table if rows else ''}"
-
-
-def _note(text: str, is_html: bool = False) -> str:
-    return f"<p role='status'>{text if is_html else escape(text)}</p>"
 
 
 def _alert(text: str) -> str:
