@@ -26,7 +26,7 @@ def error_of(capsys, *argv) -> str:
         (["--max_video_seconds", "nan"], "error: --max_video_seconds must be a number above 0, got nan"),
         (["--num_examples", "-1"], "error: --num_examples must be at least 0, got -1"),
         (["--model", "no/such/model"], "error: no/such/model: not a local folder or a valid Hub id"),
-        (["--host", "no such host"], "error: --host no such host: cannot listen there"),
+        (["--host", "192.0.2.1"], "error: --host 192.0.2.1: cannot listen there (Cannot assign requested address)"),
     ],
 )
 def test_wrong_arguments(capsys, argv, message):
@@ -38,7 +38,9 @@ def test_port_in_use(capsys):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert error_of(capsys, "--port", str(port)).startswith(f"error: --port {port}: cannot listen there")
+        assert error_of(capsys, "--port", str(port)).startswith(
+            f"error: --host 127.0.0.1 --port {port}: cannot listen there"
+        )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")

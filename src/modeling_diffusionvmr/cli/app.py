@@ -1,7 +1,9 @@
 """`diffusionvmr app`: a web page on which to search videos."""
 
 import argparse
+import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Sequence
@@ -40,8 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name in ("max_upload_mb", "concurrency", "max_waiting", "keep_minutes"):
         check_whole(getattr(arguments, name), f"--{name}", 1)
     check_whole(arguments.num_examples, "--num_examples", 0)
-    if arguments.port is not None and not 1 <= arguments.port <= 65535:
-        raise ValueError(f"--port must be from 1 to 65535, got {arguments.port}")
+    _check_address(arguments.host, arguments.port)
 
     from ..app.page import Limits
     from ..app.server import running
@@ -63,3 +64,18 @@ def run(arguments: argparse.Namespace) -> None:
     with running(pipeline, arguments.host, arguments.port, limits, arguments.num_examples) as app:
         print(f"Open {app.url} in a browser. Ctrl-C ends the server.", file=sys.stderr, flush=True)
         threading.Event().wait()
+
+
+def _check_address(host: str, port: int | None) -> None:
+    """Raise `ValueError` if the server cannot listen at an address. Gradio would try a hundred ports."""
+    if port is not None and not 1 <= port <= 65535:
+        raise ValueError(f"--port must be from 1 to 65535, got {port}")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            if os.name != "nt":  # there, it means to share the port
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        where = f"--host {host}" + (f" --port {port}" if port else "")
+        raise ValueError(f"{where}: cannot listen there ({error.strerror or error})") from error
