@@ -17,10 +17,11 @@ PUBLIC_NAMES = [
 ]
 # What each folder must not import from
 FORBIDDEN = {
-    "data": {"training", "synthetic", "cli", "presentation"},
-    "training": {"synthetic", "cli", "presentation"},
-    "synthetic": {"training", "cli", "presentation"},
-    "presentation": {"training", "synthetic", "cli"},
+    "data": {"training", "synthetic", "cli", "presentation", "app"},
+    "training": {"synthetic", "cli", "presentation", "app"},
+    "synthetic": {"training", "cli", "presentation", "app"},
+    "presentation": {"training", "synthetic", "cli", "app"},
+    "app": {"training", "cli"},
 }
 PACKAGE = Path(modeling_diffusionvmr.__file__).parent
 

@@ -13,7 +13,7 @@ from ..messages import one_line
 
 EXTRAS = {  # modules of each extra
     "train": ("accelerate", "datasets", "evaluate", "h5py", "matplotlib", "pyarrow", "yaml"),
-    "app": ("gradio",),
+    "app": ("gradio", "httpx", "starlette"),
 }
 DAMAGED_WEIGHTS = "weights are damaged or cut off"
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
