@@ -47,8 +47,10 @@ class Guard:
         refusal = self._refusal(scope) if scope["type"] == "http" else None
         if scope["type"] == "websocket":
             await send({"type": "websocket.close"})
-        elif refusal is None:
+        elif scope["type"] == "lifespan":
             await self.app(scope, receive, send)
+        elif refusal is None:
+            await self.app(scope, _limited(receive, self._limit(scope["path"])), send)
         else:
             status, text = refusal
             headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
@@ -60,22 +62,35 @@ class Guard:
         path = scope["path"]
         if not self._is_needed(path):
             return 404, "Not found"
-        if scope["method"] not in ("GET", "HEAD", "OPTIONS"):
-            is_upload = path == UPLOAD
-            limit = MAX_REQUEST_BYTES + (self.max_upload_bytes if is_upload else 0)
-            size = dict(scope["headers"]).get(b"content-length")
-            if size is None or not size.isdigit():
-                return 411, "The length of the request is missing"
-            if int(size) > limit:
-                return 413, f"Too large: at most {limit / 2**20:g} MiB are accepted"
-            if is_upload and folder_bytes(self.folder) > self.max_folder_bytes:
-                return 507, "There is no room for more videos at the moment. Try again later."
+        size = dict(scope["headers"]).get(b"content-length", b"0")
+        limit = self._limit(path)
+        if not size.isdigit() or int(size) > limit:
+            return 413, f"Too large: at most {limit / 2**20:g} MiB are accepted"
+        if path == UPLOAD and folder_bytes(self.folder) > self.max_folder_bytes:
+            return 507, "There is no room for more videos at the moment. Try again later."
         return None
+
+    def _limit(self, path: str) -> int:
+        """Return the maximum size of the body of a request."""
+        return MAX_REQUEST_BYTES + (self.max_upload_bytes if path == UPLOAD else 0)
 
     def _is_needed(self, path: str) -> bool:
         if path.startswith(FILE):
             return Path(path.removeprefix(FILE)).resolve().is_relative_to(self.folder)
         return path in ROUTES or (path.startswith(FOLDERS) and ".." not in path)
+
+
+def _limited(receive: Any, limit: int) -> Any:
+    """Return a `receive` that hangs up on bodies beyond the limit, which do not have to announce their size."""
+    received = 0
+
+    async def limited() -> Any:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        return {"type": "http.disconnect"} if received > limit else message
+
+    return limited
 
 
 def folder_bytes(folder: Path) -> int:

@@ -194,7 +194,7 @@ def build(page: Page, examples: Sequence[Example], introduction: str) -> gr.Bloc
                 if examples:
                     gr.Markdown("Examples:")
                 with gr.Row():
-                    chosen = [gr.Button(example.title, size="md", min_width=180) for example in examples]
+                    chosen = [gr.Button(example.title, size="md", min_width=160) for example in examples]
                 with gr.Accordion("Use a video from the web", open=False):
                     url = gr.Textbox(label="Address of a video file", placeholder="https://example.org/video.mp4")
                     load = gr.Button("Load", size="md")
