@@ -138,10 +138,16 @@ def main(arguments: argparse.Namespace) -> None:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="python scripts/measure_app.py", description=__doc__)
-    parser.add_argument("--part", nargs="+", choices=["times", "load"], default=["times", "load"], help="what to measure")
+    parser.add_argument(
+        "--part", nargs="+", choices=["times", "load"], default=["times", "load"], help="what to measure"
+    )
     parser.add_argument("--model", default=EMBEDDED, help="checkpoint folder or Hub id (default: embedded)")
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[30, 120, 1200], help="of the videos, in seconds (default: 30 120 1200)"
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[30, 120, 1200],
+        help="of the videos, in seconds (default: 30 120 1200)",
     )
     parser.add_argument("--size", type=int, nargs=2, default=[1280, 720], help="of their pictures (default: 1280 720)")
     parser.add_argument("--requests", type=int, default=50, help="number of requests (default: 50)")

@@ -52,7 +52,9 @@ def main(arguments: argparse.Namespace) -> None:
             page.evaluate("document.querySelector('#player video').pause()")
             if not whole:
                 page.locator("#find").scroll_into_view_if_needed()
-                page.evaluate("window.scrollTo(0, document.querySelector('#find').getBoundingClientRect().top + scrollY)")
+                page.evaluate(
+                    "window.scrollTo(0, document.querySelector('#find').getBoundingClientRect().top + scrollY)"
+                )
             page.mouse.move(0, 0)
             page.wait_for_timeout(500)
             page.screenshot(path=arguments.output_dir / name, full_page=whole)

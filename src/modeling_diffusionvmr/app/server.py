@@ -1,9 +1,10 @@
 """Run the page."""
 
+import ctypes
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -19,6 +20,7 @@ from .guard import Guard, restrict_gradio
 from .page import Limits, Page, build
 from .video_search import VideoSearch
 
+M_ARENA_MAX = -8  # of glibc's `mallopt`
 FOLDER_UPLOADS = 20  # uploads are refused while the folder is larger than this many of the largest size
 INTRODUCTION = "Choose a video, describe what you are looking for, and play the moments that match."
 EMBEDDED_NOTE = (
@@ -71,6 +73,7 @@ def running(
         before = os.environ.get("GRADIO_TEMP_DIR")
         os.environ["GRADIO_TEMP_DIR"] = str(folder)
         restrict_gradio()
+        _limit_arenas()
         examples = render_examples(folder, num_examples)
         search = VideoSearch(pipeline, limits.max_video_seconds)
         is_embedded = pipeline.model.name_or_path == DEFAULT_MODEL
@@ -111,6 +114,15 @@ def running(
                 del os.environ["GRADIO_TEMP_DIR"]
             else:
                 os.environ["GRADIO_TEMP_DIR"] = before
+
+
+def _limit_arenas() -> None:
+    """
+    Let all threads share two of glibc's pools of memory. Each request runs in some thread, and by default each thread
+    has a pool of its own, which keeps what was freed: the memory of the process would grow with the number of requests.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 
 def _theme() -> gr.themes.Base:
