@@ -26,6 +26,7 @@ from modeling_diffusionvmr.cli.errors import run_safely
 from modeling_diffusionvmr.cli.options import EMBEDDED, CommandParser
 from modeling_diffusionvmr.synthetic.rendered_world import plan_video, write_video
 
+PARTS, LENGTHS = ["times", "load"], [30, 120, 1200]
 FIRST_SEED = 66_000_000
 FIRST_REQUESTS = 10  # after which memory is measured for the first time
 TIMEOUT = 600  # in seconds
@@ -138,9 +139,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(prog="python scripts/measure_app.py", description=__doc__)
-    parser.add_argument(
-        "--part", nargs="+", choices=["times", "load"], default=["times", "load"], help="what to measure"
-    )
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: both)")
     parser.add_argument("--model", default=EMBEDDED, help="checkpoint folder or Hub id (default: embedded)")
     parser.add_argument(
         "--lengths",

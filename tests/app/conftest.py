@@ -15,7 +15,7 @@ from modeling_diffusionvmr.app.server import App, running
 from modeling_diffusionvmr.synthetic.rendered_world import plan_video, write_video
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-LIMITS = Limits(max_video_seconds=100, max_upload_bytes=20 * 2**20)
+LIMITS = Limits(max_video_seconds=160, max_upload_bytes=20 * 2**20)
 
 
 @dataclass(frozen=True)

@@ -163,9 +163,9 @@ def test_broken_file(visit, rendered, tmp_path):
 
 def test_video_that_lasts_too_long(visit, tmp_path):
     page = visit()
-    upload(page, write_video(tmp_path / "long.mp4", range(150), rate=1))
+    upload(page, write_video(tmp_path / "long.mp4", range(170), rate=1))
     ask(page, "a red circle")
-    assert status(page, "alert") == "long.mp4: lasts 150 s; the limit is 100 s (`max_video_seconds`)"
+    assert status(page, "alert") == "long.mp4: lasts 170 s; the limit is 160 s (`max_video_seconds`)"
 
 
 def test_file_that_is_too_large(visit, tmp_path):

@@ -19,11 +19,11 @@ def test_both_parts(capsys, monkeypatch, app):
 
     monkeypatch.setattr(script, "server", server)
     monkeypatch.setattr(script, "FIRST_REQUESTS", 2)
-    options = ["--lengths", "10", "--size", "160", "120", "--requests", "4", "--clients", "2"]
+    options = ["--lengths", "10", "--size", "160", "120", "--requests", "3", "--clients", "2"]
     script.main(script.parse_arguments(options))
     printed = capsys.readouterr().out.splitlines()
     assert printed[2].startswith("| 10 | ")
-    assert printed[3].startswith("4 requests from 2 clients: all answered in order, ")
+    assert printed[3].startswith("3 requests from 2 clients: all answered in order, ")
     assert printed[4].startswith("peak memory: ") and "after 2 requests" in printed[4]
 
 

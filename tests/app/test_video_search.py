@@ -67,7 +67,8 @@ def test_progress(search, tmp_path):
     assert len(shares) > 1 and sum(shares) == pytest.approx(1)
 
 
-def test_one_encoding_for_several_at_once(search, rendered, monkeypatch):
+def test_one_encoding_for_several_at_once(retrieve, rendered, monkeypatch):
+    search = VideoSearch(retrieve, 100, num_threads=4)
     encode, begun = search.pipeline.encode, threading.Event()
 
     def slowly(*arguments, **options):

@@ -1,10 +1,9 @@
 """Run the page."""
 
-import ctypes
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -20,7 +19,6 @@ from .guard import Guard, restrict_gradio
 from .page import Limits, Page, build
 from .video_search import VideoSearch
 
-M_ARENA_MAX = -8  # of glibc's `mallopt`
 FOLDER_UPLOADS = 20  # uploads are refused while the folder is larger than this many of the largest size
 INTRODUCTION = "Choose a video, describe what you are looking for, and play the moments that match."
 EMBEDDED_NOTE = (
@@ -73,9 +71,8 @@ def running(
         before = os.environ.get("GRADIO_TEMP_DIR")
         os.environ["GRADIO_TEMP_DIR"] = str(folder)
         restrict_gradio()
-        _limit_arenas()
         examples = render_examples(folder, num_examples)
-        search = VideoSearch(pipeline, limits.max_video_seconds)
+        search = VideoSearch(pipeline, limits.max_video_seconds, num_threads=limits.concurrency)
         is_embedded = pipeline.model.name_or_path == DEFAULT_MODEL
         blocks = build(
             Page(search, limits), examples, " ".join([INTRODUCTION, *([EMBEDDED_NOTE] if is_embedded else [])])
@@ -114,15 +111,6 @@ def running(
                 del os.environ["GRADIO_TEMP_DIR"]
             else:
                 os.environ["GRADIO_TEMP_DIR"] = before
-
-
-def _limit_arenas() -> None:
-    """
-    Let all threads share two of glibc's pools of memory. Each request runs in some thread, and by default each thread
-    has a pool of its own, which keeps what was freed: the memory of the process would grow with the number of requests.
-    """
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 
 def _theme() -> gr.themes.Base:

@@ -1,11 +1,13 @@
 """Search videos for sentences, and encode each video once for all of its searches."""
 
+import contextvars
 import hashlib
+import io
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ from ..presentation.timeline import NUM_FRAMES
 from ..video import FileVideo, FrameSampling
 
 MAX_CACHE_BYTES = 256 * 2**20
+JPEG_QUALITY = 95  # of a frame in the cache
 
 
 @dataclass(frozen=True)
@@ -42,23 +45,25 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Known:
-    """A video that was encoded, and the frames of its timeline."""
+    """A video that was encoded, and the frames of its timeline as JPEG files."""
 
     encoded: EncodedVideo
-    frames: Sequence[np.ndarray]
+    frames: Sequence[bytes]
 
     @property
     def num_bytes(self) -> int:
-        return sum(array.nbytes for array in (*self.encoded.features, *self.frames))
+        return sum(array.nbytes for array in self.encoded.features) + sum(map(len, self.frames))
 
 
 class VideoSearch:
     """
-    Searches video files. Several threads can search at once.
+    Searches video files. Several threads can call it at once.
 
     Args:
         pipeline: finds the moments.
         max_video_seconds: maximum duration of a video.
+        num_threads: number of searches at the same time. They run in threads that stay: with a new thread for each,
+            memory would grow, since the C library keeps what a thread has freed for that thread.
         max_cache_bytes: maximum size of the encoded videos that are kept, by their content. The ones that were not
             searched for the longest time are dropped.
 
@@ -70,12 +75,14 @@ class VideoSearch:
         self,
         pipeline: VideoMomentRetrievalPipeline,
         max_video_seconds: float,
+        num_threads: int = 1,
         max_cache_bytes: int = MAX_CACHE_BYTES,
     ):
         self.pipeline, self.max_video_seconds, self.max_cache_bytes = pipeline, max_video_seconds, max_cache_bytes
         self.num_encoded = 0
         self._known: OrderedDict[bytes, Future[_Known]] = OrderedDict()
         self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="search")
 
     def __call__(
         self, path: str | os.PathLike, queries: Sequence[str], advance: Callable[[float], None] | None = None
@@ -90,14 +97,21 @@ class VideoSearch:
                 encoded before.
 
         Raises:
-            FileNotFoundError, ValueError: as the pipeline. Messages name the file without its folder.
+            ValueError: if the video or a sentence cannot be used. Messages name the file without its folder.
         """
+        context = contextvars.copy_context()  # Gradio's progress bar needs it
+        return self._threads.submit(context.run, self._search, path, queries, advance).result()
+
+    def _search(
+        self, path: str | os.PathLike, queries: Sequence[str], advance: Callable[[float], None] | None
+    ) -> Answer:
         try:
             known, was_known = self._encode_once(path, advance)
             results = self.pipeline(known.encoded, list(queries), return_saliency=True)
         except (OSError, ValueError) as error:
-            raise type(error)(str(error).replace(str(path), os.path.basename(path))) from error
-        return Answer(queries, results, known.encoded.duration, known.frames, was_known)
+            raise ValueError(str(error).replace(str(path), os.path.basename(path))) from error
+        frames = [np.asarray(Image.open(io.BytesIO(frame))) for frame in known.frames]
+        return Answer(queries, results, known.encoded.duration, frames, was_known)
 
     def _encode_once(self, path: str | os.PathLike, advance: Callable[[float], None] | None) -> tuple[_Known, bool]:
         """Return a video from the cache, and whether it was there. Another thread may still be encoding it."""
@@ -139,18 +153,20 @@ class _TimelineVideo(FileVideo):
 
     def clips(self, samplings):
         wanted = (np.arange(NUM_FRAMES) + 0.5) * self.num_clips // NUM_FRAMES
-        self.frames: list[np.ndarray] = []
+        self.frames: list[bytes] = []
         clip = 0
         for which, frames in super().clips([*samplings, FrameSampling(1 / self.exact_clip_seconds)]):
             if which < len(samplings):
                 yield which, frames
                 continue
             if repeats := np.count_nonzero(wanted == clip):  # more than one if there are fewer clips than frames
-                self.frames += [_small(frames[0])] * repeats
+                self.frames += [_jpeg(frames[0])] * repeats
             clip += 1
 
 
-def _small(frame: np.ndarray) -> np.ndarray:
+def _jpeg(frame: np.ndarray) -> bytes:
     picture = Image.fromarray(frame)
     picture.thumbnail((FRAME_WIDTH, FRAME_WIDTH))
-    return np.asarray(picture)
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=JPEG_QUALITY)
+    return file.getvalue()
