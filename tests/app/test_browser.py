@@ -4,6 +4,7 @@ import json
 import re
 import threading
 import zipfile
+from collections import OrderedDict
 
 import pytest
 
@@ -213,6 +214,25 @@ def test_names_and_contrast(visit, app, scheme):
     assert {text: ratio for text, ratio in contrast.items() if ratio < 4.5} == {}
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 150) == (scheme == "dark")
+
+
+def test_progress(visit, rendered, app, monkeypatch):
+    """How much of the video is encoded is shown while it is encoded."""
+    encode, go_on = app.search.pipeline.encode, threading.Event()
+
+    def slowly(video, advance):
+        advance(0.4)
+        assert go_on.wait(20)
+        return encode(video)
+
+    monkeypatch.setattr(app.search.pipeline, "encode", slowly)
+    monkeypatch.setattr(app.search, "_known", OrderedDict())
+    page = visit()
+    upload(page, rendered.path)
+    ask(page, rendered.sentence)
+    page.wait_for_function("/Encoding the video.*40(.0)?%/.test(document.querySelector('#status').innerText)")
+    go_on.set()
+    assert "1 moment found." in status(page)
 
 
 def test_two_visitors(visit, rendered, app, monkeypatch):

@@ -67,6 +67,12 @@ def test_progress(search, tmp_path):
     assert len(shares) > 1 and sum(shares) == pytest.approx(1)
 
 
+def test_closing_ends_searches(search, tmp_path):
+    path = write_video(tmp_path / "a.mp4", range(90), rate=1)
+    with pytest.raises(ValueError, match=r"^a\.mp4: not searched, because the server ends"):
+        search(path, ["a"], lambda share: search.close())
+
+
 def test_one_encoding_for_several_at_once(retrieve, rendered, monkeypatch):
     search = VideoSearch(retrieve, 100, num_threads=4)
     encode, begun = search.pipeline.encode, threading.Event()

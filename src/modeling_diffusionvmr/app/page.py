@@ -88,7 +88,7 @@ class Page:
         one dict per sentence: query, moments (start and end in seconds, and score), saliency, clip_seconds.
         """
         try:
-            path = _path_of(video) if not url else self.download(url)
+            path = str(self.download(url)) if url else _path_of(video)
             return as_rows(self._answer(path, sentences.splitlines() if isinstance(sentences, str) else sentences))
         except (ValueError, OSError) as error:
             raise gr.Error(str(error), print_exception=False) from error

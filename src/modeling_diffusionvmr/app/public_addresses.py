@@ -28,13 +28,13 @@ def connect(host: str, port: int, timeout: float | None) -> socket.socket:
     Raises:
         OSError: if an address is not public, or no connection is possible.
     """
-    addresses = [info[4][:2] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    if not all(is_public(str(ip)) for ip, _ in addresses):
+    addresses = [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    if not all(map(is_public, addresses)):
         raise OSError(f"{host} is not a public address")
     failure = OSError(f"{host} has no address")
     for address in addresses:
         try:
-            return socket.create_connection(address, timeout)
+            return socket.create_connection((address, port), timeout)
         except OSError as error:
             failure = error
     raise failure

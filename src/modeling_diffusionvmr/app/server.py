@@ -106,6 +106,7 @@ def running(
             )
             yield App(url, folder, search, examples)
         finally:
+            search.close()
             blocks.close(verbose=False)
             if before is None:
                 del os.environ["GRADIO_TEMP_DIR"]
@@ -121,7 +122,7 @@ def _theme() -> gr.themes.Base:
     colors = {"body_text_color_subdued": ("600", "400"), "input_placeholder_color": ("500", "400")}
     colors |= {"block_info_text_color": ("600", "400"), "block_label_text_color": ("700", "300")}
     colors |= {"block_title_text_color": ("800", "200")}
-    changes = {}
+    changes: dict[str, str] = {}
     for name, (light, dark) in colors.items():
         changes |= {name: f"*neutral_{light}", f"{name}_dark": f"*neutral_{dark}"}
     for name in ("button_primary_background_fill", "button_primary_border_color"):

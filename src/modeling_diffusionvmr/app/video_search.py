@@ -83,6 +83,12 @@ class VideoSearch:
         self._known: OrderedDict[bytes, Future[_Known]] = OrderedDict()
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="search")
+        self._is_closed = False
+
+    def close(self) -> None:
+        """End all searches. The process would wait for them."""
+        self._is_closed = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def __call__(
         self, path: str | os.PathLike, queries: Sequence[str], advance: Callable[[float], None] | None = None
@@ -135,7 +141,14 @@ class VideoSearch:
     def _encode(self, path: str | os.PathLike, advance: Callable[[float], None] | None) -> _Known:
         video = _TimelineVideo(path, self.pipeline.backbones.clip_seconds, self.max_video_seconds)
         self.num_encoded += 1
-        return _Known(self.pipeline.encode(video, advance=advance), video.frames)
+
+        def advance_unless_closed(share: float) -> None:
+            if self._is_closed:
+                raise ValueError(f"{path}: not searched, because the server ends")
+            if advance is not None:
+                advance(share)
+
+        return _Known(self.pipeline.encode(video, advance=advance_unless_closed), video.frames)
 
     def _drop_oldest(self) -> None:
         """Drop the videos that do not fit into the cache. Those that are still being encoded stay."""

@@ -17,20 +17,35 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(
         "app",
         description="Serve a web page on which to search videos.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_model_arguments(parser)
     add_device_argument(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other computers in")
-    parser.add_argument("--port", type=int, help="port to listen at (default: the first free one from 7860)")
-    parser.add_argument("--max_video_seconds", type=float, default=3600, metavar="S", help="refuse longer videos")
-    parser.add_argument("--max_upload_mb", type=int, default=500, metavar="MB", help="refuse larger videos")
-    parser.add_argument("--concurrency", type=int, default=1, metavar="N", help="searches at the same time")
-    parser.add_argument("--max_waiting", type=int, default=100, metavar="N", help="maximum length of the queue")
     parser.add_argument(
-        "--keep_minutes", type=int, default=60, metavar="M", help="delete videos that were not used for this long"
+        "--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other computers in (default: 127.0.0.1)"
     )
-    parser.add_argument("--num_examples", type=int, default=3, metavar="N", help="example videos to render")
+    parser.add_argument("--port", type=int, help="port to listen at (default: the first free one from 7860)")
+    parser.add_argument(
+        "--max_video_seconds", type=float, default=3600, metavar="S", help="refuse longer videos (default: 3600)"
+    )
+    parser.add_argument(
+        "--max_upload_mb", type=int, default=500, metavar="MB", help="refuse larger videos (default: 500)"
+    )
+    parser.add_argument(
+        "--concurrency", type=int, default=1, metavar="N", help="searches at the same time (default: 1)"
+    )
+    parser.add_argument(
+        "--max_waiting", type=int, default=100, metavar="N", help="maximum length of the queue (default: 100)"
+    )
+    parser.add_argument(
+        "--keep_minutes",
+        type=int,
+        default=60,
+        metavar="M",
+        help="delete videos that were not used for this long (default: 60)",
+    )
+    parser.add_argument(
+        "--num_examples", type=int, default=3, metavar="N", help="example videos to render (default: 3)"
+    )
     return parser.parse_args(argv)
 
 
