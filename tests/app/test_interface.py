@@ -106,6 +106,13 @@ def test_video_that_was_deleted(app):
     assert "gone.mp4: no longer here, because videos that are not used for 60 minutes are deleted" in said
 
 
+def test_videos_in_use_stay(app):
+    """The time until they are deleted begins anew with each search."""
+    os.utime(app.examples[0].path, (0, 0))
+    call(app, [file(app.examples[0].path), ["a red circle"], ""])
+    assert time.time() - os.stat(app.examples[0].path).st_mtime < 60
+
+
 # What must not be read or fetched
 
 

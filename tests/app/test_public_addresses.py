@@ -89,7 +89,7 @@ def test_proxies_are_not_used(video_server, monkeypatch):
     monkeypatch.setenv("http_proxy", video_server.url(""))
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    with pytest.raises(OSError, match="is not a public address"):
+    with pytest.raises(OSError, match="192.168.7.7 is not a public address"):
         fetch("http://192.168.7.7/plain/a", handlers=public_only())
     assert video_server.requested == []
 

@@ -11,41 +11,29 @@ from collections.abc import Sequence
 from .errors import loading
 from .options import CommandParser, add_device_argument, add_model_arguments, choose_device, load_model
 
+LIMITS = (  # name, default, unit, purpose
+    ("max_video_seconds", 3600.0, "S", "refuse longer videos"),
+    ("max_upload_mb", 500, "MB", "refuse larger videos"),
+    ("concurrency", 1, "N", "searches at the same time"),
+    ("max_waiting", 100, "N", "maximum length of the queue"),
+    ("keep_minutes", 60, "M", "delete videos that were not used for this long"),
+    ("num_examples", 3, "N", "example videos to render"),
+)
+
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments of `diffusionvmr app`."""
-    parser = CommandParser(
-        "app",
-        description="Serve a web page on which to search videos.",
-    )
+    parser = CommandParser("app", description="Serve a web page on which to search videos.")
     add_model_arguments(parser)
     add_device_argument(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other computers in (default: 127.0.0.1)"
     )
     parser.add_argument("--port", type=int, help="port to listen at (default: the first free one from 7860)")
-    parser.add_argument(
-        "--max_video_seconds", type=float, default=3600, metavar="S", help="refuse longer videos (default: 3600)"
-    )
-    parser.add_argument(
-        "--max_upload_mb", type=int, default=500, metavar="MB", help="refuse larger videos (default: 500)"
-    )
-    parser.add_argument(
-        "--concurrency", type=int, default=1, metavar="N", help="searches at the same time (default: 1)"
-    )
-    parser.add_argument(
-        "--max_waiting", type=int, default=100, metavar="N", help="maximum length of the queue (default: 100)"
-    )
-    parser.add_argument(
-        "--keep_minutes",
-        type=int,
-        default=60,
-        metavar="M",
-        help="delete videos that were not used for this long (default: 60)",
-    )
-    parser.add_argument(
-        "--num_examples", type=int, default=3, metavar="N", help="example videos to render (default: 3)"
-    )
+    for name, default, unit, purpose in LIMITS:
+        parser.add_argument(
+            f"--{name}", type=type(default), default=default, metavar=unit, help=f"{purpose} (default: {default:g})"
+        )
     return parser.parse_args(argv)
 
 
