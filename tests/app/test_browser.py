@@ -8,6 +8,7 @@ from collections import OrderedDict
 
 import pytest
 
+from modeling_diffusionvmr.app import public_addresses
 from modeling_diffusionvmr.app.page import NO_SENTENCE, NO_VIDEO
 from test_video import write_video
 
@@ -135,6 +136,22 @@ def test_example(visit, app):
     page.get_by_role("button", name=app.examples[0].title).click()
     page.wait_for_selector("#timeline", state="detached")
     assert not page.get_by_role("button", name="Download JSON").is_visible()
+
+
+def test_video_from_the_web(visit, rendered, app, video_server, monkeypatch):
+    page = visit()
+    page.get_by_role("button", name="Use a video from the web").click()
+    address = page.get_by_label("Address of a video file")
+    address.fill(video_server.url("plain/film.mp4"))
+    page.get_by_role("button", name="Load", exact=True).click()
+    assert status(page, "alert").endswith("cannot be reached (127.0.0.1 is not a public address)")
+    monkeypatch.setattr(public_addresses, "is_public", lambda address: True)
+    video_server.files["film.mp4"] = rendered.path.read_bytes()
+    address.press("Enter")
+    page.wait_for_selector("#player video")
+    ask(page, rendered.sentence)
+    page.wait_for_selector("#timeline")
+    assert "1 moment found." in status(page)
 
 
 def test_what_is_missing_is_said(visit, rendered):

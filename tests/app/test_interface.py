@@ -17,6 +17,7 @@ from gradio_client.exceptions import AppError
 
 from modeling_diffusionvmr.app import public_addresses
 from modeling_diffusionvmr.app.downloads import as_rows
+from modeling_diffusionvmr.app.guard import NO_ROOM
 from modeling_diffusionvmr.app.page import NO_SENTENCE, NO_VIDEO
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "how_to" / "try_it_in_a_browser.md"
@@ -67,12 +68,12 @@ def test_what_the_guide_shows(app, rendered, tmp_path, language):
 
 
 def test_url(app, client, rendered, video_server, monkeypatch):
-    """It is downloaded into the upload folder."""
+    """The video is downloaded, and deleted after the search."""
     monkeypatch.setattr(public_addresses, "is_public", lambda address: address == "127.0.0.1")
     video_server.files["film.mp4"] = rendered.path.read_bytes()
     (row,) = client.predict(None, [rendered.sentence], video_server.url("plain/film.mp4"), api_name="/search")
     assert row["moments"][0]["start"] == pytest.approx(rendered.window[0], abs=1)
-    assert list(app.folder.glob("*/film.mp4"))
+    assert len(video_server.requested) == 1 and not list(app.folder.glob("*/film.mp4"))
     with pytest.raises(AppError, match=r"larger than `max_download_bytes`|are more than `max_download_bytes`"):
         client.predict(None, ["a"], video_server.url("claim/film.mp4?size=30000000"), api_name="/search")
 
@@ -181,9 +182,11 @@ def test_requests_that_do_not_announce_their_size(app):
     assert sum(sent) < 20 * 2**20
 
 
-def test_no_uploads_while_the_folder_is_full(app, monkeypatch):
-    monkeypatch.setattr("modeling_diffusionvmr.app.guard.folder_bytes", lambda folder: 2**40)
+def test_no_more_videos_while_the_folder_is_full(app, monkeypatch):
+    for module in ("guard", "page"):
+        monkeypatch.setattr(f"modeling_diffusionvmr.app.{module}.folder_bytes", lambda folder: 2**40)
     assert status_of(Request(f"{app.url}gradio_api/upload", b"a")) == 507
+    assert NO_ROOM in call(app, [None, ["a red circle"], "https://example.org/video.mp4"])
 
 
 # Load

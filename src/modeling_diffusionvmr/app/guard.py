@@ -25,6 +25,7 @@ ROUTES = frozenset(
 )
 FOLDERS = ("/assets/", "/static/", "/svelte/", f"{API}call/", f"{API}heartbeat/")
 MAX_REQUEST_BYTES = 2**20  # of everything but uploads
+NO_ROOM = "There is no room for more videos at the moment. Try again later."
 
 
 class Guard:
@@ -67,7 +68,7 @@ class Guard:
         if not size.isdigit() or int(size) > limit:
             return 413, f"Too large: at most {limit / 2**20:g} MiB are accepted"
         if path == UPLOAD and folder_bytes(self.folder) > self.max_folder_bytes:
-            return 507, "There is no room for more videos at the moment. Try again later."
+            return 507, NO_ROOM
         return None
 
     def _limit(self, path: str) -> int:

@@ -22,6 +22,7 @@ from ..presentation.page import read_asset, timeline_html
 from ..presentation.timeline import timestamp
 from .downloads import KINDS, as_rows
 from .examples import Example
+from .guard import NO_ROOM, folder_bytes
 from .public_addresses import public_only
 from .video_search import Answer, VideoSearch
 
@@ -69,6 +70,11 @@ class Limits:
     max_waiting: int = 100
     keep_seconds: int = 3600
 
+    @property
+    def max_folder_bytes(self) -> int:
+        """No more videos are accepted while those of all visitors take more than this."""
+        return 20 * self.max_upload_bytes
+
 
 class Page:
     """
@@ -87,11 +93,16 @@ class Page:
         Find the moments of a video that sentences describe. Give either an uploaded video or the URL of one. Returns
         one dict per sentence: query, moments (start and end in seconds, and score), saliency, clip_seconds.
         """
+        downloaded = None
         try:
-            path = str(self.download(url)) if url else _path_of(video)
+            downloaded = self.download(url) if url else None
+            path = str(downloaded) if downloaded else _path_of(video)
             return as_rows(self._answer(path, sentences.splitlines() if isinstance(sentences, str) else sentences))
         except (ValueError, OSError) as error:
             raise gr.Error(str(error), print_exception=False) from error
+        finally:
+            if downloaded is not None:  # no page shows it
+                shutil.rmtree(downloaded.parent, ignore_errors=True)
 
     def find(self, path: str | None, text: str | None, progress: Any = gr.Progress()) -> tuple:  # noqa: B008
         """Search for the lines of a text. Return the contents of status, results, asked, and the row of downloads."""
@@ -117,7 +128,7 @@ class Page:
         try:
             if not (url or "").strip():
                 raise ValueError("Enter the address of a video file, such as https://example.org/video.mp4")
-            return str(self.download((url or "").strip())), "<p role='status'>The video is loaded.</p>"
+            return str(self.download((url or "").strip())), ""
         except (ValueError, OSError) as error:
             return gr.update(), _alert(str(error))
 
@@ -126,6 +137,8 @@ class Page:
         match = URL.match(url) if isinstance(url, str) else None
         if match is None or match[1].lower() not in ("http", "https"):
             raise ValueError(f"{url}: an address of a video must begin with https:// or http://")
+        if folder_bytes(Path(get_upload_folder())) > self.limits.max_folder_bytes:
+            raise ValueError(NO_ROOM)
         content = fetch(url, self.limits.max_upload_bytes, handlers=public_only())
         path = _new_folder() / _safe_name(Path(unquote(urlsplit(url).path)).name)
         with path.open("wb") as file:

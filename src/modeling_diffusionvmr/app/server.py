@@ -19,7 +19,6 @@ from .guard import Guard, restrict_gradio
 from .page import Limits, Page, build
 from .video_search import VideoSearch
 
-FOLDER_UPLOADS = 20  # uploads are refused while the folder is larger than this many of the largest size
 INTRODUCTION = "Choose a video, describe what you are looking for, and play the moments that match."
 EMBEDDED_NOTE = (
     "This model only knows simple drawings: circles, squares, triangles, stars, crosses, hearts, rings, diamonds, "
@@ -82,7 +81,7 @@ def running(
             Guard,
             folder=folder,
             max_upload_bytes=limits.max_upload_bytes,
-            max_folder_bytes=FOLDER_UPLOADS * limits.max_upload_bytes,
+            max_folder_bytes=limits.max_folder_bytes,
         )
         try:
             _, url, _ = blocks.launch(
