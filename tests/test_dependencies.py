@@ -3,12 +3,15 @@
 import ast
 import re
 import sys
-from importlib.metadata import requires
+from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
-from modeling_diffusionvmr.cli.errors import TRAIN_MODULES
+from modeling_diffusionvmr.cli.errors import EXTRAS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "modeling_diffusionvmr"
@@ -63,20 +66,26 @@ def test_the_pipeline_needs_the_core_dependencies_alone():
 
 
 def test_the_package_imports_what_is_declared():
-    assert imported(ROOT / "src") <= modules(declared() | declared("train") | declared("onnx"))
+    assert imported(ROOT / "src") <= modules(declared() | declared("train") | declared("onnx") | declared("app"))
 
 
 def test_everything_imports_what_is_declared():
     folders = [ROOT / name for name in ("src", "scripts", "dataset_scripts", "metrics", "tests")]
     # `standalone_eval` is of a checkout that a benchmark may be pointed to, `datasets` writes with pyarrow
     assert imported(*folders) - {"standalone_eval", "transformers_modules"} <= modules(
-        declared() | declared("train") | declared("onnx") | declared("dev")
+        declared() | declared("train") | declared("onnx") | declared("app") | declared("dev")
     )
 
 
 @pytest.mark.parametrize(
     "extra, folders",
-    [(None, ["src"]), ("train", ["src", "metrics"]), ("onnx", ["src"]), ("dev", ["scripts", "tests"])],
+    [
+        (None, ["src"]),
+        ("train", ["src", "metrics"]),
+        ("onnx", ["src"]),
+        ("app", ["src"]),
+        ("dev", ["scripts", "tests"]),
+    ],
 )
 def test_what_is_declared_is_imported(extra, folders):
     used = imported(*(ROOT / folder for folder in folders))
@@ -84,5 +93,20 @@ def test_what_is_declared_is_imported(extra, folders):
     assert unused <= NOT_IMPORTED.keys()
 
 
-def test_errors_name_the_extra_of_its_modules():
-    assert set(TRAIN_MODULES) == modules(declared("train"))
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_errors_name_the_extra_of_its_modules(extra):
+    assert set(EXTRAS[extra]) == modules(declared(extra))
+
+
+def test_the_web_page_resolves():
+    """Gradio needs an older Pillow than the newest. Without a bound, pip silently takes Gradio 5."""
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    (gradio,) = (Requirement(line) for line in requires("modeling_diffusionvmr") if line.startswith("gradio>="))
+    assert Version("6.30") not in gradio.specifier
+    assert version("gradio") in gradio.specifier and pins["gradio"] in gradio.specifier
+    for needed in map(Requirement, requires("gradio")):
+        if needed.marker is None or needed.marker.evaluate():
+            name = canonicalize_name(needed.name)
+            pinned = {canonicalize_name(pin): number for pin, number in pins.items()}
+            assert pinned[name] in needed.specifier, name
+            assert version(name) in needed.specifier, name

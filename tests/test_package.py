@@ -18,11 +18,12 @@ PUBLIC_NAMES = [
 ]
 # What each folder must not import from
 FORBIDDEN = {
-    "data": {"training", "synthetic", "cli", "presentation", "deployment"},
-    "training": {"synthetic", "cli", "presentation", "deployment"},
-    "synthetic": {"training", "cli", "presentation", "deployment"},
-    "presentation": {"training", "synthetic", "cli", "deployment"},
-    "deployment": {"data", "training", "synthetic", "cli", "presentation"},
+    "data": {"training", "synthetic", "cli", "presentation", "deployment", "app"},
+    "training": {"synthetic", "cli", "presentation", "deployment", "app"},
+    "synthetic": {"training", "cli", "presentation", "deployment", "app"},
+    "presentation": {"training", "synthetic", "cli", "deployment", "app"},
+    "deployment": {"data", "training", "synthetic", "cli", "presentation", "app"},
+    "app": {"training", "cli", "deployment"},
 }
 PACKAGE = Path(modeling_diffusionvmr.__file__).parent
 

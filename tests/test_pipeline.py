@@ -297,6 +297,26 @@ def test_one_pass_for_all_queries(pipe, video, counts):
     assert counts == {"frames": 7, "videos": 1, "images": 7, "model": 1}
 
 
+def test_a_video_that_was_encoded_before(pipe, video, counts):
+    """It takes the place of the video, and is not decoded again."""
+    shares = []
+    encoded = pipe.encode(open_video(video, 2.0), advance=shares.append)
+    assert sum(shares) == pytest.approx(1) and encoded.num_clips == 7 and encoded.duration == pytest.approx(SECONDS)
+    decoded = dict(counts)
+    single, several = pipe(encoded, QUERIES[0], return_saliency=True), pipe(encoded, QUERIES)
+    many = pipe([encoded, encoded], query=QUERIES[1])
+    assert [counts[key] for key in ("frames", "videos", "images")] == [
+        decoded[key] for key in ("frames", "videos", "images")
+    ]
+    assert single == pipe(video, QUERIES[0], return_saliency=True)
+    assert several == pipe(video, QUERIES) and many == [pipe(video, QUERIES[1])] * 2
+
+
+def test_clips_of_another_length_cannot_be_encoded(pipe, video):
+    with pytest.raises(ValueError, match=r"stripes\.mp4: clips of 1 s; the backbones read 2 s"):
+        pipe.encode(open_video(video, 1.0))
+
+
 def test_nothing_is_decoded_for_no_query(pipe, video, counts):
     assert pipe(video, []) == []
     assert (counts["frames"], counts["model"]) == (0, 0)

@@ -1,7 +1,7 @@
 """Register and load the frozen backbones that encode videos and sentences, and use those of a model together."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -123,14 +123,20 @@ class Backbones:
             model.to(device, dtype)
         return self
 
-    def encode_video(self, video: Video, batch_size: int = 32, progress: bool = False) -> list[np.ndarray]:
+    def encode_video(
+        self,
+        video: Video,
+        batch_size: int = 32,
+        progress: bool = False,
+        advance: Callable[[float], None] | None = None,
+    ) -> list[np.ndarray]:
         """
         Encode a video with all video backbones in one decoding. See `base_backbone.encode_video`.
 
         Returns:
             One array (num_clips, feature_size) float32 per video backbone.
         """
-        return encode_video(self._models_with("feature_size"), video, batch_size, progress)
+        return encode_video(self._models_with("feature_size"), video, batch_size, progress, advance)
 
     def encode_text(self, sentences: Sequence[str], max_tokens: int | None = None) -> list[np.ndarray]:
         """

@@ -5,10 +5,11 @@ import re
 import string
 import tempfile
 import weakref
+from collections.abc import Sequence
 from typing import IO, Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener, url2pathname
+from urllib.request import BaseHandler, HTTPRedirectHandler, Request, build_opener, url2pathname
 
 from tqdm.auto import tqdm
 
@@ -55,7 +56,9 @@ class _RedirectHandler(HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def fetch(video: Any, max_bytes: int = MAX_DOWNLOAD_BYTES, progress: bool = False) -> Any:
+def fetch(
+    video: Any, max_bytes: int = MAX_DOWNLOAD_BYTES, progress: bool = False, handlers: Sequence[BaseHandler] = ()
+) -> Any:
     """
     Turn a URL into something that can be read here. Return everything else as it is.
 
@@ -63,6 +66,7 @@ def fetch(video: Any, max_bytes: int = MAX_DOWNLOAD_BYTES, progress: bool = Fals
         video: a string that begins with `http://`, `https://` or `file://`, or anything else.
         max_bytes: maximum size of a download.
         progress: show a progress bar of the download.
+        handlers: of `urllib`, to connect in another way.
 
     Returns:
         A `Download` for http and https, a path for file, `video` itself for anything else.
@@ -82,7 +86,7 @@ def fetch(video: Any, max_bytes: int = MAX_DOWNLOAD_BYTES, progress: bool = Fals
         raise ValueError(f"{video}: not a valid URL ({error})") from error
     scheme = match[1].lower()
     if scheme in ("http", "https"):
-        return _download(video, max_bytes, progress)
+        return _download(video, max_bytes, progress, handlers)
     if scheme != "file":
         raise ValueError(f"{video}: URLs of type {scheme} are not supported; expected http, https or file")
     if host not in ("", "localhost") or not path:
@@ -90,9 +94,9 @@ def fetch(video: Any, max_bytes: int = MAX_DOWNLOAD_BYTES, progress: bool = Fals
     return url2pathname(path)
 
 
-def _download(url: str, max_bytes: int, progress: bool) -> Download:
+def _download(url: str, max_bytes: int, progress: bool, handlers: Sequence[BaseHandler]) -> Download:
     check_whole(max_bytes, "`max_download_bytes`", 1)
-    with _open(url) as response:
+    with _open(url, handlers) as response:
         size = response.length  # as the server states it; `None` if it does not
         if size is not None and size > max_bytes:
             raise ValueError(f"{url}: {size} bytes are more than `max_download_bytes`, which is {max_bytes}")
@@ -112,12 +116,12 @@ def _download(url: str, max_bytes: int, progress: bool) -> Download:
     return download
 
 
-def _open(url: str) -> http.client.HTTPResponse:
+def _open(url: str, handlers: Sequence[BaseHandler]) -> http.client.HTTPResponse:
     try:
         # Like a browser, encode spaces and other characters that a URL cannot contain. Some servers refuse the default
         # user agent.
         request = Request(quote(url, safe=string.punctuation), headers={"User-Agent": "modeling_diffusionvmr"})
-        return build_opener(_RedirectHandler).open(request, timeout=TIMEOUT)
+        return build_opener(_RedirectHandler, *handlers).open(request, timeout=TIMEOUT)
     except HTTPError as error:
         with error:
             raise OSError(f"{url}: the server answered {error.code} ({one_line(error.reason)})") from error

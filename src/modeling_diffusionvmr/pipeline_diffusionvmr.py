@@ -3,9 +3,11 @@
 import math
 import os
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Dataset
 from transformers import Pipeline
 
@@ -24,6 +26,28 @@ from .windows import SearchWindow, check_chunks, plan_windows, search
 PREPROCESS_OPTIONS = ("max_download_bytes", "max_video_seconds", "progress")
 FORWARD_OPTIONS = ("num_proposals", "num_sampling_steps", "chunk_length_s", "stride_length_s", "progress")
 POSTPROCESS_OPTIONS = (*POST_PROCESSING, "return_saliency")
+
+
+@dataclass(frozen=True)
+class EncodedVideo:
+    """
+    A video that `VideoMomentRetrievalPipeline.encode` has encoded. A call takes it in place of the video, to search it
+    again without decoding it again.
+
+    Args:
+        duration: in seconds.
+        clip_seconds: length of a clip in seconds.
+        features: one array (num_clips, feature_size) float32 per video backbone.
+    """
+
+    duration: float
+    clip_seconds: float
+    features: Sequence[np.ndarray]
+
+    @property
+    def num_clips(self) -> int:
+        """Number of clips."""
+        return len(self.features[0])
 
 
 class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
@@ -73,9 +97,9 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
         """
         Args:
             video: a path, an `http(s)://` or `file://` URL, a binary file object, a row of a `datasets` column of type
-                `Video`, or `(frames, fps)` with frames (T, H, W, 3) uint8 RGB. For many videos and one `query`, an
-                iterable of these (a list, a generator, a `KeyDataset`). For many videos with their own queries, an
-                iterable of `{"video": ..., "query": ...}` and no `query`; other keys are ignored.
+                `Video`, `(frames, fps)` with frames (T, H, W, 3) uint8 RGB, or what `encode` returned. For many videos
+                and one `query`, an iterable of these (a list, a generator, a `KeyDataset`). For many videos with their
+                own queries, an iterable of `{"video": ..., "query": ...}` and no `query`; other keys are ignored.
             query: a sentence or a list of sentences. Each video is decoded and encoded once for all of them.
             batch_size: only 1 is possible. Frames and sentences of one video are encoded in batches of their own.
             top_k: maximum number of moments per query.
@@ -153,6 +177,27 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
         lengths = options.get("chunk_length_s"), options.get("stride_length_s")
         check_chunks(*lengths, self.backbones.clip_seconds, self.processor.max_clips)
 
+    def encode(
+        self, video: Video, progress: bool = False, advance: Callable[[float], None] | None = None
+    ) -> EncodedVideo:
+        """
+        Decode and encode a video, to search it several times.
+
+        Args:
+            video: from `open_video`, with clips of `backbones.clip_seconds`.
+            progress: show a progress bar.
+            advance: called after each batch with its share of the work. The shares sum to 1.
+
+        Raises:
+            ValueError: if the video is damaged, or if its clips have another length.
+        """
+        if video.clip_seconds != self.backbones.clip_seconds:
+            raise ValueError(
+                f"{video.name}: clips of {video.clip_seconds:g} s; the backbones read {self.backbones.clip_seconds:g} s"
+            )
+        features = self.backbones.encode_video(video, progress=progress, advance=advance)
+        return EncodedVideo(video.duration, video.clip_seconds, features)
+
     def preprocess(  # type: ignore[override]
         self, inputs: Mapping[str, Any], **options
     ) -> dict[str, Any]:
@@ -166,7 +211,9 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
         queries = list(query) if isinstance(query, Sequence) and not isinstance(query, (str, bytes)) else [query]
         for sentence in queries:
             check_sentence(sentence)
-        video = open_video(inputs["video"], self.backbones.clip_seconds, **options)
+        video = inputs["video"]
+        if not isinstance(video, EncodedVideo):
+            video = open_video(video, self.backbones.clip_seconds, **options)
         return {"video": video, "queries": queries, "single": isinstance(query, str)}
 
     def _forward(  # type: ignore[override]
@@ -182,13 +229,17 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
         if not queries:
             return features
         tokens = self.backbones.encode_text(queries, self.processor.max_tokens)
-        arrays = self.backbones.encode_video(video, progress=progress)
+        encoded = video if isinstance(video, EncodedVideo) else self.encode(video, progress)
         texts = self.processor.pad([self.processor.prepare_text(array) for array in tokens])
-        windows = self._windows(video, chunk_length_s, stride_length_s)
-        features["findings"] = search(self.model, self.processor, arrays, *texts, windows, progress=progress, **options)
+        windows = self._windows(encoded, chunk_length_s, stride_length_s)
+        features["findings"] = search(
+            self.model, self.processor, encoded.features, *texts, windows, progress=progress, **options
+        )
         return features
 
-    def _windows(self, video: Video, chunk_length_s: float | None, stride_length_s: float | None) -> list[SearchWindow]:
+    def _windows(
+        self, video: EncodedVideo, chunk_length_s: float | None, stride_length_s: float | None
+    ) -> list[SearchWindow]:
         """Return the windows in which a video is searched."""
         if chunk_length_s is None:
             chunk = self.processor.max_clips
@@ -263,4 +314,4 @@ def _is_one(video: Any) -> bool:
     return is_array_or_decoder or hasattr(video, "read") or isinstance(video, (str, bytes, os.PathLike, Mapping))
 
 
-__all__ = ["VideoMomentRetrievalPipeline"]
+__all__ = ["EncodedVideo", "VideoMomentRetrievalPipeline"]

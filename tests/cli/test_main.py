@@ -120,7 +120,7 @@ sys.argv = ["diffusionvmr", *sys.argv[1:]]
 try:
     main()
 finally:
-    heavy = ("torch", "transformers", "datasets", "pandas", "av", "evaluate", "matplotlib", "h5py")
+    heavy = ("torch", "transformers", "datasets", "pandas", "av", "evaluate", "matplotlib", "h5py", "gradio")
     print("loaded:", *(name for name in heavy if name in sys.modules))
 """
 
@@ -183,6 +183,10 @@ def test_unknown_flag_is_one_line(command, capsys):
         (
             ModuleNotFoundError("No module named 'h5py'", name="h5py"),
             "error: No module named 'h5py'; install it with: pip install 'modeling_diffusionvmr[train]'",
+        ),
+        (
+            ModuleNotFoundError("No module named 'gradio'", name="gradio"),
+            "error: No module named 'gradio'; install it with: pip install 'modeling_diffusionvmr[app]'",
         ),
         (OSError("first line\n   second line\n"), "error: first line second line"),
         (ValueError(), "error: ValueError"),

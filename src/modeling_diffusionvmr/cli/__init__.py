@@ -23,6 +23,7 @@ COMMANDS = {
     "simulate": "make features from annotations alone",
     "plot": "plot predictions beside the truth",
     "export": "write a model for ONNX Runtime",
+    "app": "serve a web page on which to search videos",
     "push": "put a checkpoint on the Hub",
 }
 

@@ -11,7 +11,11 @@ from typing import Any
 
 from ..messages import one_line
 
-TRAIN_MODULES = ("accelerate", "datasets", "evaluate", "h5py", "matplotlib", "pyarrow", "yaml")  # of the extra `train`
+EXTRAS = {  # modules of each extra
+    "train": ("accelerate", "datasets", "evaluate", "h5py", "matplotlib", "pyarrow", "yaml"),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "app": ("gradio", "httpx", "starlette"),
+}
 DAMAGED_WEIGHTS = "weights are damaged or cut off"
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 # Neither safetensors nor `torch.save` raises OSError, and the latter does not say why it cannot write
@@ -57,8 +61,9 @@ def _describe(error: Exception, arguments: argparse.Namespace) -> str | None:
     if isinstance(error, SafetensorError):
         return f"{getattr(arguments, 'model', None)}: {DAMAGED_WEIGHTS} ({error})"
     if isinstance(error, (ValueError, OSError, ImportError, StrictDataclassError)):
-        in_extra = isinstance(error, ModuleNotFoundError) and error.name in TRAIN_MODULES
-        hint = "; install it with: pip install 'modeling_diffusionvmr[train]'" if in_extra else ""
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        extra = next((extra for extra, modules in EXTRAS.items() if missing in modules), None)
+        hint = f"; install it with: pip install 'modeling_diffusionvmr[{extra}]'" if extra else ""
         return f"{_cause(error)}{hint}"
     if _is_out_of_memory(error):
         return f"not enough memory; use smaller sizes or batches ({one_line(error)})"

@@ -62,11 +62,21 @@ def save_page(
         source = escape(target)
         caveat = URL_CAVEAT if url else FILE_CAVEAT
         link = f'<p class="note">The video: <a href="{source}">{escape(name)}</a>. {caveat}</p>'
-    template = Template(resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
-    timeline = timeline_html(queries, results, duration, frames)
-    page = template.substitute(title=escape(name), source=source, link=link, timeline=timeline)
+    page = Template(read_asset("page.html")).substitute(
+        title=escape(name),
+        source=source,
+        link=link,
+        timeline=timeline_html(queries, results, duration, frames),
+        timeline_style=read_asset("timeline.css"),
+        player=read_asset("player.js"),
+    )
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def read_asset(name: str) -> str:
+    """Return the text of a file beside this module."""
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def timeline_html(
@@ -74,7 +84,8 @@ def timeline_html(
 ) -> str:
     """
     Return a timeline as HTML: a row of frames, and for each sentence its saliency and its moments. Moments are buttons
-    with `data-start` and `data-end` in seconds. See `save_page` for the arguments.
+    with `data-start` and `data-end` in seconds. See `save_page` for the arguments. `timeline.css` is its style, and
+    `player.js` plays the moments; see `read_asset`.
     """
     pictures = "".join(f'<img alt="" src="{_data_url(_jpeg(frame), "image/jpeg")}">' for frame in frames)
     lanes = "\n".join(_lane(query, result, duration) for query, result in zip(queries, results))
