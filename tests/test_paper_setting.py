@@ -55,7 +55,7 @@ def test_raw_video(checkpoint, tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4", np.arange(73) / 10)
     results = retrieve(str(path), QUERIES, threshold=0, top_k=3, return_saliency=True)
     assert len(decoded) == 1 and len(seen) == 1
-    assert seen[0]["video_features"].shape == (3, 4, 2816) and seen[0]["text_features"].shape[-1] == 512
+    assert seen[0]["video_features"].shape == (1, 4, 2816) and seen[0]["text_features"].shape[-1] == 512
     for result in results:
         assert len(result["saliency"]) == 4 and result["clip_seconds"] == 2.0
         assert 1 <= len(result["moments"]) <= 3

@@ -16,8 +16,12 @@ EARLIER_FORM = "the model was made before version 0.1.0, with a larger dynamic i
 
 def missing_weights(loading_info: Mapping[str, Any]) -> list[str]:
     """Return the weights that a checkpoint lacks or has in another shape, from `output_loading_info`."""
-    mismatched = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in loading_info["mismatched_keys"]]
-    return sorted({*loading_info["missing_keys"], *mismatched})
+    return sorted({*loading_info["missing_keys"], *mismatched_weights(loading_info)})
+
+
+def mismatched_weights(loading_info: Mapping[str, Any]) -> list[str]:
+    """Return the weights that a checkpoint has in another shape, from `output_loading_info`."""
+    return [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in loading_info["mismatched_keys"]]
 
 
 @contextmanager
@@ -36,9 +40,8 @@ def naming_mismatch(name: Any) -> Iterator[None]:
 
 def check_form(loading_info: Mapping[str, Any], name: Any) -> None:
     """Raise ValueError if a checkpoint was loaded that has the larger dynamic interaction of earlier versions."""
-    missing = missing_weights(loading_info)
-    old = [key for key in missing if key.endswith("interaction.filter_generator.weight")]
-    if old and any(key.endswith("interaction.filter_code.weight") for key in missing):
+    old = [key for key in mismatched_weights(loading_info) if key.endswith("interaction.filter_generator.weight")]
+    if old and any(key.endswith("interaction.filter_code.weight") for key in loading_info["missing_keys"]):
         raise ValueError(f"{name}: {old[0]} has another size than now: {EARLIER_FORM}")
 
 
