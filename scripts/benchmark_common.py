@@ -1,12 +1,15 @@
-"""Measure time and memory, and print tables: what every part of `benchmark.py` needs."""
+"""Measure time and memory, load official code, and print tables: what several parts of `benchmark.py` need."""
 
 import contextlib
+import importlib
 import resource
 import statistics
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import psutil
 import torch
@@ -78,6 +81,15 @@ class Clock:
             yield
         finally:
             setattr(module, function_name, function)
+
+
+def official_module(checkout: str, name: str) -> ModuleType:
+    """Import a module from a checkout of github.com/jayleicn/moment_detr. Raise ValueError if it has no such module."""
+    file = f"{name.replace('.', '/')}.py"
+    if not (Path(checkout) / file).is_file():
+        raise ValueError(f"{checkout}: not a checkout of moment_detr (it has no {file})")
+    sys.path.insert(0, str(Path(checkout).resolve()))
+    return importlib.import_module(name)
 
 
 def print_table(rows: list[dict]) -> None:

@@ -1,18 +1,15 @@
 """`benchmark.py --part inference`: inference and a training step on the CPU, beside Moment-DETR of the same size."""
 
 import argparse
-import importlib
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from benchmark_common import alternate
+from benchmark_common import alternate, official_module
 from benchmark_training import make_dataset
 from modeling_diffusionvmr import DiffusionVMRConfig, DiffusionVMRDataCollator, DiffusionVMRForMomentRetrieval
 from modeling_diffusionvmr.modeling_diffusionvmr import clip_positions
@@ -109,21 +106,13 @@ def our_contender(name: str, config: DiffusionVMRConfig) -> Contender:
 
 def official_contender(name: str, config: DiffusionVMRConfig, checkout: str) -> Contender:
     """Return Moment-DETR from a checkout of its repository, with random weights and the sizes of a configuration."""
-    model, criterion = official_model(checkout)(official_options(config))
+    model, criterion = official_module(checkout, "moment_detr.model").build_model(official_options(config))
 
     def loss(batch: Batch) -> Tensor:
         losses, weights = criterion(model(**batch["theirs"]), batch["targets"]), criterion.weight_dict
         return sum(losses[term] * weights[term] for term in losses if term in weights)
 
     return contender(name, model, lambda batch: batch["theirs"], loss)
-
-
-def official_model(checkout: str) -> Callable:
-    """Return `build_model` of a checkout of github.com/jayleicn/moment_detr."""
-    if not (Path(checkout) / "moment_detr" / "model.py").is_file():
-        raise ValueError(f"{checkout}: not a checkout of moment_detr (it has no moment_detr/model.py)")
-    sys.path.insert(0, str(Path(checkout).resolve()))
-    return importlib.import_module("moment_detr.model").build_model
 
 
 def official_options(config: DiffusionVMRConfig) -> argparse.Namespace:

@@ -2,15 +2,12 @@
 
 import argparse
 import contextlib
-import importlib
 import io
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
-from benchmark_common import alternate
+from benchmark_common import alternate, official_module
 from benchmark_samples import simulate_truth
 from modeling_diffusionvmr.data.annotations import SALIENCY_CLIP_SECONDS, load_annotations
 from modeling_diffusionvmr.data.files import load_jsonl
@@ -40,10 +37,7 @@ def simulate_predictions(rows: list[dict], seed: int) -> list[dict]:
 
 def official_evaluation(checkout: str) -> Callable:
     """Return `eval_submission` of a checkout of github.com/jayleicn/moment_detr, without its printed output."""
-    if not (Path(checkout) / "standalone_eval" / "eval.py").is_file():
-        raise ValueError(f"{checkout}: not a checkout of moment_detr (it has no standalone_eval/eval.py)")
-    sys.path.insert(0, str(Path(checkout).resolve()))
-    evaluate = importlib.import_module("standalone_eval.eval").eval_submission
+    evaluate = official_module(checkout, "standalone_eval.eval").eval_submission
 
     def silently(predictions, references) -> dict:
         try:

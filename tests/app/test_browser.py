@@ -87,7 +87,7 @@ def test_from_upload_to_playing(visit, rendered, app):
     ask(page, rendered.absent, rendered.sentence)
     page.wait_for_function("document.querySelectorAll('#timeline section').length === 2")
     assert f"Nothing in the video seems to match “{rendered.absent}”." in status(page)
-    assert "the video was encoded before" in status(page)
+    assert "the video was already encoded" in status(page)
     assert app.search.num_encoded == encoded + 1
     assert page.inner_text("#timeline section p") == "No moment found."
 

@@ -70,12 +70,12 @@ def test_what_the_guide_shows(app, rendered, tmp_path, language):
 def test_url(app, client, rendered, video_server, monkeypatch):
     """The video is downloaded, and deleted after the search."""
     monkeypatch.setattr(public_addresses, "is_public", lambda address: address == "127.0.0.1")
-    video_server.files["deleted.mp4"] = rendered.path.read_bytes()
-    (row,) = client.predict(None, [rendered.sentence], video_server.url("plain/deleted.mp4"), api_name="/search")
+    video_server.files["downloaded.mp4"] = rendered.path.read_bytes()
+    (row,) = client.predict(None, [rendered.sentence], video_server.url("plain/downloaded.mp4"), api_name="/search")
     assert row["moments"][0]["start"] == pytest.approx(rendered.window[0], abs=1)
-    assert len(video_server.requested) == 1 and not list(app.folder.glob("*/deleted.mp4"))
+    assert len(video_server.requested) == 1 and not list(app.folder.glob("*/downloaded.mp4"))
     with pytest.raises(AppError, match=r"larger than `max_download_bytes`|are more than `max_download_bytes`"):
-        client.predict(None, ["a"], video_server.url("claim/deleted.mp4?size=30000000"), api_name="/search")
+        client.predict(None, ["a"], video_server.url("claim/downloaded.mp4?size=30000000"), api_name="/search")
 
 
 def test_errors_name_no_folder_of_the_server(client, rendered, tmp_path):

@@ -69,7 +69,7 @@ def test_progress(search, tmp_path):
 
 def test_closing_ends_searches(search, tmp_path):
     path = write_video(tmp_path / "a.mp4", range(90), rate=1)
-    with pytest.raises(ValueError, match=r"^a\.mp4: not searched, because the server ends"):
+    with pytest.raises(ValueError, match=r"^a\.mp4: not searched, because the server is stopping"):
         search(path, ["a"], lambda share: search.close())
 
 

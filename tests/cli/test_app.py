@@ -56,7 +56,7 @@ def test_command(tmp_path, sent):
     try:
         lines = iter(process.stderr.readline, "")
         said = next(line for line in lines if line.startswith("Open "))
-        assert said == f"Open http://127.0.0.1:{port}/ in a browser. Ctrl-C ends the server.\n"
+        assert said == f"Open http://127.0.0.1:{port}/ in a browser. Press Ctrl-C to stop the server.\n"
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         connection.request("GET", "/")
         assert connection.getresponse().status == 200

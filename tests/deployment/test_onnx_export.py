@@ -97,6 +97,25 @@ def test_difference_is_found(model, exported):
             weight -= 0.01
 
 
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_nan_in_any_output_is_found(model, exported, monkeypatch, damaged):
+    run = onnx_export.OnnxGraph.__call__
+
+    def run_damaged(graph, **inputs):
+        outputs = run(graph, **inputs)
+        outputs[damaged].fill_(float("nan"))
+        return outputs
+
+    monkeypatch.setattr(onnx_export.OnnxGraph, "__call__", run_damaged)
+    with pytest.raises(ValueError, match="^encoder.onnx differs from the model by nan, more than 1e-04"):
+        check_graphs(model, exported)
+
+
+def test_exported_model_is_not_a_checkpoint(exported, error_of, tmp_path):
+    line = error_of(exported, tmp_path / "onnx")
+    assert line == f"error: {exported}: an exported model; this command needs the checkpoint that it was exported from"
+
+
 def test_command_fails_if_the_graphs_differ(traced_before, monkeypatch, error_of, tmp_path):
     monkeypatch.setattr(onnx_export, "TOLERANCE", 1e-9)
     line = error_of("embedded", tmp_path / "onnx")

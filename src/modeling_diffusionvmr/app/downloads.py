@@ -33,7 +33,7 @@ def save_web_page(answer: Answer, video: Path, path: Path) -> None:
     save_page(path, str(video), answer.queries, answer.results, answer.duration, answer.frames)
 
 
-# What follows the name of the video in the name of a file, by the label of its button
+# By the label of its button: what the name of a file adds to the name of the video, and what writes the file
 KINDS: dict[str, tuple[str, Callable[[Answer, Path, Path], None]]] = {
     "JSON": ("_moments.json", save_json),
     "clips (zip)": ("_moments.zip", save_clips),

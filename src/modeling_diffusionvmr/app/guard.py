@@ -13,16 +13,12 @@ FILE = f"{API}file="
 UPLOAD = f"{API}upload"
 # What the page and the clients of the programming interface ask for. Other routes are not needed: among them are some
 # that fetch URLs, run FFmpeg on uploads, or show what others did.
-ROUTES = frozenset(
-    ("/", "/config", "/favicon.ico", "/manifest.json", "/robots.txt", "/theme.css")
-    + tuple(
-        API + name
-        for name in (
-            *("app_id", "cancel", "heartbeat", "info", "openapi.json", "queue/data", "queue/join", "reset"),
-            *("run/predict", "startup-events", "theme.css", "upload", "upload_progress"),
-        )
-    )
-)
+ROUTES = {
+    *("/", "/config", "/favicon.ico", "/manifest.json", "/robots.txt", "/theme.css"),
+    *(f"{API}{name}" for name in ("app_id", "cancel", "heartbeat", "info", "openapi.json", "reset", "run/predict")),
+    *(f"{API}{name}" for name in ("queue/data", "queue/join", "startup-events", "theme.css")),
+    *(UPLOAD, f"{API}upload_progress"),
+}
 FOLDERS = ("/assets/", "/static/", "/svelte/", f"{API}call/", f"{API}heartbeat/")
 MAX_REQUEST_BYTES = 2**20  # of everything but uploads
 NO_ROOM = "There is no room for more videos at the moment. Try again later."

@@ -28,21 +28,21 @@ from .video_search import Answer, VideoSearch
 
 MAX_SENTENCES = 20
 SEARCHES, DOWNLOADS = "searches", "downloads"  # groups of events that share a limit of concurrency
-NO_VIDEO = "Choose a video first: one of the examples, a file of yours, or the address of one."
+NO_VIDEO = "Choose a video first: an example, your own file, or the address of one."
 NO_SENTENCE = "Describe what you are looking for, one sentence per line."
 HELP = (
     "Select a moment to play it. The number after it is its score, from 0 to 1: how sure the model is that the "
     "sentence describes this moment. The curves show the saliency of the video's parts for a sentence: a ranking, not "
     "a probability, with average parts at half the height."
 )
-PLAYER = """
+CONNECT_PLAYER = """
 playMoments(element, () => document.querySelector("#player video"));
 """
 UNPLAYABLE = (
-    "<p role='alert' hidden>This browser cannot play the video: it does not know the format. The video can be searched "
-    "all the same, and the clips that you can download play everywhere.</p>"
+    "<p role='alert' hidden>This browser cannot play this video format. You can still search the video, and the clips "
+    "that you download play everywhere.</p>"
 )
-COMPLAIN = """
+SHOW_UNPLAYABLE = """
 for (const name of ["error", "loadedmetadata", "emptied"]) {
   document.addEventListener(name, (event) => {
     if (event.target.matches?.("#player video")) element.querySelector("p").hidden = name !== "error";
@@ -54,14 +54,14 @@ for (const name of ["error", "loadedmetadata", "emptied"]) {
 @dataclass(frozen=True)
 class Limits:
     """
-    What one visitor may ask for.
+    What visitors may ask for.
 
     Args:
         max_video_seconds: maximum duration of a video.
         max_upload_bytes: maximum size of a video, uploaded or downloaded.
         concurrency: number of searches at the same time. Other visitors wait in a queue.
         max_waiting: maximum length of the queue.
-        keep_seconds: videos and other files are deleted when they were not used for this long.
+        keep_seconds: videos and other files are deleted when they have not been used for this long.
     """
 
     max_video_seconds: float = 3600.0
@@ -82,7 +82,7 @@ class Page:
 
     Args:
         search: searches the videos.
-        limits: what one visitor may ask for.
+        limits: what visitors may ask for.
     """
 
     def __init__(self, search: VideoSearch, limits: Limits):
@@ -203,7 +203,7 @@ def build(page: Page, examples: Sequence[Example], introduction: str) -> gr.Bloc
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=300):
                 player = gr.Video(label="Video", sources=["upload"], elem_id="player", buttons=[], height=420)
-                gr.HTML(UNPLAYABLE, elem_id="unplayable", js_on_load=COMPLAIN)
+                gr.HTML(UNPLAYABLE, elem_id="unplayable", js_on_load=SHOW_UNPLAYABLE)
                 if examples:
                     gr.Markdown("Examples:")
                 with gr.Row():
@@ -223,9 +223,12 @@ def build(page: Page, examples: Sequence[Example], introduction: str) -> gr.Bloc
                 find = gr.Button("Find moments", variant="primary", elem_id="find")
                 status = gr.HTML(elem_id="status", min_height=60)
         results = gr.HTML(
-            elem_id="results", js_on_load=read_asset("player.js") + PLAYER, apply_default_css=False, show_label=False
+            elem_id="results",
+            js_on_load=read_asset("player.js") + CONNECT_PLAYER,
+            apply_default_css=False,
+            show_label=False,
         )
-        asked = gr.State(time_to_live=limits.keep_seconds)  # what the results are about: a path and sentences
+        asked = gr.State(time_to_live=limits.keep_seconds)  # the path and the sentences that the results belong to
         with gr.Row(visible=False, elem_id="downloads") as downloads:
             buttons = {kind: gr.Button(f"Download {kind}", size="md") for kind in KINDS}
             file = gr.DownloadButton("File", visible="hidden", elem_id="file")
@@ -286,7 +289,7 @@ def _summary(answer: Answer, seconds: float) -> str:
         parts.append(escape(f"Nothing in the video seems to match {', '.join(absent)}."))
     if not number:
         parts.append("Try other words: short sentences about what can be seen work best.")
-    known = "the video was encoded before" if answer.was_known else "with the encoding of the video"
+    known = "the video was already encoded" if answer.was_known else "including encoding the video"
     return f"<p role='status'>{' '.join(parts)} <small>{seconds:.1f} s, {known}.</small></p>"
 
 

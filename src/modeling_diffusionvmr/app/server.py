@@ -59,7 +59,7 @@ def running(
         pipeline: finds the moments.
         host: address to listen at. The default is reachable from this computer only.
         port: default: the first free one from 7860.
-        limits: what one visitor may ask for.
+        limits: what visitors may ask for.
         num_examples: number of videos to render.
 
     Raises:

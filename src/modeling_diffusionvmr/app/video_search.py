@@ -33,7 +33,7 @@ class Answer:
         results: one per sentence, as from the pipeline with `return_saliency=True`.
         duration: of the video, in seconds.
         frames: of the timeline, (H, W, 3) uint8 RGB, evenly spaced over the video.
-        was_known: whether the video was encoded before.
+        was_known: whether the video was already encoded.
     """
 
     queries: Sequence[str]
@@ -86,7 +86,7 @@ class VideoSearch:
         self._is_closed = False
 
     def close(self) -> None:
-        """End all searches. The process would wait for them."""
+        """End all searches. Otherwise, the process would wait for them before it exits."""
         self._is_closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -144,7 +144,7 @@ class VideoSearch:
 
         def advance_unless_closed(share: float) -> None:
             if self._is_closed:
-                raise ValueError(f"{path}: not searched, because the server ends")
+                raise ValueError(f"{path}: not searched, because the server is stopping")
             if advance is not None:
                 advance(share)
 

@@ -62,10 +62,10 @@ def run(arguments: argparse.Namespace) -> None:
     model, processor = load_model(arguments)
     with loading(model.name_or_path):
         pipeline = VideoMomentRetrievalPipeline(model=model, processor=processor, device=device)
-    # As Ctrl-C, since containers are stopped so, and videos of visitors must not stay behind
+    # Containers are stopped with SIGTERM. Treat it like Ctrl-C, so that visitors' videos are deleted.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with running(pipeline, arguments.host, arguments.port, limits, arguments.num_examples) as app:
-        print(f"Open {app.url} in a browser. Ctrl-C ends the server.", file=sys.stderr, flush=True)
+        print(f"Open {app.url} in a browser. Press Ctrl-C to stop the server.", file=sys.stderr, flush=True)
         threading.Event().wait()
 
 

@@ -60,7 +60,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--clip_seconds", type=float, help="length of a clip, if the features do not state it")
     parser.add_argument(
-        "--windows", action="store_true", help="search videos of more than max_clips clips in windows, as `retrieve`"
+        "--windows", action="store_true", help="read videos of more than max_clips clips in windows, as `retrieve` does"
     )
     add_skip_invalid(parser)
 
@@ -191,9 +191,12 @@ def load_model(arguments: argparse.Namespace):
     from transformers import AutoModel, AutoProcessor
 
     from ..checkpoint import check_processor
+    from ..deployment.graphs import DenoiserGraph
     from ..weights import check_weights
 
     model = resolve_model(arguments.model)
+    if os.path.isfile(os.path.join(model, DenoiserGraph.file_name)):
+        raise ValueError(f"{model}: an exported model; this command needs the checkpoint that it was exported from")
     options = {"trust_remote_code": arguments.trust_remote_code or None}
     check_model_type(model, **options)
     with loading(model):
