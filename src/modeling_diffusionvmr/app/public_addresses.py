@@ -6,6 +6,7 @@ import socket
 from urllib.request import BaseHandler, HTTPHandler, HTTPSHandler, ProxyHandler
 
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # no other IPv6 address is in use on the public internet
 
 
 def is_public(address: str) -> bool:
@@ -17,6 +18,8 @@ def is_public(address: str) -> bool:
             wrapped = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if wrapped:
             return is_public(str(wrapped))
+        if ip not in GLOBAL_UNICAST:  # old forms that wrap or route to private addresses, which Python calls global
+            return False
     return ip.is_global and not ip.is_multicast
 
 
