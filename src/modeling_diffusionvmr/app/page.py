@@ -18,16 +18,17 @@ from gradio.data_classes import FileData
 from gradio.utils import get_upload_folder
 
 from ..checks import check_sentence
-from ..download import URL, fetch
+from ..download import URL
 from ..presentation.page import read_asset, timeline_html
 from ..presentation.timeline import timestamp
 from .downloads import KINDS, as_rows
 from .examples import Example
 from .guard import NO_ROOM, folder_bytes
-from .public_addresses import public_only
+from .public_addresses import fetch_public
 from .video_search import Answer, VideoSearch
 
 MAX_SENTENCES = 20
+MAX_DOWNLOAD_SECONDS = 300.0  # others wait meanwhile
 SEARCHES, DOWNLOADS = "searches", "downloads"  # groups of events that share a limit of concurrency
 NO_VIDEO = "Choose a video first: one of the examples, a file of yours, or the address of one."
 NO_SENTENCE = "Describe what you are looking for, one sentence per line."
@@ -139,7 +140,7 @@ class Page:
         if match is None or match[1].lower() not in ("http", "https"):
             raise ValueError(f"{url}: an address of a video must begin with https:// or http://")
         self._check_room()
-        content = fetch(url, self.limits.max_upload_bytes, handlers=public_only())
+        content = fetch_public(url, self.limits.max_upload_bytes, MAX_DOWNLOAD_SECONDS)
         with _new_folder() as folder:
             path = folder / _safe_name(Path(unquote(urlsplit(url).path)).name)
             with path.open("wb") as file:
