@@ -216,6 +216,17 @@ def test_no_download_while_the_folder_is_full(app, rendered, monkeypatch):
         page.save("JSON", (copy, [rendered.sentence]))
 
 
+def test_web_page_of_a_large_video(app, rendered, monkeypatch):
+    """It links to a video in its own folder, not in a folder of the server."""
+    monkeypatch.setattr("modeling_diffusionvmr.presentation.page.MAX_EMBEDDED_BYTES", 10)
+    folder = app.folder / "large"
+    folder.mkdir(exist_ok=True)
+    copy = shutil.copy(rendered.path, folder / "film.mp4")
+    page = Path(Page(app.search, Limits()).save("web page", (str(copy), [rendered.sentence])))
+    assert page.name == "film_moments.html" and 'src="./film.mp4"' in page.read_text(encoding="utf-8")
+    assert list(folder.iterdir()) == [copy]
+
+
 def test_what_fails_is_deleted(app, rendered, monkeypatch):
     def fail(answer, video, path):
         path.write_bytes(b"half")
