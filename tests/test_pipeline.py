@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import os
@@ -310,11 +311,17 @@ def test_a_video_that_was_encoded_before(pipe, video, counts):
     ]
     assert single == pipe(video, QUERIES[0], return_saliency=True)
     assert several == pipe(video, QUERIES) and many == [pipe(video, QUERIES[1])] * 2
+    assert pipe((encoded, encoded), query=QUERIES[1]) == many
+    with pytest.raises(ValueError, match="`query` is missing"):
+        pipe(encoded)
 
 
 def test_clips_of_another_length_cannot_be_encoded(pipe, video):
     with pytest.raises(ValueError, match=r"stripes\.mp4: clips of 1 s; the backbones read 2 s"):
         pipe.encode(open_video(video, 1.0))
+    encoded = pipe.encode(open_video(video, 2.0))
+    with pytest.raises(ValueError, match="the encoded video: clips of 3 s; the backbones read 2 s"):
+        pipe(dataclasses.replace(encoded, clip_seconds=3.0), QUERIES[0])
 
 
 def test_nothing_is_decoded_for_no_query(pipe, video, counts):

@@ -191,12 +191,16 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
         Raises:
             ValueError: if the video is damaged, or if its clips have another length.
         """
-        if video.clip_seconds != self.backbones.clip_seconds:
-            raise ValueError(
-                f"{video.name}: clips of {video.clip_seconds:g} s; the backbones read {self.backbones.clip_seconds:g} s"
-            )
+        self._check_clip_seconds(video.clip_seconds, video.name)
         features = self.backbones.encode_video(video, progress=progress, advance=advance)
         return EncodedVideo(video.duration, video.clip_seconds, features)
+
+    def _check_clip_seconds(self, clip_seconds: float, name: str) -> None:
+        """Raise `ValueError` unless clips are as long as those that the backbones read."""
+        if clip_seconds != self.backbones.clip_seconds:
+            raise ValueError(
+                f"{name}: clips of {clip_seconds:g} s; the backbones read {self.backbones.clip_seconds:g} s"
+            )
 
     def preprocess(  # type: ignore[override]
         self, inputs: Mapping[str, Any], **options
@@ -212,7 +216,9 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
         for sentence in queries:
             check_sentence(sentence)
         video = inputs["video"]
-        if not isinstance(video, EncodedVideo):
+        if isinstance(video, EncodedVideo):  # perhaps by another model
+            self._check_clip_seconds(video.clip_seconds, "the encoded video")
+        else:
             video = open_video(video, self.backbones.clip_seconds, **options)
         return {"video": video, "queries": queries, "single": isinstance(query, str)}
 
@@ -311,7 +317,8 @@ def _is_one(video: Any) -> bool:
     if isinstance(video, tuple):  # `(frames, fps)`, unless all items are videos or rows
         return not all(_is_one(item) and not hasattr(item, "dtype") for item in video)
     is_array_or_decoder = hasattr(video, "dtype") or hasattr(video, "_hf_encoded")
-    return is_array_or_decoder or hasattr(video, "read") or isinstance(video, (str, bytes, os.PathLike, Mapping))
+    kinds = (str, bytes, os.PathLike, Mapping, EncodedVideo)
+    return is_array_or_decoder or hasattr(video, "read") or isinstance(video, kinds)
 
 
 __all__ = ["EncodedVideo", "VideoMomentRetrievalPipeline"]

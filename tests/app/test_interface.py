@@ -3,23 +3,29 @@
 import json
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.error import HTTPError
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+import gradio as gr
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 from modeling_diffusionvmr.app import public_addresses
-from modeling_diffusionvmr.app.downloads import as_rows
+from modeling_diffusionvmr.app.downloads import KINDS, as_rows
 from modeling_diffusionvmr.app.guard import NO_ROOM
-from modeling_diffusionvmr.app.page import NO_SENTENCE, NO_VIDEO
+from modeling_diffusionvmr.app.page import NO_SENTENCE, NO_VIDEO, Limits, Page
+from modeling_diffusionvmr.app.server import running
 
+FILE_PART = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.mp4"\r\n\r\n'  # its beginning
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "how_to" / "try_it_in_a_browser.md"
 
 
@@ -132,7 +138,7 @@ def test_no_file_outside_the_folder_is_read(app, rendered, form, name):
     [
         *("file=/etc/passwd", "file/etc/passwd", "file=%2fetc%2fpasswd", "file=relative", "file={}/../../etc/passwd"),
         *("file=http://127.0.0.1/", "file=https://example.org/", "proxy=http://127.0.0.1/", "runs", "vibe-code"),
-        *("stream/a/0/0/playlist-file", "deep_link"),
+        *("stream/a/0/0/playlist-file", "deep_link", "file=%00"),
     ],
 )
 def test_routes_that_are_not_needed_are_closed(app, path):
@@ -182,6 +188,57 @@ def test_requests_that_do_not_announce_their_size(app):
     assert sum(sent) < 20 * 2**20
 
 
+def test_only_files_are_uploaded(app):
+    """Gradio would keep other fields of a form in memory."""
+    form = b'--b\r\nContent-Disposition: form-data; name="files"\r\n\r\n' + bytes(2**20) + b"\r\n--b--\r\n"
+    request = Request(f"{app.url}gradio_api/upload", form, {"Content-Type": "multipart/form-data; boundary=b"})
+    assert status_of(request) == 400
+
+
+def test_uploads_end_when_the_folder_gets_full(app, monkeypatch):
+    """Many can begin before it is."""
+    sizes = iter([0, 2**40])
+    monkeypatch.setattr("modeling_diffusionvmr.app.guard.folder_bytes", lambda folder: next(sizes))
+    monkeypatch.setattr("modeling_diffusionvmr.app.guard.BYTES_BETWEEN_CHECKS", 2**20)
+    form = FILE_PART + bytes(2 * 2**20) + b"\r\n--b--\r\n"
+    request = Request(f"{app.url}gradio_api/upload", form, {"Content-Type": "multipart/form-data; boundary=b"})
+    with pytest.raises((HTTPError, OSError)):
+        urlopen(request, timeout=30)
+
+
+def test_no_download_while_the_folder_is_full(app, rendered, monkeypatch):
+    page = Page(app.search, Limits())
+    copy = shutil.copy(rendered.path, app.folder)
+    path = Path(page.save("JSON", (copy, [rendered.sentence])))
+    assert json.loads(path.read_text())[0]["query"] == rendered.sentence
+    monkeypatch.setattr("modeling_diffusionvmr.app.page.folder_bytes", lambda folder: 2**40)
+    with pytest.raises(gr.Error, match="There is no room"):
+        page.save("JSON", (copy, [rendered.sentence]))
+
+
+def test_web_page_of_a_large_video(app, rendered, monkeypatch):
+    """It links to a video in its own folder, not in a folder of the server."""
+    monkeypatch.setattr("modeling_diffusionvmr.presentation.page.MAX_EMBEDDED_BYTES", 10)
+    folder = app.folder / "large"
+    folder.mkdir(exist_ok=True)
+    copy = shutil.copy(rendered.path, folder / "film.mp4")
+    page = Path(Page(app.search, Limits()).save("web page", (str(copy), [rendered.sentence])))
+    assert page.name == "film_moments.html" and 'src="./film.mp4"' in page.read_text(encoding="utf-8")
+    assert list(folder.iterdir()) == [copy]
+
+
+def test_what_fails_is_deleted(app, rendered, monkeypatch):
+    def fail(answer, video, path):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setitem(KINDS, "JSON", ("_moments.json", fail))
+    copy, before = shutil.copy(rendered.path, app.folder), set(app.folder.iterdir())
+    with pytest.raises(gr.Error, match="No space left"):
+        Page(app.search, Limits()).save("JSON", (copy, [rendered.sentence]))
+    assert set(app.folder.iterdir()) == before
+
+
 def test_no_more_videos_while_the_folder_is_full(app, monkeypatch):
     for module in ("guard", "page"):
         monkeypatch.setattr(f"modeling_diffusionvmr.app.{module}.folder_bytes", lambda folder: 2**40)
@@ -210,17 +267,23 @@ def test_many_requests(app, client, rendered):
 
 
 def test_uploads_are_deleted(retrieve, rendered):
-    """When they were not used for some time, and with the server. Examples stay until then."""
-    from modeling_diffusionvmr.app.page import Limits
-    from modeling_diffusionvmr.app.server import running
-
-    before = os.environ["GRADIO_TEMP_DIR"]
+    """When they were not used for some time, or not completed, and with the server. Examples stay until then."""
+    before = os.environ.get("GRADIO_TEMP_DIR")
     with running(retrieve, limits=Limits(keep_seconds=1), num_examples=1) as app:
         Client(app.url, verbose=False).predict(handle_file(rendered.path), ["a red circle"], api_name="/search")
-        deadline = time.monotonic() + 30
-        while list(app.folder.glob(f"*/{rendered.path.name}")) and time.monotonic() < deadline:
+        deadline = time.monotonic() + 60
+        with socket.create_connection(("127.0.0.1", urlsplit(app.url).port)) as interrupted:
+            interrupted.sendall(
+                b"POST /gradio_api/upload HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n"
+                b"Content-Type: multipart/form-data; boundary=b\r\n\r\n" + FILE_PART + bytes(100_000)
+            )
+            while len(files := [path for path in app.folder.rglob("*") if path.is_file()]) < 3:
+                assert time.monotonic() < deadline, files
+                time.sleep(0.1)
+        while len(files) > 1:
+            assert time.monotonic() < deadline, files
             time.sleep(0.1)
-        assert not list(app.folder.glob(f"*/{rendered.path.name}"))
-        assert app.examples[0].path.exists()
+            files = [path for path in app.folder.rglob("*") if path.is_file()]
+        assert files == [app.examples[0].path]
     assert not app.folder.exists()
     assert os.environ["GRADIO_TEMP_DIR"] == before

@@ -89,6 +89,29 @@ def test_one_encoding_for_several_at_once(retrieve, rendered, monkeypatch):
     assert all(answer.results == answers[0].results for answer in answers)
 
 
+def test_errors_are_not_shared(retrieve, tmp_path, monkeypatch):
+    """Two visitors search the same broken file at once: each reads the name of their own."""
+    search = VideoSearch(retrieve, 100, num_threads=2)
+    paths = [tmp_path / "mine.mp4", tmp_path / "yours.mp4"]
+    for path in paths:
+        path.write_bytes(b"not a video")
+    encode = search._encode
+
+    def slowly(*arguments):
+        time.sleep(0.3)
+        return encode(*arguments)
+
+    def error_of(path):
+        with pytest.raises(ValueError) as caught:
+            search(path, ["a"])
+        return str(caught.value)
+
+    monkeypatch.setattr(search, "_encode", slowly)
+    with ThreadPoolExecutor(2) as executor:
+        errors = list(executor.map(error_of, paths))
+    assert [error.split(":")[0] for error in errors] == ["mine.mp4", "yours.mp4"]
+
+
 def test_cache_is_bounded(retrieve, tmp_path):
     """The one that was not used for the longest time goes first."""
     paths = [write_video(tmp_path / f"{i}.mp4", range(i, i + 20), rate=1) for i in range(3)]

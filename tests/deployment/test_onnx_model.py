@@ -178,6 +178,15 @@ def change_config(folder: Path, **fields) -> None:
             lambda folder: (folder / "config.json").write_text("{"),
             "It looks like the config file at 'FOLDER/config.json'",
         ),
+        (lambda folder: (folder / "config.json").write_text("[]"), "FOLDER/config.json: not a JSON object"),
+        (
+            lambda folder: change_config(folder, d_model="x"),
+            "FOLDER/config.json: Field 'd_model' expected int, got str",
+        ),
+        (
+            lambda folder: change_config(folder, d_model=999),
+            "FOLDER/config.json: `encoder_attention_heads` must divide d_model=999",
+        ),
     ],
 )
 def test_incomplete_or_foreign_folder(copy, break_it, message):

@@ -29,8 +29,10 @@ def save_clips(answer: Answer, video: Path, path: Path) -> None:
 
 
 def save_web_page(answer: Answer, video: Path, path: Path) -> None:
-    """Write a web page that plays the moments."""
-    save_page(path, str(video), answer.queries, answer.results, answer.duration, answer.frames)
+    """Write a web page that plays the moments. If the video is too large to be part of it, keep both in one folder."""
+    beside = video.with_name(f"{path.parent.name}.html")  # where the link to the video is only its name
+    save_page(beside, str(video), answer.queries, answer.results, answer.duration, answer.frames)
+    beside.replace(path)
 
 
 # By the label of its button: what the name of a file adds to the name of the video, and what writes the file

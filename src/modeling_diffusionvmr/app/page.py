@@ -5,7 +5,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -17,16 +18,17 @@ from gradio.data_classes import FileData
 from gradio.utils import get_upload_folder
 
 from ..checks import check_sentence
-from ..download import URL, fetch
+from ..download import URL
 from ..presentation.page import read_asset, timeline_html
 from ..presentation.timeline import timestamp
 from .downloads import KINDS, as_rows
 from .examples import Example
 from .guard import NO_ROOM, folder_bytes
-from .public_addresses import public_only
+from .public_addresses import fetch_public
 from .video_search import Answer, VideoSearch
 
 MAX_SENTENCES = 20
+MAX_DOWNLOAD_SECONDS = 300.0  # others wait meanwhile
 SEARCHES, DOWNLOADS = "searches", "downloads"  # groups of events that share a limit of concurrency
 NO_VIDEO = "Choose a video first: an example, your own file, or the address of one."
 NO_SENTENCE = "Describe what you are looking for, one sentence per line."
@@ -72,7 +74,7 @@ class Limits:
 
     @property
     def max_folder_bytes(self) -> int:
-        """No more videos are accepted while those of all visitors take more than this."""
+        """No more videos are accepted, and no downloads made, while the files of all visitors take more than this."""
         return 20 * self.max_upload_bytes
 
 
@@ -137,12 +139,12 @@ class Page:
         match = URL.match(url) if isinstance(url, str) else None
         if match is None or match[1].lower() not in ("http", "https"):
             raise ValueError(f"{url}: an address of a video must begin with https:// or http://")
-        if folder_bytes(Path(get_upload_folder())) > self.limits.max_folder_bytes:
-            raise ValueError(NO_ROOM)
-        content = fetch(url, self.limits.max_upload_bytes, handlers=public_only())
-        path = _new_folder() / _safe_name(Path(unquote(urlsplit(url).path)).name)
-        with path.open("wb") as file:
-            shutil.copyfileobj(content, file)
+        self._check_room()
+        content = fetch_public(url, self.limits.max_upload_bytes, MAX_DOWNLOAD_SECONDS)
+        with _new_folder() as folder:
+            path = folder / _safe_name(Path(unquote(urlsplit(url).path)).name)
+            with path.open("wb") as file:
+                shutil.copyfileobj(content, file)
         return path
 
     def save(self, kind: str, asked: tuple[str, Sequence[str]] | None) -> str | None:
@@ -153,11 +155,18 @@ class Page:
         video, sentences = Path(asked[0]), asked[1]
         try:
             answer = self._answer(str(video), sentences)
-            path = _new_folder() / f"{video.stem}{ending}"
-            write(answer, video, path)
+            self._check_room()
+            with _new_folder() as folder:
+                path = folder / f"{video.stem}{ending}"
+                write(answer, video, path)
         except (ValueError, OSError) as error:
             raise gr.Error(str(error), print_exception=False) from error
         return str(path)
+
+    def _check_room(self) -> None:
+        """Raise `ValueError` if there is no room for one more file."""
+        if folder_bytes(Path(get_upload_folder())) > self.limits.max_folder_bytes:
+            raise ValueError(NO_ROOM)
 
     def _answer(
         self, path: str | None, sentences: Sequence[str], advance: Callable[[float], None] | None = None
@@ -197,8 +206,7 @@ def build(page: Page, examples: Sequence[Example], introduction: str) -> gr.Bloc
         introduction: Markdown below the title.
     """
     limits = page.limits
-    delete_cache = (min(60, limits.keep_seconds), limits.keep_seconds)
-    with gr.Blocks(title="Find moments in a video", analytics_enabled=False, delete_cache=delete_cache) as blocks:
+    with gr.Blocks(title="Find moments in a video", analytics_enabled=False) as blocks:
         gr.Markdown(f"# Find moments in a video\n{introduction}", elem_id="introduction")
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=300):
@@ -276,7 +284,6 @@ def build(page: Page, examples: Sequence[Example], introduction: str) -> gr.Bloc
                 **private,
             ).success(None, js="() => document.querySelector('#file').click()", **private)
         gr.api(page.search, api_name="search", **searching)
-    player.keep_in_cache.update(str(example.path) for example in examples)
     return blocks
 
 
@@ -320,8 +327,15 @@ def _path_of(video: Any) -> str | None:
     return video["path"]
 
 
-def _new_folder() -> Path:
-    return Path(tempfile.mkdtemp(dir=get_upload_folder()))
+@contextmanager
+def _new_folder() -> Iterator[Path]:
+    """A new folder for one file. An error deletes it."""
+    folder = Path(tempfile.mkdtemp(dir=get_upload_folder()))
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _safe_name(name: str) -> str:

@@ -3,9 +3,15 @@
 import http.client
 import ipaddress
 import socket
-from urllib.request import BaseHandler, HTTPHandler, HTTPSHandler, ProxyHandler
+import threading
+from contextlib import suppress
+from typing import Any
+from urllib.request import HTTPHandler, HTTPSHandler, ProxyHandler
+
+from ..download import fetch
 
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # no other IPv6 address is in use on the public internet
 
 
 def is_public(address: str) -> bool:
@@ -17,6 +23,8 @@ def is_public(address: str) -> bool:
             wrapped = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if wrapped:
             return is_public(str(wrapped))
+        if ip not in GLOBAL_UNICAST:  # old forms that wrap or route to private addresses, which Python calls global
+            return False
     return ip.is_global and not ip.is_multicast
 
 
@@ -40,25 +48,85 @@ def connect(host: str, port: int, timeout: float | None) -> socket.socket:
     raise failure
 
 
+class _Deadline:
+    """Ends connections after a time, however slowly a server answers: a byte at a time, a timeout never passes."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+        self._sockets: list[socket.socket] = []
+
+    def watch(self, sock: socket.socket) -> None:
+        """End a connection at the deadline, or now if that has passed."""
+        self._sockets.append(sock)
+        if self.is_over:
+            self.end()
+
+    def end(self) -> None:
+        """End all connections."""
+        self.is_over = True
+        for sock in self._sockets:
+            with suppress(OSError):  # it has ended
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # below TLS, which may be reading
+
+
 class _Connection(http.client.HTTPConnection):
+    def __init__(self, *args, deadline: _Deadline, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._deadline = deadline
+
     def connect(self) -> None:
         self.sock = connect(self.host, self.port, self.timeout)
 
+    def getresponse(self):
+        self._deadline.watch(self.sock)
+        return super().getresponse()
 
-class _SecureConnection(http.client.HTTPSConnection, _Connection):
-    """Its `connect` calls the one above, then checks the certificate for the name of the host."""
+
+class _SecureConnection(_Connection, http.client.HTTPSConnection):
+    def connect(self) -> None:
+        _Connection.connect(self)
+        self.sock = self._context.wrap_socket(self.sock, server_hostname=self.host)  # checks the certificate
 
 
 class _Handler(HTTPHandler):
+    def __init__(self, deadline: _Deadline):
+        super().__init__()
+        self._deadline = deadline
+
     def http_open(self, req):
-        return self.do_open(_Connection, req)
+        return self.do_open(_Connection, req, deadline=self._deadline)
 
 
 class _SecureHandler(HTTPSHandler):
+    def __init__(self, deadline: _Deadline):
+        super().__init__()
+        self._deadline = deadline
+
     def https_open(self, req):
-        return self.do_open(_SecureConnection, req)
+        return self.do_open(_SecureConnection, req, deadline=self._deadline)
 
 
-def public_only() -> list[BaseHandler]:
-    """Return handlers for `fetch`. Each redirect connects, and is checked, anew. Proxies would look up names alone."""
-    return [ProxyHandler({}), _Handler(), _SecureHandler()]
+def fetch_public(url: str, max_bytes: int, max_seconds: float) -> Any:
+    """
+    As `fetch`, from public addresses only. Each redirect connects, and is checked, anew. Proxies are not used: they
+    would look up names themselves.
+
+    Raises:
+        OSError: also if the download takes longer than `max_seconds`.
+        ValueError: see `fetch`.
+    """
+    deadline = _Deadline()
+    timer = threading.Timer(max_seconds, deadline.end)
+    timer.daemon = True
+    timer.start()
+    try:
+        content = fetch(url, max_bytes, handlers=[ProxyHandler({}), _Handler(deadline), _SecureHandler(deadline)])
+    except OSError as error:
+        if deadline.is_over:
+            raise OSError(f"{url}: the download takes longer than {max_seconds:g} s") from error
+        raise
+    finally:
+        timer.cancel()
+    if deadline.is_over:  # without a stated size, this looks like the end of the file
+        raise OSError(f"{url}: the download takes longer than {max_seconds:g} s")
+    return content

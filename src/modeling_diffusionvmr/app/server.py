@@ -14,6 +14,7 @@ from starlette.middleware import Middleware
 from .. import DEFAULT_MODEL
 from ..pipeline_diffusionvmr import VideoMomentRetrievalPipeline
 from ..presentation.page import read_asset
+from .cleanup import cleaning
 from .examples import Example, render_examples
 from .guard import Guard, restrict_gradio
 from .page import Limits, Page, build
@@ -103,7 +104,8 @@ def running(
                 theme=_theme(),
                 css=read_asset("timeline.css") + resources.files(__package__).joinpath("style.css").read_text("utf-8"),
             )
-            yield App(url, folder, search, examples)
+            with cleaning(folder, [example.path for example in examples], limits.keep_seconds):
+                yield App(url, folder, search, examples)
         finally:
             search.close()
             blocks.close(verbose=False)

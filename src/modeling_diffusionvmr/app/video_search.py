@@ -136,7 +136,11 @@ class VideoSearch:
                     del self._known[key]
                 future.set_exception(error)
             self._drop_oldest()
-        return future.result(), not is_new
+            return future.result(), False
+        try:
+            return future.result(), True
+        except Exception:  # it names the file of another visitor, or only ended their search
+            return self._encode_once(path, advance)
 
     def _encode(self, path: str | os.PathLike, advance: Callable[[float], None] | None) -> _Known:
         video = _TimelineVideo(path, self.pipeline.backbones.clip_seconds, self.max_video_seconds)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
@@ -255,9 +256,14 @@ def _load_config(file: Path, place: str | os.PathLike) -> DiffusionVMRConfig:
         fields, _ = PreTrainedConfig.get_config_dict(file)
     except OSError as error:
         raise ValueError(one_line(error)) from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file}: not a JSON object")
     if fields.get("model_type") != DiffusionVMRConfig.model_type:
         raise ValueError(f"{place}: a model of type {fields.get('model_type')}, not DiffusionVMR")
-    return DiffusionVMRConfig.from_dict(fields)
+    try:
+        return DiffusionVMRConfig.from_dict(fields)
+    except StrictDataclassError as error:  # which only names a validator
+        raise ValueError(f"{file}: {one_line(error.__cause__ or error)}") from error
 
 
 def _file(path_or_id: str | os.PathLike, name: str, hub_kwargs: dict[str, Any]) -> Path:
