@@ -85,7 +85,8 @@ class _Connection(http.client.HTTPConnection):
 class _SecureConnection(_Connection, http.client.HTTPSConnection):
     def connect(self) -> None:
         _Connection.connect(self)
-        self.sock = self._context.wrap_socket(self.sock, server_hostname=self.host)  # checks the certificate
+        # The context, an attribute that the stubs of `http.client` lack, checks the certificate
+        self.sock = self._context.wrap_socket(self.sock, server_hostname=self.host)  # type: ignore[attr-defined]
 
 
 class _Handler(HTTPHandler):
