@@ -15,12 +15,12 @@ import numpy as np
 from PIL import Image
 
 from ..pipeline_diffusionvmr import EncodedVideo, VideoMomentRetrievalPipeline
-from ..presentation.page import FRAME_WIDTH
+from ..presentation.page import frame_jpeg
 from ..presentation.timeline import NUM_FRAMES
 from ..video import FileVideo, FrameSampling
 
 MAX_CACHE_BYTES = 256 * 2**20
-JPEG_QUALITY = 95  # of a frame in the cache
+CACHE_QUALITY = 95  # of the JPEG of a frame, which a page compresses again
 
 
 @dataclass(frozen=True)
@@ -177,13 +177,5 @@ class _TimelineVideo(FileVideo):
                 yield which, frames
                 continue
             if repeats := np.count_nonzero(wanted == clip):  # more than one if there are fewer clips than frames
-                self.frames += [_jpeg(frames[0])] * repeats
+                self.frames += [frame_jpeg(frames[0], CACHE_QUALITY)] * repeats
             clip += 1
-
-
-def _jpeg(frame: np.ndarray) -> bytes:
-    picture = Image.fromarray(frame)
-    picture.thumbnail((FRAME_WIDTH, FRAME_WIDTH))
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=JPEG_QUALITY)
-    return file.getvalue()

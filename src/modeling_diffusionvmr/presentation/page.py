@@ -87,7 +87,7 @@ def timeline_html(
     with `data-start` and `data-end` in seconds. See `save_page` for the arguments. `timeline.css` is its style, and
     `player.js` plays the moments; see `read_asset`.
     """
-    pictures = "".join(f'<img alt="" src="{_data_url(_jpeg(frame), "image/jpeg")}">' for frame in frames)
+    pictures = "".join(f'<img alt="" src="{_data_url(frame_jpeg(frame), "image/jpeg")}">' for frame in frames)
     lanes = "\n".join(_lane(query, result, duration) for query, result in zip(queries, results))
     return (
         f'<div id="timeline" data-duration="{duration:.3f}">\n<div class="frames" aria-hidden="true">{pictures}</div>\n'
@@ -175,11 +175,12 @@ def _data_url(content: bytes, media_type: str) -> str:
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
-def _jpeg(frame: np.ndarray) -> bytes:
+def frame_jpeg(frame: np.ndarray, quality: int = JPEG_QUALITY) -> bytes:
+    """Return a frame of the timeline (H, W, 3), uint8 RGB, as a JPEG picture of at most `FRAME_WIDTH` pixels."""
     picture = Image.fromarray(frame)
     picture.thumbnail((FRAME_WIDTH, FRAME_WIDTH))
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=JPEG_QUALITY)
+    picture.save(file, "JPEG", quality=quality)
     return file.getvalue()
 
 
