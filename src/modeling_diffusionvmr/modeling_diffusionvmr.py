@@ -216,7 +216,7 @@ class DiffusionVMRDynamicInteraction(nn.Module):
     The dynamic interaction of Sparse R-CNN (Sun et al., arXiv 2011.12450): the feature of each proposal generates two
     filters, D -> dynamic_size -> D, which are applied to the proposal's own RoI bins.
 
-    Generator and output would have two thirds of all weights of a model. Two bottlenecks make them six times smaller:
+    Generator and output would have more than half of all weights. Two bottlenecks make them almost six times smaller:
     the generator has a low rank, and each bin is projected to `BIN_SHARE` of its size before all of them are joined.
     """
 
