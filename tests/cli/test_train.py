@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
-from modeling_diffusionvmr import DiffusionVMRTrainer
+from modeling_diffusionvmr import DiffusionVMRTrainer, MomentRetrievalDataset
 from modeling_diffusionvmr.cli import main
 from modeling_diffusionvmr.cli import train as train_command
 from modeling_diffusionvmr.data.features import write_features
@@ -109,6 +109,14 @@ def test_from_nothing(train, capsys):
     best = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())["best_model_checkpoint"]
     saved = load_file(output / "model.safetensors")
     assert all(torch.equal(tensor, saved[name]) for name, tensor in load_file(f"{best}/model.safetensors").items())
+
+
+def test_windows_of_long_videos(train, monkeypatch):
+    planned, plan = [], MomentRetrievalDataset._plan_windows
+    monkeypatch.setattr(MomentRetrievalDataset, "_plan_windows", lambda self: planned.append(plan(self)) or planned[-1])
+    train("--windows", "--max_clips", 10, small=SMALL.replace("max_steps 4", "max_steps 1"))  # of 15 clips
+    training, evaluation = planned
+    assert all(len(windows) > 1 for windows in [*training.values(), *evaluation.values()])
 
 
 def test_moments_for_people_are_chosen(train, monkeypatch):
