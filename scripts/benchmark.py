@@ -10,7 +10,7 @@ import torch
 from benchmark_common import print_table
 from benchmark_data import measure_data
 from benchmark_extraction import measure_extraction
-from benchmark_inference import SIZES, measure_inference
+from benchmark_inference import SIZES, VARIANTS, measure_inference
 from benchmark_metrics import measure_metrics
 from benchmark_profile import measure_profile
 from benchmark_training import measure_training
@@ -53,6 +53,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     inference = parser.add_argument_group("--part inference, --part profile", "inference also has --official")
     inference.add_argument(
         "--sizes", nargs="+", choices=SIZES, default=list(SIZES), help=f"of the models (default: {' '.join(SIZES)})"
+    )
+    inference.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=[],
+        help="also measure our model in bfloat16, or the models exported to ONNX Runtime (inference)",
     )
     metrics = parser.add_argument_group("--part metrics")
     metrics.add_argument(

@@ -1,8 +1,12 @@
 """`benchmark.py --part inference`: inference and a training step on the CPU, beside Moment-DETR of the same size."""
 
 import argparse
+import contextlib
+import copy
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +15,15 @@ from tqdm.auto import tqdm
 
 from benchmark_common import alternate, official_module
 from benchmark_training import make_dataset
-from modeling_diffusionvmr import DiffusionVMRConfig, DiffusionVMRDataCollator, DiffusionVMRForMomentRetrieval
+from modeling_diffusionvmr import (
+    DiffusionVMRConfig,
+    DiffusionVMRDataCollator,
+    DiffusionVMRForMomentRetrieval,
+    DiffusionVMRProcessor,
+    OnnxDiffusionVMR,
+)
+from modeling_diffusionvmr.deployment.onnx_export import export_onnx, quiet
+from modeling_diffusionvmr.deployment.onnx_model import default_options, import_onnxruntime
 from modeling_diffusionvmr.modeling_diffusionvmr import clip_positions
 from modeling_diffusionvmr.training.prediction import MODEL_INPUTS
 from operator_counter import OperatorCounter
@@ -49,6 +61,9 @@ LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 1e-4, 0.1  # of Moment-DETR
 MATRIX_SIZE = 2048  # of the multiplication that measures the machine
 
 OURS, OFFICIAL = "ours", "Moment-DETR"
+BFLOAT16, ONNX = "bfloat16", "ONNX Runtime"
+VARIANTS = {"bfloat16": BFLOAT16, "onnx": ONNX}
+"""The choices of `--variants`, and how the table names them."""
 
 Batch = dict[str, Any]
 
@@ -59,7 +74,8 @@ class Contender(NamedTuple):
     name: str
     module: nn.Module
     retrieve: Callable[[Batch], Any]
-    train: Callable[[Batch], Any]  # forward, loss, backward, clipping and optimizer
+    train: Callable[[Batch], Any] | None = None  # forward, loss, backward, clipping and optimizer
+    fixed_batch: bool = False  # can only retrieve one query
 
 
 def contender(
@@ -152,6 +168,50 @@ def official_options(config: DiffusionVMRConfig) -> argparse.Namespace:
     )
 
 
+def bfloat16_contender(name: str, model: DiffusionVMRForMomentRetrieval) -> Contender:
+    """Return a copy of DiffusionVMR that retrieves with weights in bfloat16, and is trained with autocast."""
+    trained, rounded = copy.deepcopy(model), copy.deepcopy(model).to(torch.bfloat16).eval()
+
+    def loss(batch: Batch) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return trained(**batch["ours"]).loss
+
+    @torch.inference_mode()
+    def retrieve(batch: Batch) -> None:
+        rounded(**{field: rounding(batch["ours"][field]) for field in MODEL_INPUTS})
+
+    def rounding(value: Tensor) -> Tensor:
+        return value.bfloat16() if value.is_floating_point() else value
+
+    return contender(name, trained, lambda batch: batch["ours"], loss, fused=True)._replace(retrieve=retrieve)
+
+
+def our_onnx_contender(name: str, model: DiffusionVMRForMomentRetrieval) -> Contender:
+    """Return DiffusionVMR as `diffusionvmr export` writes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(model.eval(), DiffusionVMRProcessor(), folder)
+        exported = OnnxDiffusionVMR.from_pretrained(folder)
+
+    def retrieve(batch: Batch) -> None:
+        exported(**{field: batch["ours"][field] for field in MODEL_INPUTS})
+
+    return Contender(name, model, retrieve, fixed_batch=True)
+
+
+def official_onnx_contender(name: str, model: nn.Module, batch: Batch) -> Contender:
+    """Return Moment-DETR as PyTorch exports it, for batches of the shape of this one."""
+    with tempfile.TemporaryDirectory() as folder, quiet(), contextlib.redirect_stdout(None):
+        path = Path(folder, "model.onnx")
+        torch.onnx.export(model.eval(), kwargs=batch["theirs"], f=path, dynamo=True, verbose=False)
+        session = import_onnxruntime().InferenceSession(path, default_options(), providers=["CPUExecutionProvider"])
+    names = {value.name for value in session.get_inputs()}
+
+    def retrieve(batch: Batch) -> None:
+        session.run(None, {name: value.numpy() for name, value in batch["theirs"].items() if name in names})
+
+    return Contender(name, model, retrieve, fixed_batch=True)
+
+
 def make_batch(config: DiffusionVMRConfig, size: int, seed: int) -> Batch:
     """
     Return simulated rows as a training batch: `ours` are the arguments of our model, `theirs` those of Moment-DETR for
@@ -175,14 +235,20 @@ def make_batch(config: DiffusionVMRConfig, size: int, seed: int) -> Batch:
     return {"ours": ours, "theirs": theirs, "targets": targets}
 
 
-def contenders(sizes: list[str], checkout: str | None, seed: int) -> Iterator[Contender]:
-    """Yield the models to compare: for each size Moment-DETR, if there is a checkout, and then ours."""
+def contenders(sizes: list[str], checkout: str | None, seed: int, variants: list[str]) -> Iterator[Contender]:
+    """Yield the models to compare: for each size Moment-DETR, if there is a checkout, and then ours, and variants."""
     torch.manual_seed(seed)
     for size in sizes:
         config = DiffusionVMRConfig(**SIZES[size])
         if checkout:
-            yield official_contender(f"{OFFICIAL}, {size}", config, checkout)
-        yield our_contender(f"{OURS}, {size}", config)
+            yield (theirs := official_contender(f"{OFFICIAL}, {size}", config, checkout))
+        yield (ours := our_contender(f"{OURS}, {size}", config))
+        if "bfloat16" in variants:
+            yield bfloat16_contender(f"{ours.name}, {BFLOAT16}", ours.module)
+        if "onnx" in variants and checkout:
+            yield official_onnx_contender(f"{theirs.name}, {ONNX}", theirs.module, make_batch(config, 1, seed))
+        if "onnx" in variants:
+            yield our_onnx_contender(f"{ours.name}, {ONNX}", ours.module)
 
 
 def multiply() -> Callable[[], Tensor]:
@@ -209,7 +275,7 @@ def measure_inference(arguments: argparse.Namespace) -> dict:
     Measure inference at several batch sizes, and a training step. All models take turns, and so does a multiplication
     of matrices, whose rate is what the machine can do.
     """
-    models = list(contenders(arguments.sizes, arguments.official, arguments.seed))
+    models = list(contenders(arguments.sizes, arguments.official, arguments.seed, arguments.variants))
     config = DiffusionVMRConfig(**SIZES[arguments.sizes[0]])  # the features are the same for every size
     batches = {size: make_batch(config, size, arguments.seed) for size in {column.batch_size for column in COLUMNS}}
     jobs = {
@@ -217,7 +283,7 @@ def measure_inference(arguments: argparse.Namespace) -> dict:
             repeat, getattr(model, column.function), batches[column.batch_size], column.calls
         )
         for model in models
-        for column in COLUMNS
+        for column in (COLUMNS[:1] if model.fixed_batch else COLUMNS)
     }
     flops = {place: flops_of(job) for place, job in tqdm(jobs.items(), desc="warming up")}
     measured = alternate({**jobs, "matrix": multiply()}, arguments.repeats)
@@ -230,15 +296,18 @@ def measure_inference(arguments: argparse.Namespace) -> dict:
         row = {"model": model.name, "parameters": f"{parameters / 1e6:.1f} M"}
         for column in COLUMNS:
             place = model.name, column.name
-            share = flops[place] / seconds[place] / rate
-            row[column.name] = f"{1000 * seconds[place] / column.calls:.1f} ({share:.0%})"
+            row[column.name] = "" if place not in jobs else f"{1000 * seconds[place] / column.calls:.1f}"
+            if flops.get(place):  # those of an exported graph are not counted
+                row[column.name] += f" ({flops[place] / seconds[place] / rate:.0%})"
         table.append(row)
-    for size in arguments.sizes if arguments.official else ():
-        row = {"model": f"ours / Moment-DETR, {size}", "parameters": ""}
-        for column in COLUMNS:
-            ours, theirs = (seconds[f"{name}, {size}", column.name] for name in (OURS, OFFICIAL))
-            row[column.name] = f"{ours / theirs:.2f}"
-        table.append(row)
+    for ours in models:
+        theirs = ours.name.replace(OURS, OFFICIAL)
+        if ours.name.startswith(OURS) and (theirs, COLUMNS[0].name) in jobs:
+            row = {"model": ours.name.replace(OURS, f"{OURS} / {OFFICIAL}"), "parameters": ""}
+            for column in COLUMNS:
+                places = (ours.name, column.name), (theirs, column.name)
+                row[column.name] = f"{seconds[places[0]] / seconds[places[1]]:.2f}" if places[0] in jobs else ""
+            table.append(row)
     return {
         "data": f"simulated (seed {arguments.seed}), {config.max_clips} x {config.video_feature_size} clips, "
         f"{NUM_TOKENS} x {config.text_feature_size} tokens",

@@ -517,9 +517,9 @@ def roi_calls(monkeypatch) -> list:
 def test_pooled_feature_covers_the_span_only(make_model, inputs, roi_calls):
     model = make_model(roi_context=3)
     model(**inputs)
-    for _, _, _, (own, around), beyond in roi_calls:
-        assert own.tolist() == [-0.5, 0.5] and around.tolist() == [-1.5, -0.75, 0, 0.75, 1.5]
-        assert beyond is model.model.decoder.beyond_video
+    for surrounded, _, _, edges in roi_calls:
+        assert edges.tolist() == [-0.5, 0.5, -1.5, -0.75, 0, 0.75, 1.5]
+        assert torch.equal(surrounded[:, -1], model.model.decoder.beyond_video.expand(len(surrounded), -1))
     assert len(roi_calls) == 2
 
 

@@ -16,6 +16,7 @@ from modeling_diffusionvmr.spans import (
     relevant_clips,
     roi_align,
     span_to_window,
+    surround,
     window_to_span,
 )
 
@@ -30,7 +31,7 @@ def random_spans(*shape: int, min_width: float = 0.02, seed: int = 0) -> torch.T
 
 def align(features, num_clips, spans, bins, beyond=None) -> torch.Tensor:
     """Read equal bins of spans (B, N, 2)."""
-    return roi_align(features, num_clips, spans, [bin_edges(bins)], beyond)
+    return roi_align(surround(features, num_clips, beyond), num_clips, spans, bin_edges(bins))
 
 
 def test_spans_and_windows():
@@ -130,13 +131,17 @@ def test_roi_align_by_hand():
     torch.testing.assert_close(result, torch.tensor([2.0, 1.0, 7.0, 1.25], dtype=torch.float64))
 
 
-def test_roi_align_of_several_sets():
+def test_roi_align_of_any_edges():
+    """Each bin lies between two neighbors, in either order."""
     features, num_clips = torch.randn(2, 9, 3, dtype=torch.float64), torch.tensor([9, 5])
     spans, beyond = random_spans(2, 4), torch.randn(3, dtype=torch.float64)
-    result = roi_align(features, num_clips, spans, [bin_edges(1), bin_edges(5, 2.0)], beyond)
-    twice = spans * torch.tensor([1.0, 2.0])
-    expected = align(features, num_clips, spans, 1, beyond), align(features, num_clips, twice, 5, beyond)
-    torch.testing.assert_close(result, torch.cat(expected, dim=2), rtol=1e-6, atol=1e-6)  # edges are in float32
+    edges = torch.cat((bin_edges(1), bin_edges(5, 2.0)))
+    result = roi_align(surround(features, num_clips, beyond), num_clips, spans, edges)
+    twice, between = spans * torch.tensor([1.0, 2.0]), spans * torch.tensor([1.0, 1.5])
+    between[..., 0] -= spans[..., 1] / 4  # from 1/2 back to -1
+    expected = [(spans, 1), (between, 1), (twice, 5)]
+    expected = torch.cat([align(features, num_clips, parts, bins, beyond) for parts, bins in expected], dim=2)
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)  # edges are in float32
 
 
 def test_roi_align_never_reads_padding():
@@ -156,7 +161,9 @@ def test_roi_align_of_a_constant_is_that_constant():
     features = torch.full((1, 75, 2), 3.0)
     widths = torch.tensor([1e-4, 1 / 75, 0.5, 1.0])
     spans = torch.stack((torch.full_like(widths, 0.5), widths), dim=-1)[None]
-    torch.testing.assert_close(align(features, torch.tensor([75]), spans, 16), torch.full((1, 4, 16, 2), 3.0))
+    result, expected = align(features, torch.tensor([75]), spans, 16), torch.full((1, 4, 16, 2), 3.0)
+    torch.testing.assert_close(result[:, 1:], expected[:, 1:])
+    torch.testing.assert_close(result[:, :1], expected[:, :1], rtol=1e-4, atol=0)  # less than a clip wide
 
 
 def test_roi_align_beyond_the_video():

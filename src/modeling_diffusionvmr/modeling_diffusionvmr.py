@@ -31,7 +31,7 @@ from .diffusion import DiffusionSchedule, check_num_sampling_steps, sampling_tim
 from .hub import PushToHub, take_push_options, upload
 from .loss_diffusionvmr import Targets, diffusionvmr_loss
 from .model_card import write_model_card
-from .spans import bin_edges, keep_inside, refine, roi_align
+from .spans import bin_edges, keep_inside, refine, roi_align, surround
 from .weights import check_form, check_weight_index, missing_weights, naming_mismatch
 
 TASK = "video-moment-retrieval"
@@ -130,10 +130,11 @@ class DiffusionVMRMomentRetrievalOutput(ModelOutput):
 
 
 def sine_embedding(position: Tensor, size: int) -> Tensor:
-    """Return sines and cosines (..., size), float32, of positions (...) at wavelengths from 2 pi to 20000 pi."""
-    frequency = torch.exp(torch.arange(0, size, 2, device=position.device) * (-math.log(10000.0) / size))
-    angle = position.float()[..., None] * frequency
-    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
+    """Return sine and cosine in turn (..., size), float32, of positions (...) at wavelengths from 2 pi to 20000 pi."""
+    index = torch.arange(size, device=position.device)
+    frequency = torch.exp((index - index % 2) * (-math.log(10000.0) / size))
+    # A cosine is a sine a quarter of a period ahead. To interleave two tensors takes several times as long
+    return torch.sin(position.float()[..., None] * frequency + (index % 2) * (math.pi / 2))
 
 
 def clip_positions(video_mask: Tensor) -> Tensor:
@@ -261,14 +262,14 @@ class DiffusionVMRDenoisingLayer(GradientCheckpointingLayer):
         )
 
     def forward(
-        self, proposals: Tensor, bins: Tensor, spans: Tensor, time: Tensor, **kwargs
+        self, proposals: Tensor, bins: Tensor, spans: Tensor, modulation: Tensor, **kwargs
     ) -> tuple[Tensor, Tensor, Tensor]:
         """
         Args:
             proposals: proposal features, (B, N, D).
             bins: RoI bins of each proposal, (B, N, R, D).
             spans: spans of the proposals, (B, N, 2), float32.
-            time: timestep embedding, (B, 4 D).
+            modulation: scale and shift for the timestep, (B, 2 D).
 
         Returns:
             Proposal features (B, N, D), logits (B, N, 2) and refined spans (B, N, 2), float32.
@@ -279,7 +280,7 @@ class DiffusionVMRDenoisingLayer(GradientCheckpointingLayer):
         proposals = self.self_attn_layer_norm(proposals + self.dropout(attended))
         proposals = self.interaction_layer_norm(proposals + self.dropout(self.interaction(proposals, bins)))
         proposals = self.feed_forward_layer_norm(proposals + self.dropout(self.feed_forward(proposals)))
-        scale, shift = self.time_modulation(time)[:, None].chunk(2, dim=-1)
+        scale, shift = modulation[:, None].chunk(2, dim=-1)
         modulated = proposals * (scale + 1) + shift
         return proposals, self.class_head(modulated), refine(spans, self.span_head(modulated).float())
 
@@ -367,31 +368,49 @@ class DiffusionVMRDecoder(DiffusionVMRPreTrainedModel):
         self.beyond_video = nn.Parameter(torch.empty(size))  # the feature outside the video
         self.post_init()
 
+    def modulations(self, timesteps: Tensor) -> Tensor:
+        """Return the scales and shifts (B, K, 2 D) for timesteps (B,) in all layers."""
+        time = self.time_embedding(sine_embedding(timesteps, self.config.d_model).to(self.beyond_video.dtype))
+        modulations = [layer.get_submodule("time_modulation")(time) for layer in self.layers]
+        return torch.stack(modulations, dim=1)
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
-        self, noisy_spans: Tensor, timesteps: Tensor, video: Tensor, video_mask: Tensor, **kwargs
+        self,
+        noisy_spans: Tensor,
+        timesteps: Tensor | None,
+        video: Tensor,
+        video_mask: Tensor,
+        modulations: Tensor | None = None,
+        **kwargs,
     ) -> DiffusionVMRDecoderOutput:
         """
         Args:
             noisy_spans: X_t in signal space, (B, N, 2).
-            timesteps: t, (B,).
+            timesteps: t, (B,). Not used if `modulations` are given.
             video: M_V, (B, Lv, D).
             video_mask: (B, Lv), true for real clips.
+            modulations: (B, K, 2 D), what `self.modulations` returns for the timesteps, if it is known already.
         """
-        time = self.time_embedding(sine_embedding(timesteps, self.config.d_model).to(video.dtype))
+        if modulations is None:
+            assert timesteps is not None
+            modulations = self.modulations(timesteps)
         num_clips = video_mask.sum(1)
         own = bin_edges(1, device=video.device)
         around = bin_edges(self.config.roi_bins, self.config.roi_context, video.device)
+        edges = torch.cat((own, around))  # bin 0 is the span itself; bin 1 lies between the two sets and is not used
+        surrounded = surround(video, num_clips, self.beyond_video)
+        # One clip: a narrower span has no features of its own, and a width of 0 could never grow
+        min_width = 1 / num_clips[:, None]
         spans = [signal_to_spans(noisy_spans.float(), self.config.signal_scale)]
         logits = []
-        for layer in self.layers:
-            # At least one clip wide: a narrower span has no features of its own, and a width of 0 could never grow
-            layer_spans = keep_inside(spans[-1].detach(), 1 / num_clips[:, None])
+        for layer, modulation in zip(self.layers, modulations.unbind(1)):
+            layer_spans = keep_inside(spans[-1].detach(), min_width)
             # Eq. 8, repeated in each layer for the current spans. A single bin is the exact mean over the span.
-            read = roi_align(video, num_clips, layer_spans, (own, around), self.beyond_video)
-            proposals, bins = read[:, :, 0], read[:, :, 1:]
-            proposals, layer_logits, layer_spans = layer(proposals, bins, layer_spans, time, **kwargs)
+            read = roi_align(surrounded, num_clips, layer_spans, edges)
+            proposals, bins = read[:, :, 0], read[:, :, 2:]
+            proposals, layer_logits, layer_spans = layer(proposals, bins, layer_spans, modulation, **kwargs)
             logits.append(layer_logits)
             spans.append(layer_spans)
         return DiffusionVMRDecoderOutput(

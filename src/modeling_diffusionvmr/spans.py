@@ -6,7 +6,6 @@ The center of clip i of L is at (i + 0.5) / L.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -57,54 +56,57 @@ def bin_edges(bins: int, context: float = 1.0, device: torch.device | None = Non
     return torch.linspace(-context / 2, context / 2, bins + 1, device=device)
 
 
-def roi_align(
-    features: Tensor, num_clips: Tensor, spans: Tensor, edges: Sequence[Tensor], beyond: Tensor | None = None
-) -> Tensor:
+def surround(features: Tensor, num_clips: Tensor, beyond: Tensor | None = None) -> Tensor:
     """
-    1-D RoI-align (phi in Eq. 8): average the features over each bin of each span.
+    Return what `roi_align` reads: the features, then what it finds before the center of the first clip, after the
+    center of the last one, and outside the video.
+
+    Args:
+        features: (B, L, D), padded on the right.
+        num_clips: (B,), number of real clips in each video, at least 1.
+        beyond: (D,), the feature outside the video. Default: 0.
+
+    Returns:
+        (B, L + 3, D), in the dtype of `features`.
+    """
+    batch, _, size = features.shape
+    last = features[torch.arange(batch, device=features.device), num_clips - 1]
+    outside = features.new_zeros(size) if beyond is None else beyond.to(features.dtype)
+    return torch.cat((features, features[:, :1], last[:, None], outside.expand(batch, 1, size)), dim=1)
+
+
+def roi_align(surrounded: Tensor, num_clips: Tensor, spans: Tensor, edges: Tensor) -> Tensor:
+    """
+    1-D RoI-align (phi in Eq. 8): average the features over bins of each span.
 
     Features are interpolated linearly between clip centers, and are constant before the first center and after the
     last. The averages are exact, not sampled: the weight of a clip in a bin is the integral of its hat function. One
     matrix product computes all bins, so the backward pass needs no scatter-add.
 
     Args:
-        features: (B, L, D), padded on the right.
-        num_clips: (B,), number of real clips in each video, at least 1. Padding is never read.
-        spans: (B, N, 2). The width of a bin must not underflow in their dtype.
-        edges: of one or more sets of adjacent bins, as `bin_edges` returns them.
-        beyond: (D,), the feature used outside the video. Default: 0.
+        surrounded: the features, from `surround`, (B, L + 3, D). Padding has no weight.
+        num_clips: (B,), number of real clips in each video.
+        spans: (B, N, 2). No bin may be so narrow that its edges are the same number in their dtype.
+        edges: (E,), from the center of a span and in widths of the span, see `bin_edges`. Two neighbors bound a bin.
 
     Returns:
-        (B, N, number of all bins, D), one set after the other, in the dtype of `features`. Coordinates and weights are
-        computed in the dtype of `spans`.
+        (B, N, E - 1, D), in the dtype of the features. Coordinates and weights are computed in the dtype of `spans`.
     """
-    sizes = [len(of_set) for of_set in edges]
-
-    def between(values: Tensor) -> Tensor:
-        """Return the differences of neighboring edges (B, N, all edges, ...) in each set."""
-        return torch.cat([of_set.diff(dim=2) for of_set in values.split(sizes, dim=2)], dim=2)
-
-    center, width = spans[..., None].split(1, dim=2)  # (B, N, 1, 1)
-    position = center + width * torch.cat(tuple(edges)).to(spans.dtype)[:, None]  # (B, N, all edges, 1)
-    inside = position.clamp(0, 1)
-    clips = torch.arange(features.shape[1], dtype=spans.dtype, device=spans.device)
-    last = num_clips.to(spans.dtype)[:, None, None, None] - 1
-    place = inside * (last + 1) - 0.5  # in clips, from the center of the first one
-    near = torch.minimum(place.clamp(min=0), last)
-    # The integral of each clip's hat function up to each edge, up to a constant. The functions of the first and the
-    # last clip stay at 1 toward the ends of the video. Beyond the last clip, nothing changes between two edges.
-    offset = (near - clips).clamp(-1, 1)
+    num_clips = num_clips.to(spans.dtype)[:, None, None]
+    center, width = (spans * num_clips).split(1, dim=2)
+    place = torch.addcmul(center - 0.5, width, edges.to(spans.dtype))  # (B, N, E), in clips from the first center
+    inside = torch.minimum(place.clamp(min=-0.5), num_clips - 0.5)
+    near = torch.minimum(place.clamp(min=0), num_clips - 1)
+    clips = torch.arange(surrounded.shape[1] - 3, dtype=spans.dtype, device=spans.device)
+    # Up to each edge: the integral of each clip's hat function, up to a constant, and the lengths of the other parts
+    offset = (near[..., None] - clips).clamp(-1, 1)
     integral = torch.addcmul(offset, offset, offset.abs(), value=-0.5)
-    integral = torch.addcmul(integral, (place - near).clamp(max=0), (clips == 0).to(place.dtype))
-    integral = torch.addcmul(integral, (place - near).clamp(min=0), (clips == last).to(place.dtype))
-    weights = between(integral)
-    share = between(inside) / between(position)  # fraction of each bin that lies inside the video
-    weights = weights * (share / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny))
-    shape, weights = weights.shape[1:3], weights.flatten(1, 2)
-    if beyond is not None:  # as if it were one more clip
-        weights = torch.cat((weights, 1 - share.flatten(1, 2)), dim=-1)
-        features = torch.cat((features, beyond.to(features.dtype).expand(features.shape[0], 1, -1)), dim=1)
-    return torch.matmul(weights.to(features.dtype), features).unflatten(1, shape)
+    past = inside - near
+    others = torch.stack((past.clamp(max=0), past.clamp(min=0), place - inside), dim=-1)
+    weights = torch.cat([part.diff(dim=2).flatten(1, 2) for part in (integral, others)], dim=-1)
+    length = place.diff(dim=2)
+    weights = weights / length.flatten(1)[..., None]
+    return torch.matmul(weights.to(surrounded.dtype), surrounded).unflatten(1, length.shape[1:])
 
 
 def keep_inside(spans: Tensor, min_width: Tensor | float) -> Tensor:
@@ -112,7 +114,8 @@ def keep_inside(spans: Tensor, min_width: Tensor | float) -> Tensor:
     Clip spans (..., 2) to [0, 1], widen those narrower than `min_width` (at most 1), and shift them back inside if
     widening pushed them past an end.
     """
-    start, end = span_to_window(spans).clamp(0, 1).unbind(-1)
+    center, width = spans.unbind(-1)
+    start, end = (center - width / 2).clamp(0, 1), (center + width / 2).clamp(0, 1)
     half = (end - start).clamp(min=min_width) / 2
     center = ((start + end) / 2).clamp(half, 1 - half)
     return torch.stack((center, 2 * half), dim=-1)

@@ -172,7 +172,7 @@ def change_config(folder: Path, **fields) -> None:
             "FOLDER/denoiser.onnx: does not fit the config",
         ),
         (lambda folder: change_config(folder, d_model=64), "FOLDER/encoder.onnx: does not fit the config"),
-        (lambda folder: change_config(folder, decoder_layers=6), "FOLDER/denoiser.onnx: does not fit the config"),
+        (lambda folder: change_config(folder, decoder_layers=6), "FOLDER/timestep.onnx: does not fit the config"),
         (lambda folder: change_config(folder, model_type="clip"), "FOLDER: a model of type clip, not DiffusionVMR"),
         (
             lambda folder: (folder / "config.json").write_text("{"),
@@ -213,3 +213,28 @@ def test_without_onnxruntime(exported, monkeypatch):
         OnnxDiffusionVMR.from_pretrained(exported)
     assert str(error.value) == f"onnxruntime is not installed; install it with: {onnx_model.INSTALL}"
     assert onnx_model.INSTALL == "pip install 'modeling_diffusionvmr[onnx]'"
+
+
+@torch.no_grad()
+def test_each_timestep_is_computed_once(exported, model, monkeypatch):
+    """And in the order of the samples, whatever was computed before."""
+    onnx, computed = OnnxDiffusionVMR.from_pretrained(exported), []
+    graph = onnx.model.timestep_graph
+
+    def record(timesteps: torch.Tensor) -> list[torch.Tensor]:
+        computed.extend(timesteps.tolist())
+        return graph(timesteps=timesteps)
+
+    monkeypatch.setattr(onnx.model, "timestep_graph", record)
+    for steps in ([999, 999], [3, 999, 40], [40, 3]):
+        timesteps = torch.tensor(steps)
+        expected = model.model.decoder.modulations(timesteps)
+        assert relative_difference(onnx.model.modulations(timesteps), expected) < 1e-4
+    assert sorted(computed) == [3, 40, 999]
+
+
+def test_threads_of_a_graph_stop_when_it_is_done():
+    """Otherwise the graphs slow each other down."""
+    options = onnx_model.default_options()
+    assert options.intra_op_num_threads == torch.get_num_threads()
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"

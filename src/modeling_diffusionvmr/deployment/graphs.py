@@ -1,6 +1,7 @@
 """
-The two parts of the model that are exported, as modules whose inputs and outputs are tensors: the encoder, and one call
-of the decoder. Sampling stays outside, so that the numbers of proposals and of steps are free.
+The parts of the model that are exported, as modules whose inputs and outputs are tensors: the encoder, what depends on
+the timestep alone, and one call of the decoder. Sampling stays outside, so that the numbers of proposals and of steps
+are free.
 """
 
 from torch import Tensor, nn
@@ -48,8 +49,36 @@ class EncoderGraph(nn.Module):
         return memory.last_hidden_state, self.network._saliency(memory)
 
 
+class TimestepGraph(nn.Module):
+    """
+    The decoder's scales and shifts for a timestep. They do not depend on the query, so that a fifth of the weights need
+    not be read again for each one.
+    """
+
+    file_name = "timestep.onnx"
+
+    def __init__(self, model: DiffusionVMRForMomentRetrieval):
+        super().__init__()
+        self.config = model.config
+        self.decoder = model.model.decoder
+
+    @staticmethod
+    def inputs(config: DiffusionVMRConfig) -> Axes:
+        """Return the shape of the argument of `forward`, int64."""
+        return {"timesteps": ("batch",)}
+
+    @staticmethod
+    def outputs(config: DiffusionVMRConfig) -> Axes:
+        """Return the shape of what `forward` returns."""
+        return {"modulations": ("batch", config.decoder_layers, 2 * config.d_model)}
+
+    def forward(self, timesteps: Tensor) -> tuple[Tensor]:
+        """Return the scales and shifts (B, K, 2 D) of timesteps (B,)."""
+        return (self.decoder.modulations(timesteps),)
+
+
 class DenoiserGraph(nn.Module):
-    """One call of the denoising decoder (g, Eq. 6)."""
+    """One call of the denoising decoder (g, Eq. 6), without what depends on the timestep alone."""
 
     file_name = "denoiser.onnx"
 
@@ -60,10 +89,10 @@ class DenoiserGraph(nn.Module):
 
     @staticmethod
     def inputs(config: DiffusionVMRConfig) -> Axes:
-        """Return the shapes of the arguments of `forward`, in their order. Masks and timesteps are int64."""
+        """Return the shapes of the arguments of `forward`, in their order. The mask is int64, the others float32."""
         return {
             "noisy_spans": ("batch", "proposals", 2),
-            "timesteps": ("batch",),
+            "modulations": ("batch", config.decoder_layers, 2 * config.d_model),
             "video": ("batch", "clips", config.d_model),
             "video_mask": ("batch", "clips"),
         }
@@ -77,21 +106,27 @@ class DenoiserGraph(nn.Module):
         }
 
     def forward(
-        self, noisy_spans: Tensor, timesteps: Tensor, video: Tensor, video_mask: Tensor
+        self, noisy_spans: Tensor, modulations: Tensor, video: Tensor, video_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """
         Return the logits (B, K, N, 2) and the spans (B, K + 1, N, 2) of all layers, as the decoder does.
 
         Args:
             noisy_spans: X_t in signal space, (B, N, 2).
-            timesteps: t, (B,).
+            modulations: of the timestep, from [`TimestepGraph`], (B, K, 2 D).
             video: the encoded clips, (B, Lv, D).
             video_mask: (B, Lv), 1 for real clips.
         """
         decoded = self.decoder(
-            noisy_spans=noisy_spans, timesteps=timesteps, video=video, video_mask=video_mask.bool(), return_dict=True
+            noisy_spans=noisy_spans,
+            timesteps=None,
+            video=video,
+            video_mask=video_mask.bool(),
+            modulations=modulations,
+            return_dict=True,
         )
         return decoded.intermediate_logits, decoded.intermediate_spans
 
 
-GRAPHS = (EncoderGraph, DenoiserGraph)
+Graph = EncoderGraph | TimestepGraph | DenoiserGraph
+GRAPHS: tuple[type[Graph], ...] = (EncoderGraph, TimestepGraph, DenoiserGraph)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..checkpoint import save_backbones
 from ..modeling_diffusionvmr import DiffusionVMRForMomentRetrieval
 from ..processing_diffusionvmr import DiffusionVMRProcessor
-from .graphs import GRAPHS, DenoiserGraph, EncoderGraph
+from .graphs import GRAPHS, EncoderGraph, Graph, TimestepGraph
 from .onnx_model import INSTALL, OnnxGraph, import_onnxruntime
 
 # B, Lv, Lt and N. The graphs are traced with the first one: none of its numbers is 0 or 1, which tracing takes for
@@ -74,9 +74,7 @@ def check_packages() -> None:
         raise ImportError(f"{error.name} is not installed; install it with: {INSTALL}") from error
 
 
-def example(
-    model: DiffusionVMRForMomentRetrieval, graph: type[EncoderGraph] | type[DenoiserGraph], *shape: int
-) -> dict[str, Tensor]:
+def example(model: DiffusionVMRForMomentRetrieval, graph: type[Graph], *shape: int) -> dict[str, Tensor]:
     """Return random inputs of a graph. `shape` is B, Lv, Lt and N."""
     batch, num_clips, num_tokens, num_proposals = shape
     config, rng = model.config, torch.Generator().manual_seed(0)
@@ -91,17 +89,21 @@ def example(
     text, text_mask = features(num_tokens, config.text_feature_size)
     if graph is EncoderGraph:
         return {"video_features": video, "text_features": text, "video_mask": video_mask, "text_mask": text_mask}
+    timesteps = torch.randint(config.num_diffusion_steps, (batch,), generator=rng)
+    if graph is TimestepGraph:
+        return {"timesteps": timesteps}
     with torch.no_grad():
         memory = model.model.encode(video, text, video_mask, text_mask)
+        modulations = model.model.decoder.modulations(timesteps)
     return {
         "noisy_spans": torch.randn(batch, num_proposals, 2, generator=rng),
-        "timesteps": torch.randint(config.num_diffusion_steps, (batch,), generator=rng),
+        "modulations": modulations,
         "video": memory.video.contiguous(),
         "video_mask": video_mask,
     }
 
 
-def export_graph(graph: EncoderGraph | DenoiserGraph, inputs: dict[str, Tensor], folder: Path) -> None:
+def export_graph(graph: Graph, inputs: dict[str, Tensor], folder: Path) -> None:
     """
     Write a graph to `folder/<its file name>`.
 

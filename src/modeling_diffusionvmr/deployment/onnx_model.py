@@ -25,7 +25,7 @@ from ..modeling_diffusionvmr import (
     DiffusionVMRMomentRetrievalOutput,
     mask_of,
 )
-from .graphs import GRAPHS, Axes, DenoiserGraph, EncoderGraph
+from .graphs import GRAPHS, Axes, Graph
 
 INSTALL = "pip install 'modeling_diffusionvmr[onnx]'"
 
@@ -40,9 +40,13 @@ def import_onnxruntime() -> Any:
 
 
 def default_options() -> Any:
-    """Return options with the number of threads that PyTorch uses, which runs the backbones in turn with the graphs."""
+    """
+    Return options for graphs that run in turn with each other and with PyTorch: as many threads as PyTorch uses, which
+    stop as soon as a graph is done. By default they wait busily for more work, and take the time of the next graph.
+    """
     options = import_onnxruntime().SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
 
@@ -64,7 +68,7 @@ class OnnxGraph:
     def __init__(
         self,
         path: str | os.PathLike,
-        graph: type[EncoderGraph] | type[DenoiserGraph],
+        graph: type[Graph],
         config: DiffusionVMRConfig,
         **options,
     ):
@@ -105,13 +109,13 @@ class OnnxMemory(DiffusionVMRMemory):
 
 
 class OnnxNetwork(DiffusionVMRModel):
-    """The two exported graphs, in place of the layers of a [`DiffusionVMRModel`]."""
+    """The exported graphs, in place of the layers of a [`DiffusionVMRModel`]."""
 
-    def __init__(self, config: DiffusionVMRConfig, encoder: OnnxGraph, denoiser: OnnxGraph):
+    def __init__(self, config: DiffusionVMRConfig, graphs: Sequence[OnnxGraph]):
         super(DiffusionVMRModel, self).__init__(config)  # without the layers
         self.schedule = DiffusionSchedule(config.num_diffusion_steps, config.signal_scale)
-        self.encoder_graph = encoder
-        self.denoiser_graph = denoiser
+        self.encoder_graph, self.timestep_graph, self.denoiser_graph = graphs
+        self.modulation_of: dict[int, Tensor] = {}  # (K, 2 D) of each timestep so far. The weights never change
 
     def encode(  # type: ignore[override]  # nothing is recorded
         self,
@@ -143,9 +147,20 @@ class OnnxNetwork(DiffusionVMRModel):
         """As `DiffusionVMRModel.denoise`, without the hidden states."""
         assert memory.video is not None and memory.video_mask is not None
         logits, spans = self.denoiser_graph(
-            noisy_spans=noisy_spans, timesteps=timesteps, video=memory.video, video_mask=memory.video_mask.long()
+            noisy_spans=noisy_spans,
+            modulations=self.modulations(timesteps),
+            video=memory.video,
+            video_mask=memory.video_mask.long(),
         )
         return DiffusionVMRDecoderOutput(intermediate_logits=logits, intermediate_spans=spans)
+
+    def modulations(self, timesteps: Tensor) -> Tensor:
+        """As `DiffusionVMRDecoder.modulations`, but compute each timestep once."""
+        steps = timesteps.tolist()
+        for step in set(steps) - self.modulation_of.keys():
+            (modulations,) = self.timestep_graph(timesteps=torch.tensor([step]))
+            self.modulation_of[step] = modulations[0]
+        return torch.stack([self.modulation_of[step] for step in steps]).to(timesteps.device)
 
 
 class OnnxDiffusionVMR(DiffusionVMRForMomentRetrieval):
@@ -157,10 +172,10 @@ class OnnxDiffusionVMR(DiffusionVMRForMomentRetrieval):
     device the graphs run on.
     """
 
-    def __init__(self, config: DiffusionVMRConfig, encoder: OnnxGraph, denoiser: OnnxGraph):
+    def __init__(self, config: DiffusionVMRConfig, graphs: Sequence[OnnxGraph]):
         with torch.device("meta"):  # weights without memory, for what the graphs replace
             super().__init__(config)
-        self.model = OnnxNetwork(config, encoder, denoiser)
+        self.model = OnnxNetwork(config, graphs)
         self.saliency_head = nn.Identity()  # type: ignore[assignment]
         self.eval()
 
@@ -177,7 +192,7 @@ class OnnxDiffusionVMR(DiffusionVMRForMomentRetrieval):
 
         Args:
             path_or_id: the folder that `diffusionvmr export` wrote, or the Hub id of one.
-            session_options: an `onnxruntime.SessionOptions` for both graphs. Default: as many threads as PyTorch uses
+            session_options: an `onnxruntime.SessionOptions` for all graphs. Default: as many threads as PyTorch uses
                 in this process, and all optimizations of the graph.
             providers: what runs the graphs, see `onnxruntime.InferenceSession`.
             hub_kwargs: `token`, `revision`, `cache_dir`, `local_files_only`.
@@ -197,10 +212,10 @@ class OnnxDiffusionVMR(DiffusionVMRForMomentRetrieval):
         config = _load_config(config_file, path_or_id)
         config.name_or_path = str(path_or_id)
         options = {"sess_options": session_options or default_options(), "providers": list(providers)}
-        encoder, denoiser = (
+        graphs = [
             OnnxGraph(_file(path_or_id, graph.file_name, hub_kwargs), graph, config, **options) for graph in GRAPHS
-        )
-        model = cls(config, encoder, denoiser)
+        ]
+        model = cls(config, graphs)
         model.hub_id = None if is_folder else str(path_or_id)
         model.hub_kwargs = hub_kwargs
         return model
