@@ -51,8 +51,9 @@ def export_onnx(
     """
     folder = Path(folder)
     check_packages()
-    for graph in GRAPHS:
-        export_graph(graph(model), example(model, graph, *SHAPES[0]), folder)
+    with eager_attention(model):
+        for graph in GRAPHS:
+            export_graph(graph(model), example(model, graph, *SHAPES[0]), folder)
     difference = check_graphs(model, folder)
     if int8:
         for graph in GRAPHS:
@@ -62,6 +63,20 @@ def export_onnx(
     save_fields(json.loads(config.to_json_string()), folder / "config.json")
     save_fields(json.loads(processor.to_json_string()), folder / "processor_config.json")
     return difference
+
+
+@contextmanager
+def eager_attention(model: DiffusionVMRForMomentRetrieval) -> Iterator[None]:
+    """
+    Inside the block, compute attention with plain operations. PyTorch's own attention would be exported with more of
+    them, for queries that may not attend to anything. Here, every video has a clip.
+    """
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def check_packages() -> None:
