@@ -335,7 +335,7 @@ def test_whatever_is_one_video_can_be_encoded(pipe, video):
             assert encoded.duration == expected.duration and encoded.clip_seconds == 2.0
             assert np.array_equal(encoded.features[0], expected.features[0])
     assert pipe.encode(expected) is expected
-    frames = np.stack([picture(index / RATE) for index in range(round(SECONDS * RATE))])
+    frames = np.stack([picture(index) for index in range(round(SECONDS * RATE))])
     assert pipe(pipe.encode((frames, RATE)), QUERIES) == pipe((frames, RATE), QUERIES)
 
 
@@ -382,11 +382,10 @@ def test_impossible_encoded_video(changes, message):
 def test_encoded_video_of_other_backbones(pipe, video):
     by_hand = EncodedVideo(14.0, 2.0, [np.ones((7, 12), np.float32)])
     check_moments(pipe(by_hand, QUERIES[0]), duration=14.0)
-    for features in ([np.ones((7, 12))] * 2, [np.ones((7, 13))]):
-        with pytest.raises(
-            ValueError, match="has features of 2 backbones, expected 1|must be .length, 12., got .7, 13."
-        ):
-            pipe(EncodedVideo(14.0, 2.0, features), QUERIES[0])
+    with pytest.raises(ValueError, match="has features of 2 backbones, expected 1"):
+        pipe(EncodedVideo(14.0, 2.0, [np.ones((7, 12))] * 2), QUERIES[0])
+    with pytest.raises(ValueError, match=r"features must be \(length, 12\), got \(7, 13\)"):
+        pipe(EncodedVideo(14.0, 2.0, [np.ones((7, 13))]), QUERIES[0])
 
 
 def test_encoded_video_of_another_backbone_on_the_hub(pipe, video, monkeypatch):
