@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..json_files import read_json_object
+from ..messages import listed
 from .feature_store import TEXT_PREFIX, FeatureStore, check_features
 from .files import atomic_write
 from .glove import GloveFeatures
@@ -57,7 +58,9 @@ def open_features(path: str | os.PathLike, column: str | None = None) -> Feature
     """
     path = local_path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder of features")
+        names = sorted(entry.name for entry in path.parent.glob("[!.]*"))
+        hint = f"; {path.parent} contains {listed(names, 5)}" if names else ""
+        raise FileNotFoundError(f"{path}: no such file or folder of features{hint}")
     if is_converted(path):
         return ParquetFeatures(path, column)
     if column is not None:
