@@ -44,10 +44,8 @@ def check_providers(wanted: Sequence[Any], found: Sequence[str]) -> None:
     if isinstance(wanted, str):
         raise ValueError(f"`providers` must be a list, got {wanted!r}")
     names = [provider if isinstance(provider, str) else provider[0] for provider in wanted]
-    if missing := [name for name in names if name not in found]:
-        raise ValueError(
-            f"`providers`: ONNX Runtime cannot use {', '.join(missing)} here; it can use {', '.join(found)}"
-        )
+    if missing := ", ".join(name for name in names if name not in found):
+        raise ValueError(f"`providers`: ONNX Runtime cannot use {missing} here; it can use {', '.join(found)}")
 
 
 def default_options() -> Any:
