@@ -22,6 +22,7 @@ from modeling_diffusionvmr import (
     DiffusionVMRProcessor,
     pipeline_diffusionvmr,
 )
+from modeling_diffusionvmr.pipeline_diffusionvmr import EncodedVideo
 from modeling_diffusionvmr.video import FileVideo, open_video
 from small_checkpoint import description, save_checkpoint
 from test_video import picture, write_video
@@ -322,6 +323,91 @@ def test_clips_of_another_length_cannot_be_encoded(pipe, video):
     encoded = pipe.encode(open_video(video, 2.0))
     with pytest.raises(ValueError, match="the encoded video: clips of 3 s; the backbones read 2 s"):
         pipe(dataclasses.replace(encoded, clip_seconds=3.0), QUERIES[0])
+
+
+def test_whatever_is_one_video_can_be_encoded(pipe, video):
+    expected = pipe.encode(open_video(video, 2.0))
+    row = {"path": None, "bytes": video.read_bytes()}
+    column = datasets.Dataset.from_list([{"video": row}]).cast_column("video", datasets.Video(decode=False))
+    with open(video, "rb") as file:
+        for one in (video, str(video), video.as_uri(), file, io.BytesIO(video.read_bytes()), row, column[0]["video"]):
+            encoded = pipe.encode(one)
+            assert encoded.duration == expected.duration and encoded.clip_seconds == 2.0
+            assert np.array_equal(encoded.features[0], expected.features[0])
+    assert pipe.encode(expected) is expected
+    frames = np.stack([picture(index) for index in range(round(SECONDS * RATE))])
+    assert pipe(pipe.encode((frames, RATE)), QUERIES) == pipe((frames, RATE), QUERIES)
+
+
+def test_what_open_video_returns_can_be_searched(pipe, video):
+    opened = open_video(video, 2.0)
+    assert pipe(opened, QUERIES) == pipe(video, QUERIES)
+    assert pipe([opened, video], query=QUERIES[0]) == [pipe(video, QUERIES[0])] * 2
+    with pytest.raises(ValueError, match=r"stripes\.mp4: clips of 1 s; the backbones read 2 s"):
+        pipe(open_video(video, 1.0), QUERIES)
+
+
+def test_videos_that_cannot_be_encoded(checkpoint, pipe, video, tmp_path):
+    with pytest.raises(ValueError, match="^a video must be a path, .* got int: 5$"):
+        pipe.encode(5)
+    with pytest.raises(FileNotFoundError, match="nothing.mp4"):
+        pipe.encode(tmp_path / "nothing.mp4")
+    with pytest.raises(ValueError, match=r"lasts 15 s; the limit is 10.5 s \(`max_video_seconds`\)$"):
+        pipe.encode(video, max_video_seconds=10.5)
+    with pytest.raises(ValueError, match="`max_video_seconds` must be a number above 0, got -1"):
+        pipe.encode(video, max_video_seconds=-1)
+    with pytest.raises(ValueError, match=re.escape("unknown arguments ['threshold']")):
+        pipe.encode(video, threshold=0.5)
+    strict = pipeline(TASK, model=str(checkpoint), max_video_seconds=10.5)  # for all calls
+    with pytest.raises(ValueError, match="the limit is 10.5 s"):
+        strict.encode(video)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"features": []}, r"`features` of an encoded video must be one array .* got shapes \[\]$"),
+        ({"features": [np.ones((0, 12))]}, r"got shapes \[\(0, 12\)\]$"),
+        ({"features": np.ones((7, 12))}, "`features` of an encoded video must be one array"),
+        ({"features": [np.ones((7, 12)), np.ones((10, 12))]}, r"an encoded video: clip counts \[7, 10\] differ"),
+        ({"duration": 0.0}, "`duration` of an encoded video must be a number above 0, got 0.0"),
+        ({"clip_seconds": None}, "`clip_seconds` of an encoded video must be a number above 0, got None"),
+    ],
+)
+def test_impossible_encoded_video(changes, message):
+    with pytest.raises(ValueError, match=message):
+        EncodedVideo(**{"duration": 14.0, "clip_seconds": 2.0, "features": [np.ones((7, 12))], **changes})
+
+
+def test_encoded_video_of_other_backbones(pipe, video):
+    by_hand = EncodedVideo(14.0, 2.0, [np.ones((7, 12), np.float32)])
+    check_moments(pipe(by_hand, QUERIES[0]), duration=14.0)
+    with pytest.raises(ValueError, match="has features of 2 backbones, expected 1"):
+        pipe(EncodedVideo(14.0, 2.0, [np.ones((7, 12))] * 2), QUERIES[0])
+    with pytest.raises(ValueError, match=r"features must be \(length, 12\), got \(7, 13\)"):
+        pipe(EncodedVideo(14.0, 2.0, [np.ones((7, 13))]), QUERIES[0])
+
+
+def test_encoded_video_of_another_backbone_on_the_hub(pipe, video, monkeypatch):
+    encoded = pipe.encode(video)
+    assert encoded.backbone_ids == [None]  # it is in a folder
+
+    def set_id(identifier):
+        monkeypatch.setattr(pipe.backbones, "descriptions", [description(id=identifier)])
+
+    set_id("some/clip")
+    expected, of_hub = pipe(encoded, QUERIES), pipe.encode(video)
+    assert of_hub.backbone_ids == ["some/clip"] and pipe(of_hub, QUERIES) == expected
+    set_id("other/clip")
+    assert pipe(encoded, QUERIES) == expected
+    with pytest.raises(
+        ValueError, match="^the encoded video: made by the backbone some/clip; this model's is other/clip$"
+    ):
+        pipe(of_hub, QUERIES)
+
+
+def test_backbones_with_different_numbers_of_clips():
+    assert EncodedVideo(14.0, 2.0, [np.ones((8, 12)), np.ones((7, 5))]).num_clips == 7
 
 
 def test_nothing_is_decoded_for_no_query(pipe, video, counts):

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from .base_backbone import Backbone, encode_video
 from .dual_encoders import ClipBackbone, Siglip2Backbone, SiglipBackbone
+from .json_files import naming_json
 from .messages import one_line
 from .slowfast import SlowFastBackbone
 from .video import Video
@@ -67,7 +68,7 @@ def load_backbone(
         ImportError: if it needs a package that is not installed.
     """
     try:
-        model_type = PreTrainedConfig.get_config_dict(path_or_id, **hub_kwargs)[0].get("model_type")
+        model_type = model_type_of(path_or_id, **hub_kwargs)
     except OSError as error:
         raise OSError(
             f"{path_or_id}: not a checkpoint folder, and it could not be loaded from the Hub ({one_line(error)})"
@@ -76,7 +77,19 @@ def load_backbone(
         raise ValueError(
             f"{path_or_id}: model type {model_type} is not supported as a backbone ({what_is_supported()})"
         )
-    return BACKBONE_CLASSES[model_type].from_pretrained(path_or_id, **hub_kwargs).to(device, dtype)
+    return load_backbone_of_type(model_type, path_or_id, **hub_kwargs).to(device, dtype)
+
+
+def model_type_of(path_or_id: str | os.PathLike, **hub_kwargs) -> str:
+    """Return the `model_type` in the config.json of a backbone. See `load_backbone`."""
+    with naming_json(path_or_id, **hub_kwargs):
+        return str(PreTrainedConfig.get_config_dict(path_or_id, **hub_kwargs)[0].get("model_type"))
+
+
+def load_backbone_of_type(model_type: str, path_or_id: str | os.PathLike, **hub_kwargs) -> Backbone:
+    """Load a backbone of a type in `BACKBONE_CLASSES`. See `load_backbone`."""
+    with naming_json(path_or_id, **hub_kwargs):
+        return BACKBONE_CLASSES[model_type].from_pretrained(path_or_id, **hub_kwargs)
 
 
 class Backbones:

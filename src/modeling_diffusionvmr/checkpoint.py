@@ -16,7 +16,15 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
-from .backbones import BACKBONE_CLASSES, Backbones, in_folder, load_backbone, what_is_supported
+from .backbones import (
+    BACKBONE_CLASSES,
+    Backbones,
+    in_folder,
+    load_backbone,
+    load_backbone_of_type,
+    model_type_of,
+    what_is_supported,
+)
 from .messages import one_line
 from .processing_diffusionvmr import DiffusionVMRProcessor
 from .weights import check_weight_index
@@ -75,7 +83,7 @@ def load_backbones(
         raise ValueError(
             f"these backbones cannot be run: {', '.join(cannot_run)}; pass their features to the model instead{hint}"
         )
-    models = [BACKBONE_CLASSES[model_type].from_pretrained(where, **kwargs) for model_type, where, kwargs in places]
+    models = [load_backbone_of_type(model_type, where, **kwargs) for model_type, where, kwargs in places]
     names = [os.path.join(where, kwargs.get("subfolder", "")).rstrip(os.sep) for _, where, kwargs in places]
     return Backbones(config.backbones, models, names).to(device, dtype)
 
@@ -92,7 +100,7 @@ def origin_of(model) -> str | None:
 
 def _model_type(name: str, path_or_id: str | os.PathLike, kwargs: Mapping[str, Any]) -> str:
     try:
-        return str(PreTrainedConfig.get_config_dict(path_or_id, **kwargs)[0].get("model_type"))
+        return model_type_of(path_or_id, **kwargs)
     except OSError as error:
         raise OSError(f"backbone `{name}` could not be loaded from {path_or_id} ({one_line(error)})") from error
 

@@ -9,6 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .checks import check_positive
 from .hub import PushToHub
+from .json_files import naming_json
 
 FOLDER_NAME = re.compile(r"\w[\w.-]*")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -147,6 +148,12 @@ class DiffusionVMRConfig(PushToHub, PreTrainedConfig):
             self.backbones = [_with_folder(entry) for entry in self.backbones]
         # `hidden_size` and the other aliases set fields, so they are checked as fields
         super().__post_init__(**{self.attribute_map.get(name, name): value for name, value in kwargs.items()})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As in `PreTrainedConfig`. Raise a ValueError that names config.json if it is not a JSON object."""
+        with naming_json(pretrained_model_name_or_path, **kwargs):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

@@ -4,7 +4,6 @@ Push to the Hub, in one commit: an upload that is cut off leaves the repository 
 `transformers` would write a model card of its own, and `HfApi.upload_folder` may split a folder into several commits.
 """
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError
 
+from .json_files import read_json_object
 from .model_card import CARD_NAME, make_card, parse_card
 
 MODEL_FILES = ("config.json", "processor_config.json", CARD_NAME)
@@ -140,7 +140,7 @@ def checkpoint_files(folder: str | os.PathLike) -> list[str]:
     names = [path.name for path in folder.iterdir() if path.is_file() and _is_model_file(path.name)]
     config = folder / "config.json"
     if config.is_file():
-        for entry in json.loads(config.read_text(encoding="utf-8")).get("backbones") or []:
+        for entry in read_json_object(config).get("backbones") or []:
             inside = entry.get("folder")
             if inside is not None and (folder / inside).is_dir():
                 names += [f"{inside}/{name}" for name in _visible_files(folder / inside)]

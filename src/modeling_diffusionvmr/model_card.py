@@ -34,6 +34,7 @@ from huggingface_hub import CardData
 from huggingface_hub.repocard import RepoCard
 from transformers.utils import cached_file
 
+from .json_files import read_json_object
 from .messages import one_line
 
 CARD_NAME = "README.md"
@@ -276,7 +277,7 @@ def _joined(texts: Iterable[str]) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json_object(path) if path.is_file() else {}
 
 
 # Metadata

@@ -32,7 +32,7 @@ from .hub import PushToHub, take_push_options, upload
 from .loss_diffusionvmr import Targets, diffusionvmr_loss
 from .model_card import write_model_card
 from .spans import bin_edges, keep_inside, refine, roi_align, surround
-from .weights import check_form, check_weight_index, missing_weights, naming_mismatch
+from .weights import check_form, check_weight_files, missing_weights, naming_mismatch
 
 TASK = "video-moment-retrieval"
 RANK_SHARE, BIN_SHARE = 1 / 8, 1 / 4  # of `d_model`, in the dynamic interaction
@@ -306,8 +306,11 @@ class DiffusionVMRPreTrainedModel(PushToHub, PreTrainedModel):  # type: ignore[m
         As in `transformers`, but refuse checkpoints of the larger dynamic interaction that version 0.1.0 replaced.
 
         Raises:
-            ValueError: if the sizes of the weights are not those of the configuration.
+            ValueError: if the sizes of the weights are not those of the configuration, or if the folder is one that
+                `diffusionvmr export` wrote.
         """
+        if os.path.isdir(pretrained_model_name_or_path or ""):
+            check_weight_files(pretrained_model_name_or_path)
         with naming_mismatch(pretrained_model_name_or_path):
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -627,8 +630,6 @@ class DiffusionVMRForMomentRetrieval(DiffusionVMRPreTrainedModel):
         place.
         """
         is_folder = os.path.isdir(pretrained_model_name_or_path or "")
-        if is_folder:
-            check_weight_index(pretrained_model_name_or_path)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model.missing_weights = missing_weights(info)
         if pretrained_model_name_or_path is not None and not is_folder:

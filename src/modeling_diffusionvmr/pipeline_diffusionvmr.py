@@ -17,7 +17,7 @@ from .checks import check_positive, check_sentence, check_whole
 from .configuration_diffusionvmr import DiffusionVMRConfig
 from .diffusion import check_num_sampling_steps
 from .hub import PushToHub
-from .processing_diffusionvmr import POST_PROCESSING, DiffusionVMRProcessor, check_post_processing
+from .processing_diffusionvmr import POST_PROCESSING, DiffusionVMRProcessor, check_post_processing, common_length
 from .video import Video, open_video
 from .weights import check_weights
 from .windows import SearchWindow, check_chunks, plan_windows, search
@@ -32,22 +32,39 @@ POSTPROCESS_OPTIONS = (*POST_PROCESSING, "return_saliency")
 class EncodedVideo:
     """
     A video that `VideoMomentRetrievalPipeline.encode` has encoded. A call takes it in place of the video, to search it
-    again without decoding it again.
+    again without decoding it again. The pipeline must have the same backbones. Their number, the sizes of the features
+    and `clip_seconds` are checked, and the ids of backbones that are on the Hub. Others cannot be told apart.
 
     Args:
         duration: in seconds.
         clip_seconds: length of a clip in seconds.
         features: one array (num_clips, feature_size) float32 per video backbone.
+        backbone_ids: the Hub id of each video backbone, or `None` for one that is in a folder.
+
+    Raises:
+        ValueError: if a value is invalid, or if the numbers of clips differ by more than two.
     """
 
     duration: float
     clip_seconds: float
     features: Sequence[np.ndarray]
+    backbone_ids: Sequence[str | None] = ()
+
+    def __post_init__(self):
+        check_positive(self.duration, "`duration` of an encoded video")
+        check_positive(self.clip_seconds, "`clip_seconds` of an encoded video")
+        shapes = [np.shape(array) for array in self.features]
+        if not shapes or any(len(shape) != 2 or not shape[0] for shape in shapes):
+            raise ValueError(
+                "`features` of an encoded video must be one array (num_clips, feature_size) per video backbone, got "
+                f"shapes {shapes}"
+            )
+        common_length([length for length, _ in shapes], "an encoded video")
 
     @property
     def num_clips(self) -> int:
-        """Number of clips."""
-        return len(self.features[0])
+        """Number of clips: the minimum over the backbones."""
+        return min(map(len, self.features))
 
 
 class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
@@ -97,9 +114,10 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
         """
         Args:
             video: a path, an `http(s)://` or `file://` URL, a binary file object, a row of a `datasets` column of type
-                `Video`, `(frames, fps)` with frames (T, H, W, 3) uint8 RGB, or what `encode` returned. For many videos
-                and one `query`, an iterable of these (a list, a generator, a `KeyDataset`). For many videos with their
-                own queries, an iterable of `{"video": ..., "query": ...}` and no `query`; other keys are ignored.
+                `Video`, `(frames, fps)` with frames (T, H, W, 3) uint8 RGB, or what `open_video` or `encode` returned.
+                For many videos and one `query`, an iterable of these (a list, a generator, a `KeyDataset`). For many
+                videos with their own queries, an iterable of `{"video": ..., "query": ...}` and no `query`; other keys
+                are ignored.
             query: a sentence or a list of sentences. Each video is decoded and encoded once for all of them.
             batch_size: only 1 is possible. Frames and sentences of one video are encoded in batches of their own.
             top_k: maximum number of moments per query.
@@ -178,29 +196,47 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
         check_chunks(*lengths, self.backbones.clip_seconds, self.processor.max_clips)
 
     def encode(
-        self, video: Video, progress: bool = False, advance: Callable[[float], None] | None = None
+        self, video: Any, progress: bool = False, advance: Callable[[float], None] | None = None, **limits
     ) -> EncodedVideo:
         """
         Decode and encode a video, to search it several times.
 
         Args:
-            video: from `open_video`, with clips of `backbones.clip_seconds`.
-            progress: show a progress bar.
+            video: whatever a call takes as one video.
+            progress: show a progress bar while the video is downloaded and encoded.
             advance: called after each batch with its share of the work. The shares sum to 1.
+            limits: `max_download_bytes` and `max_video_seconds`, as in a call.
 
         Raises:
-            ValueError: if the video is damaged, or if its clips have another length.
+            FileNotFoundError, OSError, ValueError: as in a call.
         """
-        self._check_clip_seconds(video.clip_seconds, video.name)
-        features = self.backbones.encode_video(video, progress=progress, advance=advance)
-        return EncodedVideo(video.duration, video.clip_seconds, features)
+        if unknown := limits.keys() - set(PREPROCESS_OPTIONS):
+            raise ValueError(f"unknown arguments {sorted(unknown)}; expected some of {[*PREPROCESS_OPTIONS]}")
+        options, _, _ = self._sanitize_parameters(**limits, progress=progress)
+        video = self._open(video, **{**self._preprocess_params, **options})
+        return video if isinstance(video, EncodedVideo) else self._encode(video, progress, advance)
 
-    def _check_clip_seconds(self, clip_seconds: float, name: str) -> None:
-        """Raise `ValueError` unless clips are as long as those that the backbones read."""
-        if clip_seconds != self.backbones.clip_seconds:
+    def _encode(self, video: Video, progress: bool, advance: Callable[[float], None] | None = None) -> EncodedVideo:
+        features = self.backbones.encode_video(video, progress=progress, advance=advance)
+        return EncodedVideo(video.duration, video.clip_seconds, features, self._backbone_ids())
+
+    def _open(self, video: Any, **options) -> Video | EncodedVideo:
+        """Open one video, or check one that was opened or encoded before, perhaps for another model."""
+        if not isinstance(video, (Video, EncodedVideo)):
+            return open_video(video, self.backbones.clip_seconds, **options)
+        if video.clip_seconds != self.backbones.clip_seconds:
+            name = video.name if isinstance(video, Video) else "the encoded video"
             raise ValueError(
-                f"{name}: clips of {clip_seconds:g} s; the backbones read {self.backbones.clip_seconds:g} s"
+                f"{name}: clips of {video.clip_seconds:g} s; the backbones read {self.backbones.clip_seconds:g} s"
             )
+        for made_by, own in zip(getattr(video, "backbone_ids", ()), self._backbone_ids()):
+            if made_by and own and made_by != own:
+                raise ValueError(f"the encoded video: made by the backbone {made_by}; this model's is {own}")
+        return video
+
+    def _backbone_ids(self) -> list[str | None]:
+        """Return the Hub id of each video backbone, or `None` for one that is in a folder."""
+        return [entry.get("id") for entry in self.backbones.descriptions if "feature_size" in entry]
 
     def preprocess(  # type: ignore[override]
         self, inputs: Mapping[str, Any], **options
@@ -215,11 +251,7 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
         queries = list(query) if isinstance(query, Sequence) and not isinstance(query, (str, bytes)) else [query]
         for sentence in queries:
             check_sentence(sentence)
-        video = inputs["video"]
-        if isinstance(video, EncodedVideo):  # perhaps by another model
-            self._check_clip_seconds(video.clip_seconds, "the encoded video")
-        else:
-            video = open_video(video, self.backbones.clip_seconds, **options)
+        video = self._open(inputs["video"], **options)
         return {"video": video, "queries": queries, "single": isinstance(query, str)}
 
     def _forward(  # type: ignore[override]
@@ -235,7 +267,7 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
         if not queries:
             return features
         tokens = self.backbones.encode_text(queries, self.processor.max_tokens)
-        encoded = video if isinstance(video, EncodedVideo) else self.encode(video, progress)
+        encoded = video if isinstance(video, EncodedVideo) else self._encode(video, progress)
         texts = self.processor.pad([self.processor.prepare_text(array) for array in tokens])
         windows = self._windows(encoded, chunk_length_s, stride_length_s)
         features["findings"] = search(
@@ -317,7 +349,7 @@ def _is_one(video: Any) -> bool:
     if isinstance(video, tuple):  # `(frames, fps)`, unless all items are videos or rows
         return not all(_is_one(item) and not hasattr(item, "dtype") for item in video)
     is_array_or_decoder = hasattr(video, "dtype") or hasattr(video, "_hf_encoded")
-    kinds = (str, bytes, os.PathLike, Mapping, EncodedVideo)
+    kinds = (str, bytes, os.PathLike, Mapping, Video, EncodedVideo)
     return is_array_or_decoder or hasattr(video, "read") or isinstance(video, kinds)
 
 

@@ -15,6 +15,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from .checks import check_positive, check_whole, is_number
 from .hub import PushToHub
+from .json_files import naming_json
 from .spans import nms, span_to_window
 
 MAX_LENGTH_GAP = 2  # released features of two backbones differ by up to 2 clips for the same video
@@ -166,6 +167,12 @@ class DiffusionVMRProcessor(PushToHub, ProcessorMixin):
         self.top_k = top_k
         self.nms_threshold = nms_threshold
         self.round_to = round_to
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As in `ProcessorMixin`. Raise a ValueError that names processor_config.json if it is not a JSON object."""
+        with naming_json(pretrained_model_name_or_path, **kwargs):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def __call__(
         self,

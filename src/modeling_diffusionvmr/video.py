@@ -167,11 +167,15 @@ class FileVideo(Video):
         self.file = VideoFile(file)
         super().__init__(self.file.name, self.file.end, self.file.fps, clip_seconds, max_video_seconds)
 
+    def _decoded(self) -> Iterator[Any]:
+        """Yield the decoded frames."""
+        return self.file.decoded()
+
     def clips(self, samplings):
         readers = [_ClipReader(sampling, self) for sampling in samplings]
         time = 0.0
         try:
-            for frame in chain(self.file.decoded(), [None]):  # all of them, since the last ones can be damaged
+            for frame in chain(self._decoded(), [None]):  # all of them, since the last ones can be damaged
                 if frame is not None:
                     time = frame.time
                     # The filter ends where its last frame ends. It gives no frame at all for less than half a clip.

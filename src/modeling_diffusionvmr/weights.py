@@ -64,6 +64,16 @@ def check_weights(model: nn.Module, missing: Iterable[str], name: str | os.PathL
         raise ValueError(f"{name}: weights contain NaN or infinity: {listed(broken, 5)}")
 
 
+def check_weight_files(folder: str | os.PathLike) -> None:
+    """Raise ValueError if the weights in a checkpoint folder are an exported model's, or files elsewhere."""
+    if any(Path(folder).glob("*.onnx")) and not any(Path(folder).glob("*.safetensors")):
+        raise ValueError(
+            f"{folder}: a model exported for ONNX Runtime, which cannot be trained; use the checkpoint that it was "
+            "exported from, or run this one with `OnnxDiffusionVMR.from_pretrained`"
+        )
+    check_weight_index(folder)
+
+
 def check_weight_index(folder: str | os.PathLike) -> None:
     """Raise ValueError if the index of sharded weights in a folder refers to files elsewhere."""
     for path in sorted(Path(folder).glob("*.index.json")):

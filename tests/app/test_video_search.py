@@ -1,13 +1,16 @@
+import itertools
 import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import gradio as gr
 import numpy as np
 import pytest
 
 from modeling_diffusionvmr import video_file
+from modeling_diffusionvmr.app import video_search
 from modeling_diffusionvmr.app.guard import restrict_gradio
 from modeling_diffusionvmr.app.video_search import VideoSearch
 from modeling_diffusionvmr.presentation.timeline import frames_of
@@ -71,6 +74,28 @@ def test_closing_ends_searches(search, tmp_path):
     path = write_video(tmp_path / "a.mp4", range(90), rate=1)
     with pytest.raises(ValueError, match=r"^a\.mp4: not searched, because the server is stopping"):
         search(path, ["a"], lambda share: search.close())
+
+
+def test_encoding_has_a_time_limit(retrieve, tmp_path, monkeypatch):
+    """It also ends within a clip, which can have any number of frames. The error is not kept."""
+    search = VideoSearch(retrieve, 100, max_encoding_seconds=10)
+    path = write_video(tmp_path / "a.mp4", [i / 10 for i in range(19)])  # one clip
+    seconds, numbers = itertools.count(), []
+    monkeypatch.setattr(video_search, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    decoded = video_file.VideoFile.decoded
+
+    def spy(self):
+        for number, frame in enumerate(decoded(self)):
+            numbers.append(number)
+            yield frame
+
+    monkeypatch.setattr(video_file.VideoFile, "decoded", spy)
+    expected = r"^a\.mp4: reading it takes too long; the limit is 10 s \(`max_encoding_seconds`\)$"
+    with pytest.raises(ValueError, match=expected):
+        search(path, ["a"])
+    assert max(numbers) == 10 and not search._known
+    search.max_encoding_seconds = 1000
+    assert len(search(path, ["a"]).frames) == 12
 
 
 def test_one_encoding_for_several_at_once(retrieve, rendered, monkeypatch):

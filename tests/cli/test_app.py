@@ -24,6 +24,7 @@ def error_of(capsys, *argv) -> str:
         (["--concurrency", "0"], "error: --concurrency must be at least 1, got 0"),
         (["--max_upload_mb", "-1"], "error: --max_upload_mb must be at least 1, got -1"),
         (["--max_video_seconds", "nan"], "error: --max_video_seconds must be a number above 0, got nan"),
+        (["--max_encoding_seconds", "0"], "error: --max_encoding_seconds must be a number above 0, got 0.0"),
         (["--num_examples", "-1"], "error: --num_examples must be at least 0, got -1"),
         (["--model", "no/such/model"], "error: no/such/model: not a local folder or a valid Hub id"),
         (["--host", "192.0.2.1"], "error: --host 192.0.2.1: cannot listen there (Cannot assign requested address)"),

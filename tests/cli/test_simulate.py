@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from modeling_diffusionvmr.cli import main
+from modeling_diffusionvmr.data import hub
 from modeling_diffusionvmr.data.features import open_features
 from modeling_diffusionvmr.data.files import save_jsonl
 from modeling_diffusionvmr.synthetic import simulated_folder
@@ -48,6 +49,32 @@ def options(tmp_path):
     save_jsonl(ROWS[:8], train)
     save_jsonl(ROWS[8:12], val)
     return ["--annotations", train, val, "--seed", 3, "--noise", "easy", "--size", 32, "--motion_size", 40]
+
+
+def test_says_what_to_train_on(tmp_path, simulate, options):
+    """A second video backbone only if there is one."""
+    folder = tmp_path / "features"
+    printed = simulate(*options, "--output_dir", folder)
+    text = f"--text_features {folder}/clip_text\n"
+    assert printed.endswith(f"train on them with --video_features {folder}/slowfast {folder}/clip {text}")
+    printed = simulate(*options[:-2], "--output_dir", folder)
+    assert printed.endswith(f"train on them with --video_features {folder}/clip {text}")
+
+
+def test_training_on_a_backbone_that_was_not_simulated(tmp_path, simulate, options, error_of, monkeypatch):
+    """A relative path of two parts looks like the id of a dataset on the Hub, which must not be asked."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("the Hub was asked"))
+    simulate(*options[:-2], "--output_dir", "simulated")
+    features = ["--video_features", "simulated/slowfast", "simulated/clip", "--text_features", "simulated/clip_text"]
+    for command in ("train", "evaluate"):
+        line = error_of(command, "--annotations", options[1], *features, "--output_dir", tmp_path / "output")
+        assert line == (
+            "error: simulated/slowfast: no such file or folder of features; simulated contains clip, clip_text, "
+            "simulation.json"
+        )
+    line = error_of("train", "--annotations", "simulated/none", *features, "--output_dir", tmp_path / "output")
+    assert line == "error: simulated/none: no such annotation file or folder"
 
 
 def contents(folder):

@@ -1,13 +1,20 @@
 """The export: what it writes, what it refuses, and `torch.export` of the same graphs."""
 
 import json
+import shutil
 import sys
 
 import pytest
 import torch
 from torch.export import Dim
+from transformers import AutoModel
 
-from modeling_diffusionvmr import DiffusionVMRForMomentRetrieval, DiffusionVMRProcessor, OnnxDiffusionVMR
+from modeling_diffusionvmr import (
+    DiffusionVMRForMomentRetrieval,
+    DiffusionVMRModel,
+    DiffusionVMRProcessor,
+    OnnxDiffusionVMR,
+)
 from modeling_diffusionvmr.cli import main
 from modeling_diffusionvmr.deployment import onnx_export
 from modeling_diffusionvmr.deployment.graphs import GRAPHS, DenoiserGraph, EncoderGraph, TimestepGraph
@@ -113,9 +120,35 @@ def test_nan_in_any_output_is_found(model, exported, monkeypatch, damaged):
         check_graphs(model, exported)
 
 
-def test_exported_model_is_not_a_checkpoint(exported, error_of, tmp_path):
-    line = error_of(exported, tmp_path / "onnx")
-    assert line == f"error: {exported}: an exported model; this command needs the checkpoint that it was exported from"
+@pytest.mark.parametrize(
+    "command",
+    [
+        "export {folder} {output}",
+        "push {folder} user/name",
+        # The model is checked before the data
+        "train --model {folder} --annotations none --video_features none --text_features none --output_dir {output}",
+        "evaluate --model {folder} --annotations none --video_features none --text_features none --output_dir {output}",
+    ],
+)
+def test_exported_model_is_not_a_checkpoint(exported, command, tmp_path):
+    with pytest.raises(SystemExit) as error:
+        main(command.format(folder=exported, output=tmp_path / "output").split())
+    assert str(error.value) == (
+        f"error: {exported}: a model exported for ONNX Runtime, which cannot be trained; use the checkpoint that it "
+        "was exported from, or run this one with `OnnxDiffusionVMR.from_pretrained`"
+    )
+
+
+@pytest.mark.parametrize("cls", [AutoModel, DiffusionVMRForMomentRetrieval, DiffusionVMRModel])
+def test_exported_model_is_not_loaded_as_a_checkpoint(exported, cls):
+    with pytest.raises(ValueError, match=f"^{exported}: a model exported for ONNX Runtime, which cannot be trained"):
+        cls.from_pretrained(exported)
+
+
+def test_checkpoint_beside_exported_graphs(model, exported, tmp_path):
+    model.save_pretrained(tmp_path)
+    shutil.copy(exported / "encoder.onnx", tmp_path)
+    assert not DiffusionVMRForMomentRetrieval.from_pretrained(tmp_path).missing_weights
 
 
 def test_command_fails_if_the_graphs_differ(traced_before, monkeypatch, error_of, tmp_path):

@@ -174,11 +174,9 @@ def change_config(folder: Path, **fields) -> None:
         (lambda folder: change_config(folder, d_model=64), "FOLDER/encoder.onnx: does not fit the config"),
         (lambda folder: change_config(folder, decoder_layers=6), "FOLDER/timestep.onnx: does not fit the config"),
         (lambda folder: change_config(folder, model_type="clip"), "FOLDER: a model of type clip, not DiffusionVMR"),
-        (
-            lambda folder: (folder / "config.json").write_text("{"),
-            "It looks like the config file at 'FOLDER/config.json'",
-        ),
-        (lambda folder: (folder / "config.json").write_text("[]"), "FOLDER/config.json: not a JSON object"),
+        (lambda folder: (folder / "config.json").write_text("{"), "FOLDER/config.json: not JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "FOLDER/config.json: must be a JSON object"),
+        (lambda folder: (folder / "config.json").write_text("5"), "FOLDER/config.json: must be a JSON object"),
         (
             lambda folder: change_config(folder, d_model="x"),
             "FOLDER/config.json: Field 'd_model' expected int, got str",
@@ -205,6 +203,36 @@ def test_a_checkpoint_is_not_an_exported_model():
 def test_unknown_argument(exported):
     with pytest.raises(TypeError, match=re.escape("unknown arguments ['dtype']")):
         OnnxDiffusionVMR.from_pretrained(exported, dtype="float16")
+
+
+@pytest.mark.filterwarnings("error")  # ONNX Runtime would warn, and use the CPU
+@pytest.mark.parametrize(
+    "providers, missing",
+    [
+        (["CPUExecutionProvidr"], "CPUExecutionProvidr"),
+        (["CPUExecutionProvider", ("Nowhere", {"device_id": 0})], "Nowhere"),
+    ],
+)
+def test_providers_that_are_not_here(exported, providers, missing):
+    available = ", ".join(onnx_model.import_onnxruntime().get_available_providers())
+    with pytest.raises(ValueError) as error:
+        OnnxDiffusionVMR.from_pretrained(exported, providers=providers)
+    assert str(error.value) == f"`providers`: ONNX Runtime cannot use {missing} here; it can use {available}"
+
+
+def test_provider_whose_libraries_are_missing(exported, monkeypatch):
+    runtime = onnx_model.import_onnxruntime()
+    monkeypatch.setattr(runtime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    session = runtime.InferenceSession
+    monkeypatch.setattr(runtime, "InferenceSession", lambda path, providers, **others: session(path, **others))
+    with pytest.raises(ValueError, match="cannot use CUDAExecutionProvider here; it can use .*CPUExecutionProvider"):
+        OnnxDiffusionVMR.from_pretrained(exported, providers=["CUDAExecutionProvider"])
+
+
+def test_providers_are_a_list(exported):
+    assert OnnxDiffusionVMR.from_pretrained(exported, providers=[("CPUExecutionProvider", {})])
+    with pytest.raises(ValueError, match="^`providers` must be a list, got 'CPUExecutionProvider'$"):
+        OnnxDiffusionVMR.from_pretrained(exported, providers="CPUExecutionProvider")
 
 
 def test_without_onnxruntime(exported, monkeypatch):

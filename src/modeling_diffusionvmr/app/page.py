@@ -60,6 +60,7 @@ class Limits:
 
     Args:
         max_video_seconds: maximum duration of a video.
+        max_encoding_seconds: maximum time that decoding and encoding one video may take.
         max_upload_bytes: maximum size of a video, uploaded or downloaded.
         concurrency: number of searches at the same time. Other visitors wait in a queue.
         max_waiting: maximum length of the queue.
@@ -67,6 +68,7 @@ class Limits:
     """
 
     max_video_seconds: float = 3600.0
+    max_encoding_seconds: float = 1800.0
     max_upload_bytes: int = 500 * 2**20
     concurrency: int = 1
     max_waiting: int = 100

@@ -72,7 +72,12 @@ def running(
         os.environ["GRADIO_TEMP_DIR"] = str(folder)
         restrict_gradio()
         examples = render_examples(folder, num_examples)
-        search = VideoSearch(pipeline, limits.max_video_seconds, num_threads=limits.concurrency)
+        search = VideoSearch(
+            pipeline,
+            limits.max_video_seconds,
+            num_threads=limits.concurrency,
+            max_encoding_seconds=limits.max_encoding_seconds,
+        )
         is_embedded = pipeline.model.name_or_path == DEFAULT_MODEL
         blocks = build(
             Page(search, limits), examples, " ".join([INTRODUCTION, *([EMBEDDED_NOTE] if is_embedded else [])])

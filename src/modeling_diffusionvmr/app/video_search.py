@@ -3,8 +3,10 @@
 import contextvars
 import hashlib
 import io
+import math
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -64,6 +66,7 @@ class VideoSearch:
         max_video_seconds: maximum duration of a video.
         num_threads: number of searches at the same time. They run in threads that stay: with a new thread for each,
             memory would grow, since the C library keeps what a thread has freed for that thread.
+        max_encoding_seconds: maximum time that decoding and encoding one video may take. Others wait meanwhile.
         max_cache_bytes: maximum size of the encoded videos that are kept, by their content. The ones that were not
             searched for the longest time are dropped.
 
@@ -76,9 +79,11 @@ class VideoSearch:
         pipeline: VideoMomentRetrievalPipeline,
         max_video_seconds: float,
         num_threads: int = 1,
+        max_encoding_seconds: float = math.inf,
         max_cache_bytes: int = MAX_CACHE_BYTES,
     ):
         self.pipeline, self.max_video_seconds, self.max_cache_bytes = pipeline, max_video_seconds, max_cache_bytes
+        self.max_encoding_seconds = max_encoding_seconds
         self.num_encoded = 0
         self._known: OrderedDict[bytes, Future[_Known]] = OrderedDict()
         self._lock = threading.Lock()
@@ -143,16 +148,23 @@ class VideoSearch:
             return self._encode_once(path, advance)
 
     def _encode(self, path: str | os.PathLike, advance: Callable[[float], None] | None) -> _Known:
-        video = _TimelineVideo(path, self.pipeline.backbones.clip_seconds, self.max_video_seconds)
-        self.num_encoded += 1
+        deadline = time.monotonic() + self.max_encoding_seconds
 
-        def advance_unless_closed(share: float) -> None:
+        def check_going_on() -> None:
             if self._is_closed:
                 raise ValueError(f"{path}: not searched, because the server is stopping")
+            if time.monotonic() > deadline:
+                limit = f"{self.max_encoding_seconds:g} s (`max_encoding_seconds`)"
+                raise ValueError(f"{path}: reading it takes too long; the limit is {limit}")
+
+        def advance_while_going_on(share: float) -> None:
+            check_going_on()
             if advance is not None:
                 advance(share)
 
-        return _Known(self.pipeline.encode(video, advance=advance_unless_closed), video.frames)
+        video = _TimelineVideo(path, self.pipeline.backbones.clip_seconds, self.max_video_seconds, check_going_on)
+        self.num_encoded += 1
+        return _Known(self.pipeline.encode(video, advance=advance_while_going_on), video.frames)
 
     def _drop_oldest(self) -> None:
         """Drop the videos that do not fit into the cache. Those that are still being encoded stay."""
@@ -166,7 +178,23 @@ class VideoSearch:
 
 
 class _TimelineVideo(FileVideo):
-    """A video file that keeps the frames of its timeline while its clips are read, so that it is decoded only once."""
+    """
+    A video file that keeps the frames of its timeline while its clips are read, so that it is decoded only once.
+
+    Args:
+        check: called for each decoded frame, since a clip can consist of any number of them. It can raise an error.
+    """
+
+    def __init__(
+        self, file: str | os.PathLike, clip_seconds: float, max_video_seconds: float, check: Callable[[], None]
+    ):
+        super().__init__(file, clip_seconds, max_video_seconds)
+        self._check = check
+
+    def _decoded(self):
+        for frame in super()._decoded():
+            self._check()
+            yield frame
 
     def clips(self, samplings):
         wanted = (np.arange(NUM_FRAMES) + 0.5) * self.num_clips // NUM_FRAMES

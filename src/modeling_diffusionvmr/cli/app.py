@@ -13,6 +13,7 @@ from .options import CommandParser, add_device_argument, add_model_arguments, ch
 
 LIMITS = (  # name, default, unit, purpose
     ("max_video_seconds", 3600.0, "S", "refuse longer videos"),
+    ("max_encoding_seconds", 1800.0, "S", "give up on a video that takes longer to decode and encode"),
     ("max_upload_mb", 500, "MB", "refuse larger videos"),
     ("concurrency", 1, "N", "searches at the same time"),
     ("max_waiting", 100, "N", "maximum length of the queue"),
@@ -41,7 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Serve the page until the process is interrupted."""
     from ..checks import check_positive, check_whole
 
-    check_positive(arguments.max_video_seconds, "--max_video_seconds")
+    for name in ("max_video_seconds", "max_encoding_seconds"):
+        check_positive(getattr(arguments, name), f"--{name}")
     for name in ("max_upload_mb", "concurrency", "max_waiting", "keep_minutes"):
         check_whole(getattr(arguments, name), f"--{name}", 1)
     check_whole(arguments.num_examples, "--num_examples", 0)
@@ -53,6 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     limits = Limits(
         max_video_seconds=arguments.max_video_seconds,
+        max_encoding_seconds=arguments.max_encoding_seconds,
         max_upload_bytes=arguments.max_upload_mb * 2**20,
         concurrency=arguments.concurrency,
         max_waiting=arguments.max_waiting,

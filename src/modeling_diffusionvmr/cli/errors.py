@@ -116,13 +116,13 @@ def _unusable_json(checkpoint: str) -> str | None:
     Return what is wrong with the configuration files in a checkpoint folder and in the folders of its backbones, or
     `None`. Each must be a JSON object.
     """
-    from ..data.files import parse_json_object
+    from ..json_files import check_configurations
 
-    for path in sorted([*Path(checkpoint).glob("*config.json"), *Path(checkpoint).glob("*/*config.json")]):
-        try:
-            parse_json_object(path.read_bytes())
-        except (ValueError, OSError) as error:
-            return f"{path}: {one_line(error)}"
+    try:
+        for folder in (Path(checkpoint), *sorted(Path(checkpoint).glob("*/"))):
+            check_configurations(folder)
+    except (ValueError, OSError) as error:
+        return one_line(error)
     return None
 
 

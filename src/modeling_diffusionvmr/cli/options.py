@@ -191,12 +191,9 @@ def load_model(arguments: argparse.Namespace):
     from transformers import AutoModel, AutoProcessor
 
     from ..checkpoint import check_processor
-    from ..deployment.graphs import DenoiserGraph
     from ..weights import check_weights
 
     model = resolve_model(arguments.model)
-    if os.path.isfile(os.path.join(model, DenoiserGraph.file_name)):
-        raise ValueError(f"{model}: an exported model; this command needs the checkpoint that it was exported from")
     options = {"trust_remote_code": arguments.trust_remote_code or None}
     check_model_type(model, **options)
     with loading(model):

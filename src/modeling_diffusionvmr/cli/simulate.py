@@ -58,8 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the features, and print how many files were written and skipped."""
     from ..checks import check_positive
     from ..data.annotations import load_annotations
-    from ..synthetic.simulated_features import SimulatedFeatures
-    from ..synthetic.simulated_folder import write_simulated_features
+    from ..synthetic.simulated_features import BACKBONE, SimulatedFeatures
+    from ..synthetic.simulated_folder import MOTION, TEXT_FOLDER, write_simulated_features
 
     check_positive(arguments.workers, "--workers")
     if arguments.motion_size is not None:
@@ -73,3 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
         simulation, arguments.output_dir, arguments.motion_size, arguments.workers
     )
     print(f"{arguments.output_dir}: wrote {written} files, skipped {skipped} existing ones", file=sys.stderr)
+    video = [MOTION, BACKBONE] if arguments.motion_size is not None else [BACKBONE]
+    folders = " ".join(str(arguments.output_dir / name) for name in video)
+    text = arguments.output_dir / TEXT_FOLDER
+    print(f"train on them with --video_features {folders} --text_features {text}", file=sys.stderr)

@@ -19,7 +19,7 @@ from ..data.backbone_record import describe_backbones
 from ..processing_diffusionvmr import DiffusionVMRProcessor
 from ..training.arguments import DiffusionVMRTrainingArguments
 from ..training.presets import SECTIONS
-from ..weights import check_weights
+from ..weights import check_weight_files, check_weights
 from .errors import loading
 from .options import add_data_arguments, check_model_type, check_output, clip_seconds_of, resolve_model
 from .settings import SettingsParser
@@ -84,6 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.model is not None:
         arguments.model = resolve_model(arguments.model)
         check_model_type(arguments.model)
+        check_weight_files(arguments.model)
 
     train_rows, eval_rows = load_rows(arguments)
     if eval_rows:

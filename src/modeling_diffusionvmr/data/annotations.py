@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from ..checks import check_positive, check_sentence, is_number
-from .files import numbered_lines, parse_json_object
+from ..json_files import parse_json_object, read_json_object
+from .files import numbered_lines
 from .hub import local_path
 from .parquet import ANNOTATIONS_CONFIG, read_annotations
 
@@ -261,11 +262,7 @@ def _charades_durations(folder: Path) -> dict[str, float]:
 
 
 def _read_tacos(path: Path) -> Found:
-    try:
-        videos = parse_json_object(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    for name, video in videos.items():
+    for name, video in read_json_object(path).items():
         where = f"{path}, {name}"
         try:
             _check_tacos_video(video)

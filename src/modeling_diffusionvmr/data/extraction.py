@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ..base_backbone import Backbone, VideoError, encode_video
 from ..checks import check_sentence
+from ..json_files import read_json_object
 from ..video import MAX_VIDEO_SECONDS, open_video
 from .backbone_record import absolute
 from .feature_store import VIDEO_SUFFIXES
@@ -27,7 +28,7 @@ from .features import (
     recorded_sentence,
     write_features,
 )
-from .files import parse_json_object, remove_free_locks, save_json
+from .files import remove_free_locks, save_json
 
 # Folders of videos often contain other files too
 VIDEO_FILE_SUFFIXES = (*VIDEO_SUFFIXES, ".3gp", ".flv", ".m4v", ".mpeg", ".mpg", ".ogv", ".ts", ".wmv")
@@ -296,7 +297,7 @@ def _open_output(output: Output, settings: Mapping[str, Any]) -> Mapping:
     if not path.exists():
         raise ValueError(f"{folder}: contains features, but no {METADATA_FILE} that records how they were made")
     features = open_features(folder)
-    found = parse_json_object(path.read_bytes())
+    found = read_json_object(path)
     if isinstance(found.get("backbone"), str):  # a relative path in folders that earlier versions wrote
         found["backbone"] = absolute(found["backbone"])
     found.setdefault("backbone_class", made_with["backbone_class"])  # earlier versions did not record it

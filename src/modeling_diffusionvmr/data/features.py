@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from ..json_files import read_json_object
+from ..messages import listed
 from .feature_store import TEXT_PREFIX, FeatureStore, check_features
-from .files import atomic_write, parse_json_object
+from .files import atomic_write
 from .glove import GloveFeatures
 from .hub import local_path
 from .parquet import TEXT_COLUMN, ParquetFeatures, is_converted, video_backbones
@@ -56,7 +58,9 @@ def open_features(path: str | os.PathLike, column: str | None = None) -> Feature
     """
     path = local_path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder of features")
+        names = sorted(entry.name for entry in path.parent.glob("[!.]*"))
+        hint = f"; {path.parent} contains {listed(names, 5)}" if names else ""
+        raise FileNotFoundError(f"{path}: no such file or folder of features{hint}")
     if is_converted(path):
         return ParquetFeatures(path, column)
     if column is not None:
@@ -139,7 +143,7 @@ class FolderFeatures(FeatureStore):
             for file in files:
                 name, suffix = os.path.splitext(file.name)
                 if file.name == METADATA_FILE:
-                    metadata = _read_metadata(Path(file.path))
+                    metadata = read_json_object(file.path)
                 if suffix not in (".npz", ".npy") or name.startswith(".") or not file.is_file():
                     continue
                 if name in places:
@@ -172,13 +176,6 @@ def _check_size(num_bytes: int, stored_bytes: int) -> None:
             f"an array of {num_bytes:,} bytes, of which the file stores {stored_bytes:,}; features do not compress "
             f"more than {MAX_EXPANSION} times"
         )
-
-
-def _read_metadata(path: Path) -> dict[str, Any]:
-    try:
-        return parse_json_object(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 class Hdf5Features(FeatureStore):

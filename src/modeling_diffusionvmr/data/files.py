@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from ..json_files import parse_json_object
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -174,14 +176,3 @@ def numbered_lines(path: str | os.PathLike) -> Iterator[tuple[str, bytes]]:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield f"{path}, line {number}", line
-
-
-def parse_json_object(text: bytes) -> dict[str, Any]:
-    """Parse one JSON object. Raise `ValueError` for anything else."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:  # also covers a wrong encoding
-        raise ValueError(f"not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"must be a JSON object, got {text.strip()[:60]!r}")
-    return content

@@ -12,9 +12,13 @@ FILE_SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".npz", ".npy", ".h5", ".hdf
 
 
 def is_hub_id(path: str | os.PathLike) -> bool:
-    """Return whether something is a Hub id rather than a path: `USER/NAME`, and nothing on this machine."""
+    """
+    Return whether something is a Hub id rather than a path: `USER/NAME`, and nothing on this machine. If there is a
+    folder USER, it is a path in it that does not exist.
+    """
     path = os.fspath(path)
-    return HUB_ID.fullmatch(path) is not None and not path.endswith(FILE_SUFFIXES) and not os.path.exists(path)
+    is_path = path.endswith(FILE_SUFFIXES) or os.path.exists(path) or os.path.isdir(os.path.dirname(path))
+    return HUB_ID.fullmatch(path) is not None and not is_path
 
 
 def has_splits(path: str | os.PathLike) -> bool:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from ..checkpoint import HUB_ARGUMENTS
 from ..configuration_diffusionvmr import DiffusionVMRConfig
 from ..diffusion import DiffusionSchedule
+from ..json_files import read_json_object
 from ..messages import one_line
 from ..modeling_diffusionvmr import (
     DiffusionVMRDecoderOutput,
@@ -37,6 +37,15 @@ def import_onnxruntime() -> Any:
     except ImportError as error:
         raise ImportError(f"onnxruntime is not installed; install it with: {INSTALL}") from error
     return onnxruntime
+
+
+def check_providers(wanted: Sequence[Any], found: Sequence[str]) -> None:
+    """Raise ValueError unless providers, as `InferenceSession` takes them, are found. ONNX Runtime would only warn."""
+    if isinstance(wanted, str):
+        raise ValueError(f"`providers` must be a list, got {wanted!r}")
+    names = [provider if isinstance(provider, str) else provider[0] for provider in wanted]
+    if missing := ", ".join(name for name in names if name not in found):
+        raise ValueError(f"`providers`: ONNX Runtime cannot use {missing} here; it can use {', '.join(found)}")
 
 
 def default_options() -> Any:
@@ -199,12 +208,12 @@ class OnnxDiffusionVMR(DiffusionVMRForMomentRetrieval):
 
         Raises:
             OSError: if there is no such folder or repository.
-            ValueError: if it is not an exported model, or incomplete or damaged.
+            ValueError: if it is not an exported model, or incomplete or damaged, or if a provider cannot be used here.
             ImportError: if onnxruntime is not installed.
         """
         if unknown := hub_kwargs.keys() - set(HUB_ARGUMENTS):
             raise TypeError(f"unknown arguments {sorted(unknown)}")
-        import_onnxruntime()  # before anything is downloaded
+        check_providers(providers, import_onnxruntime().get_available_providers())  # before anything is downloaded
         is_folder = os.path.isdir(path_or_id)
         config_file = _file(path_or_id, "config.json", hub_kwargs)
         if not is_folder:  # load all other files, and later the backbones, from the same commit
@@ -215,6 +224,8 @@ class OnnxDiffusionVMR(DiffusionVMRForMomentRetrieval):
         graphs = [
             OnnxGraph(_file(path_or_id, graph.file_name, hub_kwargs), graph, config, **options) for graph in GRAPHS
         ]
+        # Those whose own libraries could be loaded, too
+        check_providers(providers, graphs[0].session.get_providers())
         model = cls(config, graphs)
         model.hub_id = None if is_folder else str(path_or_id)
         model.hub_kwargs = hub_kwargs
@@ -267,12 +278,7 @@ class OnnxDiffusionVMR(DiffusionVMRForMomentRetrieval):
 
 def _load_config(file: Path, place: str | os.PathLike) -> DiffusionVMRConfig:
     """Load config.json of `place`. Raise ValueError if it is damaged, or not of a DiffusionVMR model."""
-    try:
-        fields, _ = PreTrainedConfig.get_config_dict(file)
-    except OSError as error:
-        raise ValueError(one_line(error)) from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file}: not a JSON object")
+    fields = read_json_object(file)
     if fields.get("model_type") != DiffusionVMRConfig.model_type:
         raise ValueError(f"{place}: a model of type {fields.get('model_type')}, not DiffusionVMR")
     try:

@@ -16,7 +16,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..data.features import METADATA_FILE, TEXT_KEY, TEXT_PREFIX, VIDEO_KEY, write_features
-from ..data.files import parse_json_object, save_json
+from ..data.files import save_json
+from ..json_files import read_json_object
 from .simulated_features import BACKBONE, NOISE_LEVELS, SimulatedFeatures
 
 TEXT_FOLDER, MOTION = "clip_text", "slowfast"
@@ -73,11 +74,7 @@ def _write_settings(simulation: SimulatedFeatures, output_dir: Path) -> None:
     if not path.exists():
         save_json(settings, path)
         return
-    try:
-        found = parse_json_object(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if found != settings:
+    if read_json_object(path) != settings:
         raise ValueError(f"{path}: this folder was made with other settings; choose another folder or remove this one")
 
 
