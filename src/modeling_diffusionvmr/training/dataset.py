@@ -203,11 +203,16 @@ class MomentRetrievalDataset(Dataset):
     def _sample(self, index: int) -> dict[str, Any]:
         row_index, window = self.samples[index]
         row = self.rows[row_index]
-        if self.windows is not None:
+        if self._windows_of(row):
             row, video, covered = self._window(row_index, window)
         else:
             video, covered = self._video(row)
-        sample = {"index": index, "covered_duration": covered, "video_features": video, "text_features": self._text(row)}
+        sample = {
+            "index": index,
+            "covered_duration": covered,
+            "video_features": video,
+            "text_features": self._text(row),
+        }
         if "relevant_windows" in row:
             spans = true_spans(row["relevant_windows"], covered)
             if len(spans) < len(row["relevant_windows"]):
@@ -216,21 +221,23 @@ class MomentRetrievalDataset(Dataset):
         self._check_duration(row, covered)
         return sample
 
+    def _windows_of(self, row: Mapping[str, Any]) -> list[SearchWindow]:
+        """Return the windows in which a row's video is searched, empty if the whole video is one sample."""
+        windows = [] if self.windows is None else self.windows[row["vid"]]
+        return windows if len(windows) > 1 else []
+
     def _window(self, row_index: int, window: SearchWindow | None) -> tuple[dict[str, Any], Tensor, float]:
         """
         Return a row as if its video were only the given window (`None`: draw one), the features (Lv, Dv) of the window,
         and the seconds that they cover.
         """
         row = self.rows[row_index]
-        assert self.windows is not None
-        windows = self.windows[row["vid"]]
+        windows = self._windows_of(row)
         num_clips = windows[-1].last
         covered = self.covered_duration(row, num_clips)
         if window is None:
             rng = np.random.default_rng((self.seed, self.epoch, row_index, 1))
             window = draw_window(row, windows, covered / num_clips, rng)
-        if len(windows) == 1:
-            return row, *self._video(row)
         arrays = [store[row["vid"]][window.first : window.last] for store in self.video_features]
         seconds = covered * (window.last - window.first) / num_clips
         features = self.processor.prepare_video(arrays, f"video {row['vid']}")
@@ -280,7 +287,7 @@ class MomentRetrievalDataset(Dataset):
         for sample, rng in zip(samples, rngs):
             row, labels = self.rows[sample["index"]], sample["labels"]
             sample["negative_text_features"] = self._text(self._negatives.draw(sample["index"], rng))
-            if self.windows is not None and len(self.windows[row["vid"]]) > 1:
+            if self._windows_of(row):
                 row = {}  # annotators' scores are of clips of the whole video
             scores = clip_scores(row, labels["spans"], sample["covered_duration"], len(sample["video_features"]))
             labels["saliency_pos"], labels["saliency_neg"] = draw_saliency_pairs(scores, rng)
