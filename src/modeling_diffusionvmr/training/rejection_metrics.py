@@ -35,9 +35,9 @@ def set_iou(found: np.ndarray, truth: np.ndarray) -> float:
     """
     Return how well a set of windows (P, 2) agrees with the true ones (G, 2): 1 if both are empty, 0 if only one is.
 
-    Otherwise the sum of the IoUs of matched windows (see `match_in_turn`) is divided by P + G minus the number of pairs.
-    In the toolkit's code, though not in its documentation, a pair need not overlap, so the divisor is the larger of P
-    and G.
+    Otherwise the windows are matched in turn (see `match_in_turn`), and the sum of the IoUs is divided by P + G minus
+    the number of pairs. In the toolkit's code, though not in its documentation, a pair need not overlap, so the divisor
+    is the larger of P and G.
     """
     if not len(found) or not len(truth):
         return float(len(found) == len(truth))
