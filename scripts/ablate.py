@@ -474,9 +474,9 @@ class Ablation:
         examples = run.data.dataset(dataset.processor, model.config, rows)
         panels = prediction_panels(len(rows), 1)
         predictions = predict_moments(model, examples, progress=False, **post_processing(dataset.processor))
-        for sample, prediction, axes in zip(examples, predictions, panels):
+        for row, sample, prediction, axes in zip(rows, examples, predictions, panels):
             clip_seconds = sample["covered_duration"] / len(prediction["pred_saliency_scores"])
-            plot_predictions(rows[sample["row"]], {"DiffusionVMR": prediction}, clip_seconds=clip_seconds, axes=axes)
+            plot_predictions(row, {"DiffusionVMR": prediction}, clip_seconds=clip_seconds, axes=axes)
         title = self.title("Predictions beside the truth", run.evaluation()["settings"])
         panels[0].figure.suptitle(title, fontsize=10, x=0, ha="left")
         return panels[0].figure

@@ -158,17 +158,18 @@ def layer_ious(model, dataset: MomentRetrievalDataset) -> dict[str, Any]:
     """
     model.eval()
     own, followed = [], []
-    loader = DataLoader(dataset, BATCH_SIZE, collate_fn=DiffusionVMRDataCollator(with_rows=True))
+    loader = DataLoader(dataset, BATCH_SIZE, collate_fn=DiffusionVMRDataCollator(with_indices=True))
     for batch in tqdm(loader, desc="layers"):
         outputs = model(**_on_device(batch, model), num_sampling_steps=1)
         spans = keep_inside(outputs.intermediate_spans.float(), 0.0).cpu()  # (B, K + 1, N, 2)
         best = outputs.intermediate_logits.float().softmax(-1)[..., 0].argmax(-1).cpu()  # (B, K)
-        for index, row in enumerate(batch["rows"].tolist()):
-            windows = torch.tensor(dataset.rows[row]["relevant_windows"], dtype=torch.float32)
-            truth = window_to_span(windows / batch["covered_durations"][index].float())
-            ious = iou_and_generalized_iou(spans[index, ..., None, :], truth)[0].amax(-1)  # (K + 1, N)
-            own.append(ious[1:].gather(1, best[index, :, None])[:, 0])
-            followed.append(ious[:, best[index, -1]])
+        for place, index in enumerate(batch["indices"].tolist()):
+            row = dataset.rows[index]  # without search windows, each row is one sample
+            windows = torch.tensor(row["relevant_windows"], dtype=torch.float32)
+            truth = window_to_span(windows / batch["covered_durations"][place].float())
+            ious = iou_and_generalized_iou(spans[place, ..., None, :], truth)[0].amax(-1)  # (K + 1, N)
+            own.append(ious[1:].gather(1, best[place, :, None])[:, 0])
+            followed.append(ious[:, best[place, -1]])
     means = {"best of the layer": own, "best of the last layer": followed}
     settings = {"num_proposals": model.config.num_proposals, "num_sampling_steps": 1, "nms_threshold": None}
     return {name: torch.stack(values).mean(0).tolist() for name, values in means.items()} | {"settings": settings}

@@ -14,7 +14,7 @@ import multiprocessing
 import tempfile
 import time
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,23 @@ FIRST_SEED = 60_000_000
 LENGTHS = {"one scene": 0.0, "10 min": 600.0, "1 h": 3600.0, "2 h": 7200.0}  # seconds
 LONG_MOMENT = 150.0  # seconds: longer than what the model reads at once
 WAYS = ("windows", "averaged")
+CURVES = tuple(f"{name}, {way}" for way in WAYS for name in ("R1@0.5", "in another scene"))  # % of the sentences
+OF_LONG = tuple(f"their R1@0.5, {way}" for way in WAYS)
+COLUMNS = ("length", "videos", "sentences", *CURVES, "moments over 150 s", *OF_LONG)
 FILES = {"10 s": 10, "10 min": 600, "2 h": 7200}  # seconds
 PIECE_SECONDS = 10  # of a file: the same pictures are repeated
+
+
+def print_header(columns: Sequence[str]) -> None:
+    """Print the header of a Markdown table."""
+    print_row(columns)
+    print("| --- |" + " ---: |" * (len(columns) - 1))
+
+
+def print_row(cells: Iterable[Any]) -> None:
+    """Print a row of a Markdown table, as soon as it is known."""
+    texts = (f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in cells)
+    print("| " + " | ".join(texts) + " |", flush=True)
 
 
 # Retrieval
@@ -53,7 +68,7 @@ def draw_plan(index: int, seconds: float) -> VideoPlan:
 
 
 def measure_plan(retrieve, plan: VideoPlan) -> list[dict[str, Any]]:
-    """Return, per sentence, the length of its longest window and whether the best moment of each way is right."""
+    """Return, per sentence, the length of its longest window, and for each curve whether the best moment counts."""
     video = clip_frames(plan, retrieve.backbones.clip_seconds)
     sentences = [query.text for query in plan.queries]
     rows: list[dict[str, Any]] = [{"longest": max(b - a for a, b in query.windows)} for query in plan.queries]
@@ -64,16 +79,34 @@ def measure_plan(retrieve, plan: VideoPlan) -> list[dict[str, Any]]:
                 "relevant_windows": query.windows,
                 "pred_relevant_windows": [[best["start"], best["end"], best["score"]]],
             }
-            ((_, row[way]),) = match_moments(windows, None)
+            ((_, row[f"R1@0.5, {way}"]),) = match_moments(windows, None)
             # At no other time of its video is the sentence true, so the best moment is right about the scene or not
             center = (best["start"] + best["end"]) / 2
-            row[f"{way} elsewhere"] = bisect(plan.scenes, center) != bisect(plan.scenes, query.windows[0][0])
+            row[f"in another scene, {way}"] = bisect(plan.scenes, center) != bisect(plan.scenes, query.windows[0][0])
     return rows
 
 
 def percent(values: Sequence[bool]) -> float:
     """Return the percentage of true values, NaN if there are none."""
     return 100 * sum(values) / len(values) if values else float("nan")
+
+
+def measure_length(retrieve, name: str, plans: Sequence[VideoPlan]) -> dict[str, Any]:
+    """Return the figures of videos of one length, by the columns of the table."""
+    rows = [row for plan in tqdm(plans, desc=name, mininterval=5) for row in measure_plan(retrieve, plan)]
+    long = [row for row in rows if row["longest"] > LONG_MOMENT]
+    figures: dict[str, Any] = {"length": name, "videos": len(plans), "sentences": len(rows)}
+    figures |= {column: percent([row[column] for row in rows]) for column in CURVES}
+    figures["moments over 150 s"] = len(long)
+    return figures | {column: percent([row[column.removeprefix("their ")] for row in long]) for column in OF_LONG}
+
+
+def plot_lengths(figures: Mapping[float, Mapping[str, float]], path: Path) -> None:
+    """Plot the figures of each length, which is given in minutes."""
+    from modeling_diffusionvmr.plotting import plot_curves, save_figure
+
+    curves = {column: {minutes: [of_length[column]] for minutes, of_length in figures.items()} for column in CURVES}
+    save_figure(plot_curves(curves, "length of the video (minutes)", "% of sentences"), path)
 
 
 def measure_curve(model: str, counts: Sequence[int], plot: Path | None) -> None:
@@ -83,28 +116,16 @@ def measure_curve(model: str, counts: Sequence[int], plot: Path | None) -> None:
     from modeling_diffusionvmr.modeling_diffusionvmr import TASK
 
     retrieve = pipeline(TASK, model=model)
-    columns = ["length", "videos", "sentences"]
-    columns += [f"{name}, {way}" for way in WAYS for name in ("R1@0.5", "in another scene")]
-    columns += ["moments over 150 s", *(f"their R1@0.5, {way}" for way in WAYS)]
-    print("| " + " | ".join(columns) + " |\n| --- |" + " ---: |" * (len(columns) - 1))
-    curves: dict[str, dict[float, list[float]]] = {column: {} for column in columns[3:7]}
+    print_header(COLUMNS)
+    figures: dict[float, dict[str, Any]] = {}
     for (name, seconds), count in zip(LENGTHS.items(), counts):
-        if not count:
-            continue
-        plans = [draw_plan(index, seconds) for index in range(count)]
-        rows = [row for plan in tqdm(plans, desc=name, mininterval=5) for row in measure_plan(retrieve, plan)]
-        long = [row for row in rows if row["longest"] > LONG_MOMENT]
-        figures = [percent([row[way + part] for row in rows]) for way in WAYS for part in ("", " elsewhere")]
-        of_long = [percent([row[way] for row in long]) for way in WAYS]
-        cells = [name, str(count), str(len(rows)), *map("{:.1f}".format, figures), str(len(long))]
-        print("| " + " | ".join([*cells, *map("{:.1f}".format, of_long)]) + " |", flush=True)
-        minutes = round(float(np.mean([plan.duration for plan in plans])) / 60, 1)
-        for curve, figure in zip(curves.values(), figures):
-            curve[minutes] = [figure]
+        if count:
+            plans = [draw_plan(index, seconds) for index in range(count)]
+            minutes = round(float(np.mean([plan.duration for plan in plans])) / 60, 1)
+            figures[minutes] = measure_length(retrieve, name, plans)
+            print_row(figures[minutes].values())
     if plot is not None:
-        from modeling_diffusionvmr.plotting import plot_curves, save_figure
-
-        save_figure(plot_curves(curves, "length of the video (minutes)", "% of sentences"), plot)
+        plot_lengths(figures, plot)
         print(f"saved {plot}")
 
 
@@ -154,7 +175,7 @@ def search_file(model: str, path: Path, num_sentences: int) -> tuple[float, floa
 def measure_memory(model: str, lengths: Sequence[str], sentences: int, fps: int, size: tuple[int, int]) -> None:
     """Print a Markdown table with one row per file and number of sentences."""
     columns = ["file", "sentences", "seconds", "seconds per sentence", "share", "peak memory (MB)", "above the first"]
-    print("| " + " | ".join(columns) + " |\n| --- |" + " ---: |" * (len(columns) - 1))
+    print_header(columns)
     first_peak = None
     with tempfile.TemporaryDirectory() as folder:
         for name in lengths:
@@ -168,7 +189,7 @@ def measure_memory(model: str, lengths: Sequence[str], sentences: int, fps: int,
                 per_sentence.append(seconds / count)
                 cells = [name, count, f"{seconds:.2f}", f"{per_sentence[-1]:.3f}"]
                 cells += [f"{per_sentence[-1] / per_sentence[0]:.3f}", f"{peak:.0f}", f"{peak - first_peak:.0f}"]
-                print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+                print_row(cells)
 
 
 def main(arguments: argparse.Namespace) -> None:

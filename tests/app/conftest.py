@@ -10,7 +10,7 @@ import pytest
 from transformers import pipeline
 
 from modeling_diffusionvmr import DEFAULT_MODEL
-from modeling_diffusionvmr.app.page import Limits
+from modeling_diffusionvmr.app.limits import Limits
 from modeling_diffusionvmr.app.server import App, running
 from modeling_diffusionvmr.synthetic.rendered_world import plan_video, write_video
 

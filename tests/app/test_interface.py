@@ -22,7 +22,8 @@ from gradio_client.exceptions import AppError
 from modeling_diffusionvmr.app import public_addresses
 from modeling_diffusionvmr.app.downloads import KINDS, as_rows
 from modeling_diffusionvmr.app.guard import NO_ROOM
-from modeling_diffusionvmr.app.page import NO_SENTENCE, NO_VIDEO, Limits, Page
+from modeling_diffusionvmr.app.limits import Limits
+from modeling_diffusionvmr.app.page import NO_SENTENCE, NO_VIDEO, Page
 from modeling_diffusionvmr.app.server import running
 
 FILE_PART = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.mp4"\r\n\r\n'  # its beginning

@@ -105,7 +105,7 @@ def test_converted_features_in_workers(converted):
     dataset = MomentRetrievalDataset(rows, stores, text, DiffusionVMRProcessor([3, 6], 4))
     loader = DataLoader(dataset, batch_size=3, num_workers=2, collate_fn=list)
     samples = [sample for batch in loader for sample in batch]
-    assert [sample["row"] for sample in samples] == list(range(8))
+    assert [sample["index"] for sample in samples] == list(range(8))
     for sample, alone in zip(samples, map(dataset.__getitem__, range(8))):
         assert sample["covered_duration"] == alone["covered_duration"] == 2 * len(alone["video_features"])
         for name in ("video_features", "text_features"):

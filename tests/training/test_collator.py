@@ -105,5 +105,6 @@ def test_data_parallel_gives_each_replica_its_labels(tiny_config, monkeypatch):
 
 
 def test_durations_keep_their_digits():
-    sample = {"row": 0, "covered_duration": 30.1, "video_features": torch.ones(3, 2), "text_features": torch.ones(2, 2)}
-    assert DiffusionVMRDataCollator(with_rows=True)([sample])["covered_durations"].tolist() == [30.1]
+    features = {"video_features": torch.ones(3, 2), "text_features": torch.ones(2, 2)}
+    sample = {"index": 0, "covered_duration": 30.1, **features}
+    assert DiffusionVMRDataCollator(with_indices=True)([sample])["covered_durations"].tolist() == [30.1]

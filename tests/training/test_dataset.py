@@ -65,7 +65,7 @@ def row_of_sentence(tokens) -> int:
 
 
 def assert_same(sample, other):
-    assert sample["row"] == other["row"]
+    assert sample["index"] == other["index"]
     for name in ("video_features", "text_features", *DRAWS):
         torch.testing.assert_close(sample[name], other[name], atol=0, rtol=0)
     for name, value in sample["labels"].items():
@@ -79,8 +79,8 @@ def test_sample(make_dataset, features):
     dataset = make_dataset(train=False)
     assert len(dataset) == 6
     sample = dataset[1]
-    assert set(sample) == {"row", "covered_duration", "video_features", "text_features", "labels"}
-    assert sample["row"] == 1 and sample["covered_duration"] == 30
+    assert set(sample) == {"index", "covered_duration", "video_features", "text_features", "labels"}
+    assert sample["index"] == 1 and sample["covered_duration"] == 30
     wanted = dataset.processor.prepare_video([features[0]["v2"]])
     torch.testing.assert_close(sample["video_features"], wanted, atol=0, rtol=0)
     wanted = dataset.processor.prepare_text(features[1]["b_2"])
@@ -342,9 +342,9 @@ def test_same_draws_in_any_batch(make_dataset, batch):
         dataset.set_epoch(epoch)
         alone.set_epoch(epoch)
         samples = dataset.__getitems__(batch)
-        assert [sample["row"] for sample in samples] == batch
+        assert [sample["index"] for sample in samples] == batch
         for sample in samples:
-            assert_same(sample, alone[sample["row"]])
+            assert_same(sample, alone[sample["index"]])
 
 
 def test_same_draws_among_more_rows(make_dataset):
@@ -376,7 +376,7 @@ def test_rows_from_the_end(make_dataset):
     for index in (6, -7):
         with pytest.raises(IndexError):
             dataset[index]
-    assert [sample["row"] for sample in dataset] == list(range(6))  # iteration ends
+    assert [sample["index"] for sample in dataset] == list(range(6))  # iteration ends
 
 
 def test_other_draws_in_another_epoch_seed_or_row(make_dataset):
@@ -402,9 +402,9 @@ def test_same_draws_in_workers(make_dataset, workers, persistent):
         dataset.set_epoch(epoch)
         alone.set_epoch(epoch)
         samples = [sample for batch in loader for sample in batch]
-        assert sorted(sample["row"] for sample in samples) == list(range(6))
+        assert sorted(sample["index"] for sample in samples) == list(range(6))
         for sample in samples:
-            assert_same(sample, alone[sample["row"]])
+            assert_same(sample, alone[sample["index"]])
 
 
 def test_windows_come_first_in_the_noisy_spans(make_dataset):

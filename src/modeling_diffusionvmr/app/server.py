@@ -17,7 +17,8 @@ from ..presentation.page import read_asset
 from .cleanup import cleaning
 from .examples import Example, render_examples
 from .guard import Guard, restrict_gradio
-from .page import Limits, Page, build
+from .limits import Limits
+from .page import Page, build
 from .video_search import VideoSearch
 
 INTRODUCTION = "Choose a video, describe what you are looking for, and play the moments that match."

@@ -8,16 +8,23 @@ import sys
 import threading
 from collections.abc import Sequence
 
+from ..app.limits import Limits
 from .errors import loading
 from .options import CommandParser, add_device_argument, add_model_arguments, choose_device, load_model
 
+DEFAULTS = Limits()
 LIMITS = (  # name, default, unit, purpose
-    ("max_video_seconds", 3600.0, "S", "refuse longer videos"),
-    ("max_encoding_seconds", 1800.0, "S", "give up on a video that takes longer to decode and encode"),
-    ("max_upload_mb", 500, "MB", "refuse larger videos"),
-    ("concurrency", 1, "N", "searches at the same time"),
-    ("max_waiting", 100, "N", "maximum length of the queue"),
-    ("keep_minutes", 60, "M", "delete videos that were not used for this long"),
+    ("max_video_seconds", DEFAULTS.max_video_seconds, "S", "refuse longer videos"),
+    (
+        "max_encoding_seconds",
+        DEFAULTS.max_encoding_seconds,
+        "S",
+        "give up on a video that takes longer to decode and encode",
+    ),
+    ("max_upload_mb", DEFAULTS.max_upload_bytes // 2**20, "MB", "refuse larger videos"),
+    ("concurrency", DEFAULTS.concurrency, "N", "searches at the same time"),
+    ("max_waiting", DEFAULTS.max_waiting, "N", "maximum length of the queue"),
+    ("keep_minutes", DEFAULTS.keep_seconds // 60, "M", "delete videos that were not used for this long"),
     ("num_examples", 3, "N", "example videos to render"),
 )
 
@@ -49,7 +56,6 @@ def run(arguments: argparse.Namespace) -> None:
     check_whole(arguments.num_examples, "--num_examples", 0)
     _check_address(arguments.host, arguments.port)
 
-    from ..app.page import Limits
     from ..app.server import running
     from ..pipeline_diffusionvmr import VideoMomentRetrievalPipeline
 

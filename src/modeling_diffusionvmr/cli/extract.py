@@ -77,41 +77,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the features of this process's share of the videos and sentences, and list those that failed."""
-    from ..data.annotations import load_annotations
-    from ..data.extraction import Output, extract_sentences, extract_videos, share_of_videos
-    from ..video import MAX_VIDEO_SECONDS
-
     _check(arguments)
     process = Process.current()
-    is_first = process.rank == 0
-    rows = load_annotations(arguments.annotations, skip_invalid=arguments.skip_invalid) if arguments.annotations else []
-    videos: dict[str, Path] = {}
-    missing: dict[str, str] = {}
-    if arguments.videos:
-        videos, missing = _choose_videos(arguments, list(dict.fromkeys(row["vid"] for row in rows)), is_first)
-    videos, missing = (share_of_videos(part, process.rank, process.count) for part in (videos, missing))
-    sentences = dict(islice(((row["qid"], row["query"]) for row in rows), process.rank, None, process.count))
-
+    sentences, videos, missing = _share(arguments, process)
     clip_seconds, backbones = _open_backbones(arguments, process)
-    of_text, of_video = _choose_backbones(arguments, backbones, is_first)
-    folder, num_failed = Path(arguments.output_dir), 0
-    for backbone in of_text:
-        output = Output(folder / backbone.text_folder, backbone.model, backbone.source)
-        failed = extract_sentences(output, sentences, arguments.dtype, progress=is_first)
-        num_failed += _report(process, "sentences", len(sentences), failed, [output])
-    if of_video:
-        outputs = [Output(folder / backbone.name, backbone.model, backbone.source) for backbone in of_video]
-        failed = extract_videos(
-            outputs,
-            videos,
-            clip_seconds,
-            arguments.batch_size,
-            arguments.dtype,
-            arguments.max_video_seconds or MAX_VIDEO_SECONDS,
-            progress=is_first,
-        )
-        failed = {**missing, **failed}
-        num_failed += _report(process, "videos", len(videos.keys() | failed.keys()), failed, outputs)
+    of_text, of_video = _choose_backbones(arguments, backbones, process)
+    num_failed = _extract_sentences(arguments, process, of_text, sentences)
+    num_failed += _extract_videos(arguments, process, of_video, clip_seconds, videos, missing)
     process.wait_for_others()
     if num_failed and not arguments.skip_invalid:
         raise ValueError(
@@ -136,14 +108,32 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--name must be a folder name, got {name!r}")
 
 
+def _share(arguments: argparse.Namespace, process: Process) -> tuple[dict[Any, str], dict[str, Path], dict[str, str]]:
+    """
+    Return what this process has to encode: sentences by qid, videos by vid, and a reason for each annotated video that
+    has no file.
+    """
+    from ..data.annotations import load_annotations
+    from ..data.extraction import share_of_videos
+
+    rows = load_annotations(arguments.annotations, skip_invalid=arguments.skip_invalid) if arguments.annotations else []
+    videos: dict[str, Path] = {}
+    missing: dict[str, str] = {}
+    if arguments.videos:
+        videos, missing = _choose_videos(arguments, list(dict.fromkeys(row["vid"] for row in rows)), process)
+    sentences = dict(islice(((row["qid"], row["query"]) for row in rows), process.rank, None, process.count))
+    videos, missing = (share_of_videos(part, process.rank, process.count) for part in (videos, missing))
+    return sentences, videos, missing
+
+
 def _choose_videos(
-    arguments: argparse.Namespace, vids: Sequence[str], is_first: bool
+    arguments: argparse.Namespace, vids: Sequence[str], process: Process
 ) -> tuple[dict[str, Path], dict[str, str]]:
     """Return the videos to encode, by vid, and a reason for each annotated video that has no file."""
     from ..data.extraction import find_videos
 
     videos, others = find_videos(arguments.videos)
-    if others and is_first:
+    if others and process.is_first:
         print(f"{arguments.videos}: ignored (not video files): {listed(others)}", file=sys.stderr)
     if not vids:
         return videos, {}
@@ -234,7 +224,7 @@ def _named(backbones: Sequence[_Backbone], names: Sequence[str] | None) -> list[
 
 
 def _choose_backbones(
-    arguments: argparse.Namespace, backbones: Sequence[_Backbone], is_first: bool
+    arguments: argparse.Namespace, backbones: Sequence[_Backbone], process: Process
 ) -> tuple[list[_Backbone], list[_Backbone]]:
     """Return the backbones that encode sentences, and those that encode videos. There is at least one of them."""
     of_text = [backbone for backbone in backbones if backbone.reads_text and arguments.annotations]
@@ -245,9 +235,52 @@ def _choose_backbones(
             message = f"no {what} are encoded, since none of the backbones reads them: {names}"
             if not (of_text or of_video):
                 raise ValueError(message)
-            if is_first:
+            if process.is_first:
                 print(f"warning: {message}", file=sys.stderr)
     return of_text, of_video
+
+
+def _extract_sentences(
+    arguments: argparse.Namespace, process: Process, backbones: Sequence[_Backbone], sentences: Mapping[Any, str]
+) -> int:
+    """Encode sentences with each backbone. Return how many failed."""
+    from ..data.extraction import Output, extract_sentences
+
+    num_failed = 0
+    for backbone in backbones:
+        output = Output(Path(arguments.output_dir) / backbone.text_folder, backbone.model, backbone.source)
+        failed = extract_sentences(output, sentences, arguments.dtype, progress=process.is_first)
+        num_failed += _report(process, "sentences", len(sentences), failed, [output])
+    return num_failed
+
+
+def _extract_videos(
+    arguments: argparse.Namespace,
+    process: Process,
+    backbones: Sequence[_Backbone],
+    clip_seconds: float,
+    videos: Mapping[str, Path],
+    missing: Mapping[str, str],
+) -> int:
+    """Encode videos with all backbones. Return how many failed, with those that are missing."""
+    from ..data.extraction import Output, extract_videos
+    from ..video import MAX_VIDEO_SECONDS
+
+    if not backbones:
+        return 0
+    folder = Path(arguments.output_dir)
+    outputs = [Output(folder / backbone.name, backbone.model, backbone.source) for backbone in backbones]
+    failed = extract_videos(
+        outputs,
+        videos,
+        clip_seconds,
+        arguments.batch_size,
+        arguments.dtype,
+        arguments.max_video_seconds or MAX_VIDEO_SECONDS,
+        progress=process.is_first,
+    )
+    failed = {**missing, **failed}
+    return _report(process, "videos", len(videos.keys() | failed.keys()), failed, outputs)
 
 
 def _report(process: Process, what: str, number: int, failed: Mapping[Any, str], outputs: Sequence[Any]) -> int:

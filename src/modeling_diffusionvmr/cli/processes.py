@@ -40,6 +40,11 @@ class Process:
         return cls(*map(int, values))
 
     @property
+    def is_first(self) -> bool:
+        """Whether this process shows progress, and prints what all of them would print."""
+        return self.rank == 0
+
+    @property
     def name(self) -> str:
         """The start of a message, such as "process 1 of 4: ". Empty if there is only one process."""
         return f"process {self.rank + 1} of {self.count}: " if self.count > 1 else ""

@@ -84,34 +84,66 @@ def file_name(number: int, rank: int, query: str, moment: Mapping[str, float]) -
 
 def _write_all(file: VideoFile, cuts: Sequence["_MomentFile"], progress: bool) -> None:
     """Decode the video up to the end of the last moment, and write all moments on the way."""
-    waiting, active = sorted(cuts, key=lambda cut: -cut.start), []  # the next one is last
     seconds = round(max(cut.end for cut in cuts))
-    on_screen, picture_time, sound_time = None, Fraction(0), Fraction(0)
-    resample = _Resampler()
     with ExitStack() as stack, tqdm(desc="cutting", total=seconds, unit="s", disable=not progress) as bar:
+        cutter = _Cutter([stack.enter_context(cut) for cut in cuts], file.has_sound)
         for frame in file.decoded(file.has_sound):
-            time = frame.pts * frame.time_base
-            while waiting and waiting[-1].start - INTERLEAVING <= time:
-                active.append(stack.enter_context(waiting.pop()))
-            if isinstance(frame, import_av().AudioFrame):
-                sound_time = time
-                for samples, start in resample(frame):
-                    for cut in active:
-                        cut.add_sound(samples, start)
-            else:
-                for cut in active:
-                    cut.add_picture(frame, on_screen)
-                on_screen, picture_time = frame, time
-                bar.update(min(int(time), seconds) - bar.n)
-            for cut in active:
-                if picture_time >= cut.end + (INTERLEAVING if file.has_sound and sound_time < cut.end else 0):
-                    cut.finish(on_screen)
-            active = [cut for cut in active if not cut.is_finished]
-            if not active and not waiting:
+            cutter.add(frame)
+            bar.update(min(int(cutter.picture_time), seconds) - bar.n)
+            if cutter.is_done:
                 break
-        for cut in active + [stack.enter_context(cut) for cut in waiting]:  # those at the end of the video
-            cut.finish(on_screen)
+        cutter.finish()
         bar.update(seconds - bar.n)
+
+
+class _Cutter:
+    """Passes the frames of a video on to the moments that they can belong to, and finishes those that are over."""
+
+    def __init__(self, cuts: Sequence["_MomentFile"], has_sound: bool):
+        self._waiting = sorted(cuts, key=lambda cut: -cut.start)  # the next one is last
+        self._active: list[_MomentFile] = []
+        self._has_sound, self._resample = has_sound, _Resampler()
+        self._on_screen: Any = None  # the latest picture
+        self.picture_time, self._sound_time = Fraction(0), Fraction(0)  # of the latest frames, in seconds
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all moments are finished."""
+        return not self._active and not self._waiting
+
+    def add(self, frame: Any) -> None:
+        """Pass a frame on."""
+        time = frame.pts * frame.time_base
+        while self._waiting and self._waiting[-1].start - INTERLEAVING <= time:
+            self._active.append(self._waiting.pop())
+        if isinstance(frame, import_av().AudioFrame):
+            self._add_sound(frame, time)
+        else:
+            self._add_picture(frame, time)
+        for cut in self._active:
+            if self._is_over(cut):
+                cut.finish(self._on_screen)
+        self._active = [cut for cut in self._active if not cut.is_finished]
+
+    def finish(self) -> None:
+        """Finish the moments that are left at the end of the video."""
+        for cut in self._active + self._waiting:
+            cut.finish(self._on_screen)
+
+    def _add_sound(self, frame: Any, time: Fraction) -> None:
+        self._sound_time = time
+        for samples, start in self._resample(frame):
+            for cut in self._active:
+                cut.add_sound(samples, start)
+
+    def _add_picture(self, frame: Any, time: Fraction) -> None:
+        for cut in self._active:
+            cut.add_picture(frame, self._on_screen)
+        self._on_screen, self.picture_time = frame, time
+
+    def _is_over(self, cut: "_MomentFile") -> bool:
+        sound_may_follow = self._has_sound and self._sound_time < cut.end
+        return self.picture_time >= cut.end + (INTERLEAVING if sound_may_follow else 0)
 
 
 class _MomentFile:

@@ -16,12 +16,12 @@ class DiffusionVMRDataCollator:
     Features and labels are padded on the right. The batch has `labels` only if every sample has them.
 
     Args:
-        with_rows: also return `rows` (B,), the samples' indices in the dataset, and `covered_durations` (B,), seconds,
+        with_indices: also return `indices` (B,) of the samples in the dataset, and `covered_durations` (B,), seconds,
             which predictions need.
     """
 
-    def __init__(self, with_rows: bool = False):
-        self.with_rows = with_rows
+    def __init__(self, with_indices: bool = False):
+        self.with_indices = with_indices
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = {}
@@ -35,8 +35,8 @@ class DiffusionVMRDataCollator:
                 batch[name] = torch.stack([sample[name] for sample in samples])
         if all("labels" in sample for sample in samples):
             batch["labels"] = Targets.from_labels([sample["labels"] for sample in samples])
-        if self.with_rows:
-            batch["rows"] = torch.tensor([sample["row"] for sample in samples])
+        if self.with_indices:
+            batch["indices"] = torch.tensor([sample["index"] for sample in samples])
             batch["covered_durations"] = torch.tensor(
                 [sample["covered_duration"] for sample in samples], dtype=torch.float64
             )

@@ -31,7 +31,7 @@ MAX_AVERAGED_VIDEOS = 256  # kept in memory: 1.2 MB each with features of VGG or
 
 class MomentRetrievalDataset(Dataset):
     """
-    One sample per row (a query on its video), as tensors.
+    One sample per row (a query on its video) or, with `windows`, per search window of its video, as tensors.
 
     The random part of a training sample depends only on (seed, epoch, row), and not on how rows are shuffled, batched
     or distributed over workers.
@@ -195,7 +195,7 @@ class MomentRetrievalDataset(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Return several samples. `DataLoader` calls this to fetch a batch."""
-        samples = [self._sample(range(len(self))[index]) for index in indices]  # -1 is the last row
+        samples = [self._sample(range(len(self))[index]) for index in indices]  # -1 is the last one
         if self.config is not None:
             self._add_draws(samples, self.config.max_training_proposals)
         return samples
@@ -203,11 +203,16 @@ class MomentRetrievalDataset(Dataset):
     def _sample(self, index: int) -> dict[str, Any]:
         row_index, window = self.samples[index]
         row = self.rows[row_index]
-        if self.windows is not None:
+        if self._windows_of(row):
             row, video, covered = self._window(row_index, window)
         else:
             video, covered = self._video(row)
-        sample = {"row": index, "covered_duration": covered, "video_features": video, "text_features": self._text(row)}
+        sample = {
+            "index": index,
+            "covered_duration": covered,
+            "video_features": video,
+            "text_features": self._text(row),
+        }
         if "relevant_windows" in row:
             spans = true_spans(row["relevant_windows"], covered)
             if len(spans) < len(row["relevant_windows"]):
@@ -216,21 +221,23 @@ class MomentRetrievalDataset(Dataset):
         self._check_duration(row, covered)
         return sample
 
+    def _windows_of(self, row: Mapping[str, Any]) -> list[SearchWindow]:
+        """Return the windows in which a row's video is searched, empty if the whole video is one sample."""
+        windows = [] if self.windows is None else self.windows[row["vid"]]
+        return windows if len(windows) > 1 else []
+
     def _window(self, row_index: int, window: SearchWindow | None) -> tuple[dict[str, Any], Tensor, float]:
         """
         Return a row as if its video were only the given window (`None`: draw one), the features (Lv, Dv) of the window,
         and the seconds that they cover.
         """
         row = self.rows[row_index]
-        assert self.windows is not None
-        windows = self.windows[row["vid"]]
+        windows = self._windows_of(row)
         num_clips = windows[-1].last
         covered = self.covered_duration(row, num_clips)
         if window is None:
             rng = np.random.default_rng((self.seed, self.epoch, row_index, 1))
             window = draw_window(row, windows, covered / num_clips, rng)
-        if len(windows) == 1:
-            return row, *self._video(row)
         arrays = [store[row["vid"]][window.first : window.last] for store in self.video_features]
         seconds = covered * (window.last - window.first) / num_clips
         features = self.processor.prepare_video(arrays, f"video {row['vid']}")
@@ -276,11 +283,11 @@ class MomentRetrievalDataset(Dataset):
 
     def _add_draws(self, samples: Sequence[dict[str, Any]], num_proposals: int) -> None:
         """Add the random part of training samples: a sentence of another video, saliency pairs and noisy spans."""
-        rngs = [np.random.default_rng((self.seed, self.epoch, sample["row"])) for sample in samples]
+        rngs = [np.random.default_rng((self.seed, self.epoch, sample["index"])) for sample in samples]
         for sample, rng in zip(samples, rngs):
-            row, labels = self.rows[sample["row"]], sample["labels"]
-            sample["negative_text_features"] = self._text(self._negatives.draw(sample["row"], rng))
-            if self.windows is not None and len(self.windows[row["vid"]]) > 1:
+            row, labels = self.rows[sample["index"]], sample["labels"]
+            sample["negative_text_features"] = self._text(self._negatives.draw(sample["index"], rng))
+            if self._windows_of(row):
                 row = {}  # annotators' scores are of clips of the whole video
             scores = clip_scores(row, labels["spans"], sample["covered_duration"], len(sample["video_features"]))
             labels["saliency_pos"], labels["saliency_neg"] = draw_saliency_pairs(scores, rng)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..data.annotations import NUM_SALIENCY_ANNOTATORS, SALIENCY_CLIP_SECONDS, check_saliency
+from .matching import window_ious
 from .rejection_metrics import rejection_metrics
 
 IOU_THRESHOLDS = np.array([0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95])
@@ -253,11 +254,7 @@ def _by_threshold(values: np.ndarray) -> dict[str, float | None]:
 
 def _ious(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Return the IoU of windows (Q, P, 2) and (Q, G, 2), as (Q, P, G); -1 for padding."""
-    starts, ends = found[:, :, None, 0], found[:, :, None, 1]
-    true_starts, true_ends = truth[:, None, :, 0], truth[:, None, :, 1]
-    overlap = np.clip(np.minimum(ends, true_ends) - np.maximum(starts, true_starts), 0, None)
-    ious = overlap / ((ends - starts) + (true_ends - true_starts) - overlap)
-    return np.where(np.isnan(ious), -1, ious)
+    return np.nan_to_num(window_ious(found, truth), nan=-1)
 
 
 def _first_ious(first: np.ndarray, truth: np.ndarray) -> np.ndarray:

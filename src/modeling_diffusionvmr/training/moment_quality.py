@@ -17,6 +17,7 @@ import torch
 from ..processing_diffusionvmr import DiffusionVMRProcessor
 from ..spans import iou_and_generalized_iou, nms, window_to_span
 from .dataset import MomentRetrievalDataset
+from .matching import match_in_turn
 from .prediction import predict_moments
 
 MIN_IOU = 0.5
@@ -30,24 +31,15 @@ def match_moments(row: Mapping[str, Any], nms_threshold: float | None) -> list[t
     """
     Return (score, whether it is right) for each moment of a row that NMS keeps, by descending score.
 
-    Each moment in turn is matched to the true window with the highest IoU among those that are still free. The result
-    for a moment does not depend on later ones, so it stays the same if `threshold` or `top_k` drop those.
+    The result for a moment does not depend on later ones, so it stays the same if `threshold` or `top_k` drop those.
     """
     kept = torch.tensor(row["pred_relevant_windows"], dtype=torch.float64).reshape(-1, 3)
     if nms_threshold is not None:
         kept = kept[nms(kept[:, :2], nms_threshold)]
     truth = torch.tensor(row["relevant_windows"], dtype=torch.float64).reshape(-1, 2)
     ious, _ = iou_and_generalized_iou(window_to_span(kept[:, :2])[:, None], window_to_span(truth)[None])
-    free = list(range(len(truth)))
-    matched = []
-    for score, overlaps in zip(kept[:, 2].tolist(), ious.tolist()):
-        best = max(free, key=overlaps.__getitem__, default=None)
-        if best is not None and overlaps[best] >= MIN_IOU:
-            free.remove(best)
-            matched.append((score, True))
-        else:
-            matched.append((score, False))
-    return matched
+    is_right = match_in_turn(ious.numpy(), MIN_IOU) > 0
+    return list(zip(kept[:, 2].tolist(), is_right.tolist()))
 
 
 def measure_moments(

@@ -32,16 +32,16 @@ def every_proposal(processor: DiffusionVMRProcessor) -> DiffusionVMRProcessor:
     return processor
 
 
-class RowOutputs(NamedTuple):
+class SampleOutputs(NamedTuple):
     """
-    The model's outputs for B rows of a dataset.
+    The model's outputs for B samples of a dataset.
 
-    `rows` (B,), indices; `covered_durations` (B,), seconds; `num_clips` (B,); `logits` (B, N, 2); `pred_spans`
+    `indices` (B,) in the dataset; `covered_durations` (B,), seconds; `num_clips` (B,); `logits` (B, N, 2); `pred_spans`
     (B, N, 2); `saliency_scores` (B, max_clips). No shape but B depends on the batch, so that the outputs of several
     batches or processes can be concatenated.
     """
 
-    rows: Tensor
+    indices: Tensor
     covered_durations: Tensor
     num_clips: Tensor
     logits: Tensor
@@ -49,11 +49,11 @@ class RowOutputs(NamedTuple):
     saliency_scores: Tensor
 
 
-def row_outputs(outputs, batch: dict[str, Any], max_clips: int) -> RowOutputs:
-    """Return the `RowOutputs` of a model's output for a batch that was collated `with_rows`."""
+def sample_outputs(outputs, batch: dict[str, Any], max_clips: int) -> SampleOutputs:
+    """Return the `SampleOutputs` of a model's output for a batch that was collated `with_indices`."""
     saliency = outputs.saliency_scores.float()
-    return RowOutputs(
-        batch["rows"],
+    return SampleOutputs(
+        batch["indices"],
         batch["covered_durations"],
         batch["video_mask"].sum(1),
         outputs.logits.float(),
@@ -63,24 +63,24 @@ def row_outputs(outputs, batch: dict[str, Any], max_clips: int) -> RowOutputs:
 
 
 def official_predictions(
-    dataset: MomentRetrievalDataset, outputs: RowOutputs, **post_processing
+    dataset: MomentRetrievalDataset, outputs: SampleOutputs, **post_processing
 ) -> list[dict[str, Any]]:
     """
-    Turn outputs of rows, in any order, into predictions in the official format, one dict per row.
+    Turn outputs of samples, in any order, into predictions in the official format, one dict per row.
 
     Each has `qid`, `query`, `vid`, `pred_relevant_windows` ([[start, end, score], ...] in seconds, in descending order
     of score) and `pred_saliency_scores`: one per clip of the features or, for a row with annotators' scores, one per
     2 s clip.
 
     Args:
-        dataset: the dataset that the rows are from.
-        outputs: of some or all of its rows.
+        dataset: the dataset that the samples are from.
+        outputs: of some or all of its samples; all of a row's, if there are several.
         post_processing: `threshold`, `top_k` and `nms_threshold`, by default those of `EVERY_PROPOSAL`, and `round_to`,
             by default the processor's.
     """
     if dataset.windows is not None:
         return _merged_predictions(dataset, outputs, post_processing)
-    rows = [dataset.rows[index] for index in outputs.rows.tolist()]
+    rows = [dataset.rows[index] for index in outputs.indices.tolist()]
     found = every_proposal(dataset.processor).post_process_moment_retrieval(
         outputs,
         outputs.covered_durations.tolist(),
@@ -97,19 +97,19 @@ def official_predictions(
 
 
 def _merged_predictions(
-    dataset: MomentRetrievalDataset, outputs: RowOutputs, post_processing: dict[str, Any]
+    dataset: MomentRetrievalDataset, outputs: SampleOutputs, post_processing: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Return `official_predictions` for a dataset in which each search window of a row is a sample."""
     assert dataset.windows is not None
     check_outputs(outputs)
     processor = every_proposal(dataset.processor)
-    samples_of: dict[int, list[int]] = {}
-    for place, sample in enumerate(outputs.rows.tolist()):
-        samples_of.setdefault(dataset.samples[sample][0], []).append(place)
+    places_of: dict[int, list[int]] = {}  # in `outputs`, of the samples of each row
+    for place, index in enumerate(outputs.indices.tolist()):
+        places_of.setdefault(dataset.samples[index][0], []).append(place)
     predictions = []
-    for index, places in samples_of.items():
-        row = dataset.rows[index]
-        places.sort(key=lambda place: int(outputs.rows[place]))
+    for row_index, places in places_of.items():
+        row = dataset.rows[row_index]
+        places.sort(key=lambda place: int(outputs.indices[place]))
         windows = dataset.windows[row["vid"]]
         fields = outputs.logits[places], outputs.pred_spans[places], outputs.saliency_scores[places]
         findings = merge(windows, *fields, processor.max_clips)
@@ -158,7 +158,7 @@ def predict_moments(
     Args:
         model: a `DiffusionVMRForMomentRetrieval`; it is switched to eval mode and left there.
         dataset: the rows. Labels and noisy spans are ignored.
-        batch_size: rows per batch.
+        batch_size: samples per batch.
         num_proposals, num_sampling_steps: N and S. Default: those of the model's configuration.
         progress: show a progress bar.
         post_processing: `threshold`, `top_k`, `nms_threshold` and `round_to`, as for `official_predictions`. By default
@@ -182,7 +182,7 @@ def predict_for_settings(
     **post_processing,
 ) -> list[list[dict[str, Any]]]:
     """
-    Retrieve moments for every row of a dataset, with several values of N and S. Every row is encoded once.
+    Retrieve moments for every row of a dataset, with several values of N and S. Every sample is encoded once.
 
     Args:
         model, dataset, batch_size, progress, post_processing: as for `predict_moments`.
@@ -192,8 +192,8 @@ def predict_for_settings(
         For each setting, the predictions of `predict_moments`.
     """
     model.eval()
-    loader = DataLoader(dataset, batch_size, collate_fn=DiffusionVMRDataCollator(with_rows=True))
-    parts: list[list[RowOutputs]] = [[] for _ in settings]
+    loader = DataLoader(dataset, batch_size, collate_fn=DiffusionVMRDataCollator(with_indices=True))
+    parts: list[list[SampleOutputs]] = [[] for _ in settings]
     for batch in tqdm(loader, desc="retrieving", disable=not progress):
         inputs = {
             name: batch[name].to(model.device, model.dtype if batch[name].is_floating_point() else None)
@@ -201,10 +201,10 @@ def predict_for_settings(
         }
         memory = model.model.encode(**inputs)
         for setting, own in zip(settings, parts):
-            outputs = row_outputs(model.retrieve(memory, *setting), batch, dataset.processor.max_clips)
-            own.append(RowOutputs(*(field.cpu() for field in outputs)))
+            outputs = sample_outputs(model.retrieve(memory, *setting), batch, dataset.processor.max_clips)
+            own.append(SampleOutputs(*(field.cpu() for field in outputs)))
     # All batches at once, since windows of one video may lie in several
     return [
-        official_predictions(dataset, RowOutputs(*map(torch.cat, zip(*own))), **post_processing) if own else []
+        official_predictions(dataset, SampleOutputs(*map(torch.cat, zip(*own))), **post_processing) if own else []
         for own in parts
     ]

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .matching import match_in_turn, window_ious
+
 REJECTION_THRESHOLDS = (0.4, 0.6)  # of Rej-F1
 GATE = 0.4  # threshold of G-mIoU
 TOP_K = (1, 3, 5)
@@ -33,23 +35,13 @@ def set_iou(found: np.ndarray, truth: np.ndarray) -> float:
     """
     Return how well a set of windows (P, 2) agrees with the true ones (G, 2): 1 if both are empty, 0 if only one is.
 
-    Otherwise each window in turn is matched to the true one with the highest IoU among those that are still free, and
-    the sum of the IoUs is divided by P + G minus the number of pairs. In the toolkit's code, though not in its
-    documentation, a pair need not overlap, so the divisor is the larger of P and G.
+    Otherwise the windows are matched in turn (see `match_in_turn`), and the sum of the IoUs is divided by P + G minus
+    the number of pairs. In the toolkit's code, though not in its documentation, a pair need not overlap, so the divisor
+    is the larger of P and G.
     """
     if not len(found) or not len(truth):
         return float(len(found) == len(truth))
-    starts, ends = found.T[:, :, None]
-    true_starts, true_ends = truth.T[:, None]
-    overlap = np.clip(np.minimum(ends, true_ends) - np.maximum(starts, true_starts), 0, None)
-    ious = overlap / ((ends - starts) + (true_ends - true_starts) - overlap)
-    free, total = list(range(len(truth))), 0.0
-    for overlaps in ious.tolist():
-        if free:
-            best = max(free, key=overlaps.__getitem__)
-            free.remove(best)
-            total += overlaps[best]
-    return total / max(len(found), len(truth))
+    return float(match_in_turn(window_ious(found, truth)).sum()) / max(len(found), len(truth))
 
 
 def rejection_metrics(found: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> dict[str, float]:

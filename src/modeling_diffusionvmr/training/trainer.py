@@ -22,11 +22,11 @@ from .checkpoints import STAGING_FOLDER, check_shapes, find_fault, last_complete
 from .collator import DiffusionVMRDataCollator
 from .dataset import MomentRetrievalDataset
 from .metrics import evaluate_predictions, scorable
-from .prediction import RowOutputs, official_predictions, row_outputs
+from .prediction import SampleOutputs, official_predictions, sample_outputs
 from .trainer_internals import TrainerInternals
 
 # Evaluation starts from pure noise, like inference, not near the truth. The last two are no arguments of the model
-NOT_IN_EVALUATION = ("noisy_spans", "timesteps", "rows", "covered_durations")
+NOT_IN_EVALUATION = ("noisy_spans", "timesteps", "indices", "covered_durations")
 
 
 class SetEpochCallback(TrainerCallback):
@@ -204,27 +204,27 @@ class DiffusionVMRTrainer(TrainerInternals):
     # Evaluation
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """As in `Trainer`, but batches contain the indices of their rows."""
-        return self._with_rows(super().get_eval_dataloader, eval_dataset)
+        """As in `Trainer`, but batches contain the indices of their samples."""
+        return self._with_indices(super().get_eval_dataloader, eval_dataset)
 
     def get_test_dataloader(self, test_dataset):
-        """As in `Trainer`, but batches contain the indices of their rows."""
-        return self._with_rows(super().get_test_dataloader, test_dataset)
+        """As in `Trainer`, but batches contain the indices of their samples."""
+        return self._with_indices(super().get_test_dataloader, test_dataset)
 
-    def _with_rows(self, get_dataloader, dataset):
-        collator, self.data_collator = self.data_collator, DiffusionVMRDataCollator(with_rows=True)
+    def _with_indices(self, get_dataloader, dataset):
+        collator, self.data_collator = self.data_collator, DiffusionVMRDataCollator(with_indices=True)
         try:
             return get_dataloader(dataset)
         finally:
             self.data_collator = collator
 
     def prediction_step(self, model, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys=None):
-        """Return the loss, if all rows are labeled, and `RowOutputs`, whose shapes `Trainer` can gather."""
+        """Return the loss, if all rows are labeled, and `SampleOutputs`, whose shapes `Trainer` can gather."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         max_clips = self.accelerator.unwrap_model(model).config.max_clips
-        return loss.detach() if self._all_labeled else None, tuple(row_outputs(outputs, inputs, max_clips)), None
+        return loss.detach() if self._all_labeled else None, tuple(sample_outputs(outputs, inputs, max_clips)), None
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -232,7 +232,7 @@ class DiffusionVMRTrainer(TrainerInternals):
         """
         As in `Trainer`, for `evaluate` and `predict`, with the official metrics of the rows that have windows.
 
-        If the number of rows is not divisible by the number of processes, `eval_loss` counts some rows twice. The
+        If the number of samples is not divisible by the number of processes, `eval_loss` counts some of them twice. The
         metrics do not.
         """
         dataset = dataloader.dataset
@@ -243,9 +243,9 @@ class DiffusionVMRTrainer(TrainerInternals):
         with self._keeping_weights():
             output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
         dataset.set_epoch(epoch)  # accelerate changes it, and training may use the same dataset
-        # If the rows cannot be divided evenly among the processes, some occur twice
+        # If the samples cannot be divided evenly among the processes, some occur twice
         _, first = np.unique(output.predictions[0], return_index=True)
-        outputs = RowOutputs(*(torch.from_numpy(array[first]) for array in output.predictions))
+        outputs = SampleOutputs(*(torch.from_numpy(array[first]) for array in output.predictions))
         predictions = official_predictions(dataset, outputs)
         scored, references, message = scorable(predictions, dataset.rows)
         if message is not None and message not in self._warned and self.is_world_process_zero():
