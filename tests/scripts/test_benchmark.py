@@ -281,6 +281,22 @@ def test_inference(folder, small_sizes, clock):
     theirs = benchmark_inference.official_contender("theirs", DiffusionVMRConfig(**TINY), "checkout")
     assert benchmark_inference.flops_of(lambda: theirs.retrieve(batches[3])) == 3 * flops
     assert benchmark_inference.flops_of(lambda: theirs.train(batches[1])) == 2 * flops  # and the weights' gradients
+
+    pytest.importorskip("onnxscript")
+    run(*arguments, "--sizes", "published", "--official", "checkout", "--variants", "bfloat16", "onnx")
+    rows = {row.pop("model"): row for row in json.loads((folder / "measured.json").read_text())["table"]}
+    assert list(rows) == [
+        "Moment-DETR, published",
+        "ours, published",
+        "ours, published, bfloat16",
+        "Moment-DETR, published, ONNX Runtime",
+        "ours, published, ONNX Runtime",
+        "ours / Moment-DETR, published",
+        "ours / Moment-DETR, published, ONNX Runtime",
+    ]
+    assert all(rows["ours, published, bfloat16"].values())
+    for name in list(rows)[3:5] + list(rows)[-1:]:  # exported for one query
+        assert float(rows[name]["batch 1"]) > 0 and not any(list(rows[name].values())[2:])
     for name in [name for name in sys.modules if name.partition(".")[0] == "moment_detr"]:
         del sys.modules[name]
 
