@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +40,8 @@ def test_files(exported):
     names = {path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()}
     assert {"config.json", "processor_config.json", "clip/model.safetensors"} <= names
     assert {"encoder.onnx", "timestep.onnx", "denoiser.onnx"} <= names
+    root = str(Path(onnx_export.__file__).parents[1]).encode()
+    assert not any(root in path.read_bytes() for path in exported.glob("*.onnx"))  # no path of this machine
     assert not any(name.endswith((".py", ".bin", ".data", ".pt")) for name in names)
     assert "auto_map" not in json.loads((exported / "config.json").read_text())
     assert [path.name for path in exported.parent.iterdir()] == ["onnx"]  # nothing is left of the export

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with staging(output) as partial:
         partial.mkdir()
-        difference = export_onnx(model.float(), processor, partial, arguments.int8)
+        difference = export_onnx(model.float(), processor, partial, arguments.int8, progress=True)
         move_into_place(partial, output)
     before = ", before weights were stored as int8" if arguments.int8 else ""
     print(f"saved {arguments.output}: differs from the model by at most {difference:.1e}{before}")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..checkpoint import save_backbones
 from ..modeling_diffusionvmr import DiffusionVMRForMomentRetrieval
@@ -31,6 +32,7 @@ def export_onnx(
     processor: DiffusionVMRProcessor,
     folder: str | os.PathLike,
     int8: bool = False,
+    progress: bool = False,
 ) -> float:
     """
     Write what `OnnxDiffusionVMR.from_pretrained` and the pipeline need: the graphs, the configuration, the processor,
@@ -41,6 +43,7 @@ def export_onnx(
         processor: the model's processor.
         folder: an empty folder to write to.
         int8: then also store the weights of matrix products as int8.
+        progress: show a progress bar.
 
     Returns:
         The largest difference between the float32 graphs and the model, see `check_graphs`.
@@ -52,7 +55,7 @@ def export_onnx(
     folder = Path(folder)
     check_packages()
     with eager_attention(model):
-        for graph in GRAPHS:
+        for graph in tqdm(GRAPHS, desc="exporting", unit="graph", disable=not progress):
             export_graph(graph(model), example(model, graph, *SHAPES[0]), folder)
     difference = check_graphs(model, folder)
     if int8:
@@ -133,18 +136,21 @@ def export_graph(graph: Graph, inputs: dict[str, Tensor], folder: Path) -> None:
     num_bytes = sum(weight.nbytes for weight in graph.parameters())
     if num_bytes > MAX_BYTES:
         raise ValueError(f"{graph.file_name}: {num_bytes:,} bytes of weights; a file has at most {MAX_BYTES:,}")
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
     with quiet():
-        torch.onnx.export(
+        program = torch.onnx.export(
             graph.eval(),
             kwargs=inputs,
-            f=folder / graph.file_name,
             dynamo=True,
             input_names=list(graph.inputs(graph.config)),
             output_names=list(graph.outputs(graph.config)),
             dynamic_shapes={name: free_axes(axes) for name, axes in graph.inputs(graph.config).items()},
-            external_data=False,
             verbose=False,
         )
+        assert program is not None
+        ClearMetadataAndDocStringPass()(program.model)  # a stack trace per node, with paths of this machine
+        program.save(folder / graph.file_name, external_data=False)
 
 
 def free_axes(axes: tuple[str | int, ...]) -> dict[int, str]:
