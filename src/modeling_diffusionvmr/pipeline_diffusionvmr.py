@@ -4,7 +4,7 @@ import math
 import os
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ class EncodedVideo:
 
     duration: float
     clip_seconds: float
-    features: Sequence[np.ndarray]
+    features: Sequence[np.ndarray] = field(repr=False)
     backbone_ids: Sequence[str | None] = ()
 
     def __post_init__(self):
@@ -196,7 +196,7 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
         check_chunks(*lengths, self.backbones.clip_seconds, self.processor.max_clips)
 
     def encode(
-        self, video: Any, progress: bool = False, advance: Callable[[float], None] | None = None, **limits
+        self, video: Any, *, progress: bool = False, advance: Callable[[float], None] | None = None, **limits
     ) -> EncodedVideo:
         """
         Decode and encode a video, to search it several times.

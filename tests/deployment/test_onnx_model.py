@@ -231,7 +231,7 @@ def test_provider_whose_libraries_are_missing(exported, monkeypatch):
 
 def test_providers_are_a_list(exported):
     assert OnnxDiffusionVMR.from_pretrained(exported, providers=[("CPUExecutionProvider", {})])
-    with pytest.raises(ValueError, match="^`providers` must be a list, got 'CPUExecutionProvider'$"):
+    with pytest.raises(ValueError, match="^`providers` must be a list of at least one, got 'CPUExecutionProvider'$"):
         OnnxDiffusionVMR.from_pretrained(exported, providers="CPUExecutionProvider")
 
 
