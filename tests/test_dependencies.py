@@ -16,7 +16,7 @@ from modeling_diffusionvmr.cli.errors import EXTRAS
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "modeling_diffusionvmr"
 OWN = {"modeling_diffusionvmr", "diffusionvmr_command"}
-MODULE_OF = {"pillow": "PIL", "pyyaml": "yaml"}  # where it is not the distribution's name
+MODULE_OF = {"onnx-ir": "onnx_ir", "pillow": "PIL", "pyyaml": "yaml"}  # where it is not the distribution's name
 # Declared, but imported by no line of ours
 NOT_IMPORTED = {
     "pillow": "transformers' image processors load it",

@@ -181,7 +181,7 @@ def test_bad_input(error_of, tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
+@pytest.mark.parametrize("package", ["onnx", "onnx_ir", "onnxruntime", "onnxscript"])
 def test_missing_package(error_of, package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     line = error_of("embedded", tmp_path / "new")

@@ -13,7 +13,7 @@ from ..messages import one_line
 
 EXTRAS = {  # modules of each extra
     "train": ("accelerate", "datasets", "evaluate", "h5py", "matplotlib", "pyarrow", "yaml"),
-    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxscript"),
     "app": ("gradio", "httpx", "starlette"),
 }
 DAMAGED_WEIGHTS = "weights are damaged or cut off"

@@ -87,6 +87,7 @@ def check_packages() -> None:
     import_onnxruntime()
     try:
         import onnx  # noqa: F401
+        import onnx_ir  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f"{error.name} is not installed; install it with: {INSTALL}") from error
