@@ -76,6 +76,25 @@ def test_in_the_cache_of_the_hub(tmp_path, subfolder):
     assert str(error.value) == f"{file}: must be a JSON object, got b'[1]'"
 
 
+def test_a_file_by_itself(checkpoint):
+    (checkpoint / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=f"^{checkpoint}/config.json: must be a JSON object"):
+        DiffusionVMRConfig.from_pretrained(checkpoint / "config.json")
+
+
+def test_cut_off_backbone_in_a_folder(checkpoint):
+    (checkpoint / "clip" / "config.json").write_text('{"a":')
+    with pytest.raises(OSError, match=f"^{checkpoint}/clip: could not be loaded"):
+        load_backbone(checkpoint / "clip")
+
+
+def test_files_that_are_not_read_hide_no_error(checkpoint):
+    (checkpoint / "zz_config.json").write_text("[1]")
+    (checkpoint / "x_config.json").mkdir()
+    with pytest.raises(Exception, match="d_model"):
+        DiffusionVMRConfig.from_pretrained(checkpoint, d_model=-3)
+
+
 def test_other_errors_stay(checkpoint):
     with pytest.raises(ValueError, match="^`top_k` must be a whole number"):
         DiffusionVMRProcessor.from_pretrained(checkpoint, top_k="many")

@@ -356,7 +356,7 @@ def test_videos_that_cannot_be_encoded(checkpoint, pipe, video, tmp_path):
         pipe.encode(video, max_video_seconds=10.5)
     with pytest.raises(ValueError, match="`max_video_seconds` must be a number above 0, got -1"):
         pipe.encode(video, max_video_seconds=-1)
-    with pytest.raises(ValueError, match=re.escape("unknown arguments ['threshold']")):
+    with pytest.raises(ValueError, match=re.escape("unknown arguments ['threshold']; expected some of ['max_")):
         pipe.encode(video, threshold=0.5)
     strict = pipeline(TASK, model=str(checkpoint), max_video_seconds=10.5)  # for all calls
     with pytest.raises(ValueError, match="the limit is 10.5 s"):
@@ -366,9 +366,16 @@ def test_videos_that_cannot_be_encoded(checkpoint, pipe, video, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"features": []}, r"`features` of an encoded video must be one array .* got shapes \[\]$"),
-        ({"features": [np.ones((0, 12))]}, r"got shapes \[\(0, 12\)\]$"),
-        ({"features": np.ones((7, 12))}, "`features` of an encoded video must be one array"),
+        ({"features": []}, r"`features` of an encoded video must be a list of one array .* got \[\]$"),
+        ({"features": [np.ones((0, 12))]}, "`features` of an encoded video must be a list"),
+        ({"features": [np.ones((7, 0))]}, "`features` of an encoded video must be a list"),
+        ({"features": [[[1.0], [2.0, 3.0]]]}, "`features` of an encoded video must be a list"),
+        ({"features": np.ones((7, 12))}, "`features` of an encoded video must be a list"),
+        ({"features": iter([np.ones((7, 12))])}, "`features` of an encoded video must be a list"),
+        ({"features": None}, "`features` of an encoded video must be a list .* got None$"),
+        ({"backbone_ids": None}, "`backbone_ids` of an encoded video must be one per array .* got None$"),
+        ({"backbone_ids": "a"}, "`backbone_ids` of an encoded video must be one per array"),
+        ({"backbone_ids": ["a/b", "c/d"]}, "`backbone_ids` of an encoded video must be one per array"),
         ({"features": [np.ones((7, 12)), np.ones((10, 12))]}, r"an encoded video: clip counts \[7, 10\] differ"),
         ({"duration": 0.0}, "`duration` of an encoded video must be a number above 0, got 0.0"),
         ({"clip_seconds": None}, "`clip_seconds` of an encoded video must be a number above 0, got None"),

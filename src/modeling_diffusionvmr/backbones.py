@@ -70,6 +70,8 @@ def load_backbone(
     try:
         model_type = model_type_of(path_or_id, **hub_kwargs)
     except OSError as error:
+        if os.path.isdir(path_or_id):
+            raise OSError(f"{path_or_id}: could not be loaded ({one_line(error)})") from error
         raise OSError(
             f"{path_or_id}: not a checkpoint folder, and it could not be loaded from the Hub ({one_line(error)})"
         ) from error

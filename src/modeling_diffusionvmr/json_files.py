@@ -9,6 +9,15 @@ from typing import Any
 
 from transformers.utils import cached_file
 
+CONFIGURATIONS = (  # that `transformers` reads
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+    "video_preprocessor_config.json",
+)
+
 
 def parse_json_object(text: bytes) -> dict[str, Any]:
     """Parse one JSON object. Raise `ValueError` for anything else."""
@@ -29,10 +38,13 @@ def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path}: {error}") from None
 
 
-def check_configurations(folder: str | os.PathLike) -> None:
-    """Raise a `ValueError` that names the file unless every `*config.json` in a folder is a JSON object."""
-    for path in sorted(Path(folder).glob("*config.json")):
-        read_json_object(path)
+def check_configurations(path: str | os.PathLike) -> None:
+    """
+    Raise a `ValueError` that names the file unless a file, or each of `CONFIGURATIONS` in a folder, is a JSON object.
+    """
+    for file in [Path(path), *(Path(path, name) for name in CONFIGURATIONS)]:
+        if file.is_file():
+            read_json_object(file)
 
 
 @contextmanager
@@ -50,19 +62,19 @@ def naming_json(path_or_id: Any, subfolder: str = "", **options) -> Iterator[Non
     except (OSError, ImportError):  # these name what is wrong
         raise
     except Exception as error:
-        if (folder := _local_folder(path_or_id, subfolder, options)) is not None:
+        if (path := _local_path(path_or_id, subfolder, options)) is not None:
             try:
-                check_configurations(folder)
+                check_configurations(path)
             except ValueError as reason:
                 raise reason from error
         raise
 
 
-def _local_folder(path_or_id: Any, subfolder: str, options: dict[str, Any]) -> str | None:
-    """Return the folder of a checkpoint, in the cache of the Hub if it is not a local one, or `None`."""
-    folder = os.path.join(path_or_id or "", subfolder)
-    if os.path.isdir(folder):
-        return folder
+def _local_path(path_or_id: Any, subfolder: str, options: dict[str, Any]) -> str | None:
+    """Return the file or folder of a checkpoint, in the cache of the Hub if it is not a local one, or `None`."""
+    path = os.path.join(path_or_id, subfolder) if subfolder else os.fspath(path_or_id or "")
+    if os.path.exists(path):
+        return path
     try:
         where = {name: options[name] for name in ("cache_dir", "revision") if name in options}
         file = cached_file(path_or_id, "config.json", subfolder=subfolder, local_files_only=True, **where)

@@ -53,13 +53,17 @@ class EncodedVideo:
     def __post_init__(self):
         check_positive(self.duration, "`duration` of an encoded video")
         check_positive(self.clip_seconds, "`clip_seconds` of an encoded video")
-        shapes = [np.shape(array) for array in self.features]
-        if not shapes or any(len(shape) != 2 or not shape[0] for shape in shapes):
+        arrays = self.features if isinstance(self.features, Sequence) else ()
+        shapes = [getattr(array, "shape", ()) for array in arrays]
+        if not shapes or any(len(shape) != 2 or 0 in shape for shape in shapes):
             raise ValueError(
-                "`features` of an encoded video must be one array (num_clips, feature_size) per video backbone, got "
-                f"shapes {shapes}"
+                "`features` of an encoded video must be a list of one array (num_clips, feature_size) per video "
+                f"backbone, got {reprlib.repr(self.features)}"
             )
         common_length([length for length, _ in shapes], "an encoded video")
+        ids = self.backbone_ids
+        if isinstance(ids, str) or not isinstance(ids, Sequence) or len(ids) not in (0, len(shapes)):
+            raise ValueError(f"`backbone_ids` of an encoded video must be one per array of `features`, got {ids!r}")
 
     @property
     def num_clips(self) -> int:
@@ -205,13 +209,14 @@ class VideoMomentRetrievalPipeline(PushToHub, Pipeline):
             video: whatever a call takes as one video.
             progress: show a progress bar while the video is downloaded and encoded.
             advance: called after each batch with its share of the work. The shares sum to 1.
-            limits: `max_download_bytes` and `max_video_seconds`, as in a call.
+            limits: `max_download_bytes` and `max_video_seconds`, as in a call, for a video that is not open yet.
 
         Raises:
             FileNotFoundError, OSError, ValueError: as in a call.
         """
-        if unknown := limits.keys() - set(PREPROCESS_OPTIONS):
-            raise ValueError(f"unknown arguments {sorted(unknown)}; expected some of {[*PREPROCESS_OPTIONS]}")
+        allowed = [name for name in PREPROCESS_OPTIONS if name != "progress"]
+        if unknown := limits.keys() - set(allowed):
+            raise ValueError(f"unknown arguments {sorted(unknown)}; expected some of {allowed}")
         options, _, _ = self._sanitize_parameters(**limits, progress=progress)
         video = self._open(video, **{**self._preprocess_params, **options})
         return video if isinstance(video, EncodedVideo) else self._encode(video, progress, advance)

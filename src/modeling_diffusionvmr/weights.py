@@ -66,10 +66,11 @@ def check_weights(model: nn.Module, missing: Iterable[str], name: str | os.PathL
 
 def check_weight_files(folder: str | os.PathLike) -> None:
     """Raise ValueError if the weights in a checkpoint folder are an exported model's, or files elsewhere."""
-    if any(Path(folder).glob("*.onnx")) and not any(Path(folder).glob("*.safetensors")):
+    suffixes = {path.suffix for path in Path(folder).glob("*")}
+    if ".onnx" in suffixes and not suffixes & {".safetensors", ".bin"}:
         raise ValueError(
-            f"{folder}: a model exported for ONNX Runtime, which cannot be trained; use the checkpoint that it was "
-            "exported from, or run this one with `OnnxDiffusionVMR.from_pretrained`"
+            f"{folder}: a model exported for ONNX Runtime, not a checkpoint; use the checkpoint that it was exported "
+            "from, or load this one with `OnnxDiffusionVMR.from_pretrained`"
         )
     check_weight_index(folder)
 

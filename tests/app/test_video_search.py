@@ -96,6 +96,9 @@ def test_encoding_has_a_time_limit(retrieve, tmp_path, monkeypatch):
     assert max(numbers) == 10 and not search._known
     search.max_encoding_seconds = 1000
     assert len(search(path, ["a"]).frames) == 12
+    for wrong in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match="`max_encoding_seconds` must be above 0"):
+            VideoSearch(retrieve, 100, max_encoding_seconds=wrong)
 
 
 def test_one_encoding_for_several_at_once(retrieve, rendered, monkeypatch):

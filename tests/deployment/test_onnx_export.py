@@ -137,15 +137,26 @@ def test_exported_model_is_not_a_checkpoint(exported, command, tmp_path):
     with pytest.raises(SystemExit) as error:
         main(command.format(folder=exported, output=tmp_path / "output").split())
     assert str(error.value) == (
-        f"error: {exported}: a model exported for ONNX Runtime, which cannot be trained; use the checkpoint that it "
-        "was exported from, or run this one with `OnnxDiffusionVMR.from_pretrained`"
+        f"error: {exported}: a model exported for ONNX Runtime, not a checkpoint; use the checkpoint that it was "
+        "exported from, or load this one with `OnnxDiffusionVMR.from_pretrained`"
     )
 
 
 @pytest.mark.parametrize("cls", [AutoModel, DiffusionVMRForMomentRetrieval, DiffusionVMRModel])
 def test_exported_model_is_not_loaded_as_a_checkpoint(exported, cls):
-    with pytest.raises(ValueError, match=f"^{exported}: a model exported for ONNX Runtime, which cannot be trained"):
+    with pytest.raises(ValueError, match=f"^{exported}: a model exported for ONNX Runtime, not a checkpoint"):
         cls.from_pretrained(exported)
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_checkpoint_beside_an_export(model, tmp_path, weights):
+    model.save_pretrained(tmp_path)
+    if weights.endswith(".bin"):
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / weights)
+    (tmp_path / "encoder.onnx").touch()
+    loaded = DiffusionVMRForMomentRetrieval.from_pretrained(tmp_path)
+    assert torch.equal(loaded.saliency_head.weight, model.saliency_head.weight)
 
 
 def test_checkpoint_beside_exported_graphs(model, exported, tmp_path):

@@ -231,8 +231,9 @@ def test_provider_whose_libraries_are_missing(exported, monkeypatch):
 
 def test_providers_are_a_list(exported):
     assert OnnxDiffusionVMR.from_pretrained(exported, providers=[("CPUExecutionProvider", {})])
-    with pytest.raises(ValueError, match="^`providers` must be a list of at least one, got 'CPUExecutionProvider'$"):
-        OnnxDiffusionVMR.from_pretrained(exported, providers="CPUExecutionProvider")
+    for wrong in ("CPUExecutionProvider", [], [5], [()], 5, [["CPUExecutionProvider", {}]]):
+        with pytest.raises(ValueError, match=r"^`providers` must be a list of names or \(name, options\), got "):
+            OnnxDiffusionVMR.from_pretrained(exported, providers=wrong)
 
 
 def test_without_onnxruntime(exported, monkeypatch):

@@ -83,6 +83,8 @@ class VideoSearch:
         max_cache_bytes: int = MAX_CACHE_BYTES,
     ):
         self.pipeline, self.max_video_seconds, self.max_cache_bytes = pipeline, max_video_seconds, max_cache_bytes
+        if not max_encoding_seconds > 0:
+            raise ValueError(f"`max_encoding_seconds` must be above 0, got {max_encoding_seconds}")
         self.max_encoding_seconds = max_encoding_seconds
         self.num_encoded = 0
         self._known: OrderedDict[bytes, Future[_Known]] = OrderedDict()

@@ -13,10 +13,10 @@ Axes = dict[str, tuple[str | int, ...]]
 """The shape of each input or output by its name. A string names an axis of free length."""
 
 
-class EncoderGraph(nn.Module):
-    """The encoder (h, Eq. 7) with the saliency head."""
+class Graph(nn.Module):
+    """A part of a model that is exported to a file of its own."""
 
-    file_name = "encoder.onnx"
+    file_name: str
 
     def __init__(self, model: DiffusionVMRForMomentRetrieval):
         super().__init__()
@@ -25,7 +25,22 @@ class EncoderGraph(nn.Module):
 
     @staticmethod
     def inputs(config: DiffusionVMRConfig) -> Axes:
-        """Return the shapes of the arguments of `forward`, in their order. Masks are int64, the others float32."""
+        """Return the shapes of the arguments of `forward`, in their order. Masks and timesteps are int64."""
+        raise NotImplementedError
+
+    @staticmethod
+    def outputs(config: DiffusionVMRConfig) -> Axes:
+        """Return the shapes of what `forward` returns, in their order. All are float32."""
+        raise NotImplementedError
+
+
+class EncoderGraph(Graph):
+    """The encoder (h, Eq. 7) with the saliency head."""
+
+    file_name = "encoder.onnx"
+
+    @staticmethod
+    def inputs(config: DiffusionVMRConfig) -> Axes:
         return {
             "video_features": ("batch", "clips", config.video_feature_size),
             "text_features": ("batch", "tokens", config.text_feature_size),
@@ -35,7 +50,6 @@ class EncoderGraph(nn.Module):
 
     @staticmethod
     def outputs(config: DiffusionVMRConfig) -> Axes:
-        """Return the shapes of what `forward` returns, in their order."""
         return {
             "last_hidden_state": ("batch", "clips + tokens", config.d_model),
             "saliency_scores": ("batch", "clips"),
@@ -49,7 +63,7 @@ class EncoderGraph(nn.Module):
         return memory.last_hidden_state, self.network._saliency(memory)
 
 
-class TimestepGraph(nn.Module):
+class TimestepGraph(Graph):
     """
     The decoder's scales and shifts for a timestep. They do not depend on the query, so that a fifth of the weights need
     not be read again for each one.
@@ -57,39 +71,26 @@ class TimestepGraph(nn.Module):
 
     file_name = "timestep.onnx"
 
-    def __init__(self, model: DiffusionVMRForMomentRetrieval):
-        super().__init__()
-        self.config = model.config
-        self.decoder = model.model.decoder
-
     @staticmethod
     def inputs(config: DiffusionVMRConfig) -> Axes:
-        """Return the shape of the argument of `forward`, int64."""
         return {"timesteps": ("batch",)}
 
     @staticmethod
     def outputs(config: DiffusionVMRConfig) -> Axes:
-        """Return the shape of what `forward` returns."""
         return {"modulations": ("batch", config.decoder_layers, 2 * config.d_model)}
 
     def forward(self, timesteps: Tensor) -> tuple[Tensor]:
         """Return the scales and shifts (B, K, 2 D) of timesteps (B,)."""
-        return (self.decoder.modulations(timesteps),)
+        return (self.network.model.decoder.modulations(timesteps),)
 
 
-class DenoiserGraph(nn.Module):
+class DenoiserGraph(Graph):
     """One call of the denoising decoder (g, Eq. 6), without what depends on the timestep alone."""
 
     file_name = "denoiser.onnx"
 
-    def __init__(self, model: DiffusionVMRForMomentRetrieval):
-        super().__init__()
-        self.config = model.config
-        self.decoder = model.model.decoder
-
     @staticmethod
     def inputs(config: DiffusionVMRConfig) -> Axes:
-        """Return the shapes of the arguments of `forward`, in their order. The mask is int64, the others float32."""
         return {
             "noisy_spans": ("batch", "proposals", 2),
             "modulations": ("batch", config.decoder_layers, 2 * config.d_model),
@@ -99,7 +100,6 @@ class DenoiserGraph(nn.Module):
 
     @staticmethod
     def outputs(config: DiffusionVMRConfig) -> Axes:
-        """Return the shapes of what `forward` returns, in their order."""
         return {
             "intermediate_logits": ("batch", config.decoder_layers, "proposals", 2),
             "intermediate_spans": ("batch", config.decoder_layers + 1, "proposals", 2),
@@ -117,7 +117,7 @@ class DenoiserGraph(nn.Module):
             video: the encoded clips, (B, Lv, D).
             video_mask: (B, Lv), 1 for real clips.
         """
-        decoded = self.decoder(
+        decoded = self.network.model.decoder(
             noisy_spans=noisy_spans,
             timesteps=None,
             video=video,
@@ -128,5 +128,4 @@ class DenoiserGraph(nn.Module):
         return decoded.intermediate_logits, decoded.intermediate_spans
 
 
-Graph = EncoderGraph | TimestepGraph | DenoiserGraph
 GRAPHS: tuple[type[Graph], ...] = (EncoderGraph, TimestepGraph, DenoiserGraph)

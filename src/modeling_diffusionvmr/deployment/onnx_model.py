@@ -41,9 +41,10 @@ def import_onnxruntime() -> Any:
 
 def check_providers(wanted: Sequence[Any], found: Sequence[str]) -> None:
     """Raise ValueError unless providers, as `InferenceSession` takes them, are found. ONNX Runtime would only warn."""
-    if isinstance(wanted, str) or not wanted:
-        raise ValueError(f"`providers` must be a list of at least one, got {wanted!r}")
-    names = [provider if isinstance(provider, str) else provider[0] for provider in wanted]
+    names = list(wanted) if isinstance(wanted, (list, tuple)) else []
+    names = [name[0] if isinstance(name, tuple) and len(name) == 2 else name for name in names]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"`providers` must be a list of names or (name, options), got {wanted!r}")
     if missing := ", ".join(name for name in names if name not in found):
         raise ValueError(f"`providers`: ONNX Runtime cannot use {missing} here; it can use {', '.join(found)}")
 
