@@ -10,7 +10,7 @@ from transformers import set_seed
 from modeling_diffusionvmr import DiffusionVMRForMomentRetrieval, DiffusionVMRModel, modeling_diffusionvmr
 from modeling_diffusionvmr.diffusion import cosine_alphas_cumprod, fixed_noise, spans_to_signal
 from modeling_diffusionvmr.loss_diffusionvmr import Targets, diffusionvmr_loss
-from modeling_diffusionvmr.modeling_diffusionvmr import DiffusionVMRMemory
+from modeling_diffusionvmr.modeling_diffusionvmr import DiffusionVMRMemory, sine_embedding
 from modeling_diffusionvmr.spans import iou_and_generalized_iou, keep_inside, span_to_window
 
 CLIPS, TOKENS = (9, 6, 1), (5, 2, 4)
@@ -521,6 +521,23 @@ def test_pooled_feature_covers_the_span_only(make_model, inputs, roi_calls):
         assert edges.tolist() == [-0.5, 0.5, -1.5, -0.75, 0, 0.75, 1.5]
         assert torch.equal(surrounded[:, -1], model.model.decoder.beyond_video.expand(len(surrounded), -1))
     assert len(roi_calls) == 2
+
+
+def test_no_span_is_read_narrower_than_a_clip(make_model, inputs, roi_calls):
+    model = make_model()
+    signal = torch.tensor([0.0, -model.config.signal_scale]).expand(1, 3, 2)  # in the middle, of width 0
+    model(**inputs, noisy_spans=signal)
+    _, num_clips, spans, _ = roi_calls[0]
+    torch.testing.assert_close(spans[..., 1], (1 / num_clips[:, None]).expand(-1, 3))
+
+
+def test_sine_embedding():
+    positions = torch.tensor([[0.0, 1.5], [6.28, 999.0]])
+    angles = positions.double()[..., None] * 10000.0 ** (-torch.arange(0, 10, 2, dtype=torch.float64) / 10)
+    embedded = sine_embedding(positions, 10)
+    assert embedded.dtype == torch.float32
+    for start, expected in enumerate((angles.sin(), angles.cos())):
+        torch.testing.assert_close(embedded[..., start::2].double(), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("dtype, absent", [(torch.bfloat16, 0), (torch.float16, 0), (torch.bfloat16, 1)])

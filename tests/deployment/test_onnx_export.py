@@ -88,7 +88,9 @@ def test_torch_export_of_the_whole_model(tiny_config):
 def test_model_without_backbones(tiny_config, tmp_path):
     """Also in int8, and with sizes that differ from those of the embedded model."""
     model = DiffusionVMRForMomentRetrieval(tiny_config(decoder_layers=1)).eval()
+    attention = model.config._attn_implementation
     assert export_onnx(model, DiffusionVMRProcessor([12], 8), tmp_path, int8=True) < 1e-4
+    assert model.config._attn_implementation == attention != "eager"  # with which it is exported
     onnx = OnnxDiffusionVMR.from_pretrained(tmp_path)
     inputs = example(model, EncoderGraph, 2, 6, 3, 1)
     logits, expected = onnx(**inputs).logits, model(**inputs).logits
